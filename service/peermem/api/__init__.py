@@ -1,0 +1,1 @@
+"""The daemon's doors: gRPC, the attach socket and HTTP."""

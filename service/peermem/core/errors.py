@@ -1,0 +1,209 @@
+"""Every fault that a caller can meet: one class per reason, each with its canonical code.
+
+Rules of this file:
+
+* A reason is the class name in UPPER_SNAKE_CASE; `protos/peermem/v1/error.proto` lists the same ones.
+* The message is for people: one or two sentences with the object, the cause and the fix.
+* The metadata is for programs: names and numbers of the message, never a key or a secret.
+* Faults of foreign libraries are turned into these where the library is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import ClassVar
+
+DOMAIN = "peermem"
+
+
+class Code(IntEnum):
+    """Canonical gRPC codes (google.rpc.Code) that peermem uses."""
+
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class PeermemError(Exception):
+    """A fault with a reason. Catch a subclass for one reason, this class for all.
+
+    Attributes:
+        code: the canonical gRPC code.
+        reason: why, in UPPER_SNAKE_CASE.
+        message: one or two sentences for people.
+        metadata: names and numbers for programs.
+    """
+
+    code: ClassVar[Code] = Code.UNKNOWN
+    reason: ClassVar[str] = "UNKNOWN"
+    by_reason: ClassVar[dict[str, type[PeermemError]]] = {}
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}
+
+    def __init_subclass__(cls, code: Code) -> None:
+        cls.code = code
+        cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
+        PeermemError.by_reason[cls.reason] = cls
+
+    @staticmethod
+    def restore(reason: str, message: str, metadata: Mapping[str, str]) -> PeermemError:
+        """Return the fault that another process described; an unknown reason becomes `Internal`."""
+        return PeermemError.by_reason.get(reason, Internal)(message, **metadata)
+
+
+class InvalidField(PeermemError, code=Code.INVALID_ARGUMENT):
+    """A field is missing, malformed or outside its range."""
+
+
+class OutOfRange(PeermemError, code=Code.INVALID_ARGUMENT):
+    """A range is not inside its region."""
+
+
+class ZeroLength(PeermemError, code=Code.INVALID_ARGUMENT):
+    """A region or segment of zero bytes was asked for."""
+
+
+class SegmentsMismatch(PeermemError, code=Code.INVALID_ARGUMENT):
+    """Sources and destinations differ in number or total."""
+
+
+class SegmentsOverlap(PeermemError, code=Code.INVALID_ARGUMENT):
+    """A destination overlaps another destination or a source of the same transfer."""
+
+
+class NoCommonNode(PeermemError, code=Code.INVALID_ARGUMENT):
+    """No single node holds the source or the destination of every segment."""
+
+
+class WrongNode(PeermemError, code=Code.INVALID_ARGUMENT):
+    """The resource belongs to another node, which must be asked instead."""
+
+
+class MalformedMessage(PeermemError, code=Code.INVALID_ARGUMENT):
+    """Bytes on the attach socket or a fabric port are not of the protocol."""
+
+
+class RegionNotFound(PeermemError, code=Code.NOT_FOUND):
+    """This node has no such region."""
+
+
+class TransferNotFound(PeermemError, code=Code.NOT_FOUND):
+    """This node has no such transfer, or has forgotten it since it ended."""
+
+
+class DeviceNotFound(PeermemError, code=Code.NOT_FOUND):
+    """This node has no such device."""
+
+
+class NodeNotFound(PeermemError, code=Code.NOT_FOUND):
+    """The directory knows no such node."""
+
+
+class LinkNotFound(PeermemError, code=Code.NOT_FOUND):
+    """No such link is open."""
+
+
+class SessionNotFound(PeermemError, code=Code.NOT_FOUND):
+    """The session, or the file descriptor handed in over it, is unknown."""
+
+
+class RegionExists(PeermemError, code=Code.ALREADY_EXISTS):
+    """A region of this name exists."""
+
+
+class RequestIdReused(PeermemError, code=Code.ALREADY_EXISTS):
+    """This request_id was used for a request of other content."""
+
+
+class AccessDenied(PeermemError, code=Code.PERMISSION_DENIED):
+    """The caller may not do this with that resource."""
+
+
+class RegionInUse(PeermemError, code=Code.FAILED_PRECONDITION):
+    """A transfer uses the region, so it can't be deleted without force."""
+
+
+class RegionDeleted(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The region was deleted or its lease ended while a transfer used it."""
+
+
+class RegionRevoked(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The device took the region's memory back."""
+
+
+class NotMappable(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The region can't be mapped by a local job."""
+
+
+class LeaseNotRenewable(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The region's lease is of a kind that isn't renewed."""
+
+
+class FabricUnavailable(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The fabric asked for does not serve this pair of regions."""
+
+
+class StaleEpoch(PeermemError, code=Code.FAILED_PRECONDITION):
+    """A link or grant of an earlier run of a daemon was used."""
+
+
+class NotAdoptable(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The file descriptor handed in can't become a region."""
+
+
+class DeviceFull(PeermemError, code=Code.RESOURCE_EXHAUSTED):
+    """The device has too little memory left."""
+
+
+class LimitReached(PeermemError, code=Code.RESOURCE_EXHAUSTED):
+    """A limit of the daemon is reached."""
+
+
+class NodeUnreachable(PeermemError, code=Code.UNAVAILABLE):
+    """The remote node can't be reached, or its link broke."""
+
+
+class GrantRefused(PeermemError, code=Code.UNAVAILABLE):
+    """The remote node refused an access because the grant had ended."""
+
+
+class ShuttingDown(PeermemError, code=Code.UNAVAILABLE):
+    """The daemon is shutting down."""
+
+
+class Timeout(PeermemError, code=Code.DEADLINE_EXCEEDED):
+    """A timeout passed."""
+
+
+class TransferCancelled(PeermemError, code=Code.CANCELLED):
+    """The transfer was cancelled by a caller."""
+
+
+class ChecksumMismatch(PeermemError, code=Code.DATA_LOSS):
+    """The CRC32C at the destination differs from the source's."""
+
+
+class Internal(PeermemError, code=Code.INTERNAL):
+    """A defect; the daemon's log has the details."""
+
+
+class NotSupported(PeermemError, code=Code.UNIMPLEMENTED):
+    """There is no such call or feature."""

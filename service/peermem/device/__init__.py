@@ -1,0 +1,1 @@
+"""Things with BAR memory, and their stand-ins."""

@@ -1,0 +1,1 @@
+"""Ways for bytes to cross between two regions."""

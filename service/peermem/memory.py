@@ -1,0 +1,129 @@
+"""The one place where the CPU touches region memory.
+
+Rules of this file:
+
+* Every copy is made by the kernel (`preadv`, `pwritev`) between a file and a mapping. Where device
+  memory has vanished this is EFAULT, an ordinary OSError; a load or a memmove would be SIGBUS and end
+  the process (seen on Linux 7.3.4 with an unbound NVMe controller). These calls release the GIL.
+* Nothing here waits or schedules: a caller on the event loop keeps to small lengths or uses a thread.
+* Offsets are checked by the caller; an offset outside the memory is a defect and raises ValueError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import google_crc32c
+
+_SCRATCH = 1 << 20
+
+
+class Memory(Protocol):
+    """Bytes of a region as this process reaches them."""
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+
+    @property
+    def fd(self) -> int | None:
+        """A file that holds the bytes from offset 0 on, for sendfile and preadv; None where there is
+        only a mapping."""
+
+    def view(self) -> memoryview:
+        """Return the writable mapping of all bytes, made on first use.
+
+        Release slices of it before the owner closes the memory. Raises ValueError after that.
+        """
+
+
+def copy(source: Memory, source_offset: int, target: Memory, target_offset: int, length: int) -> None:
+    """Copy `length` bytes. Source and target ranges must not overlap.
+
+    Raises OSError (EFAULT where the memory has vanished) and ValueError for ranges outside.
+    """
+    _check(source, source_offset, length)
+    _check(target, target_offset, length)
+    if source.fd is not None:
+        _read_file(source.fd, source_offset, target.view()[target_offset : target_offset + length])
+    elif target.fd is not None:
+        _write_file(target.fd, target_offset, source.view()[source_offset : source_offset + length])
+    else:
+        _bounce(source, source_offset, target, target_offset, length)
+
+
+def read(source: Memory, offset: int, length: int) -> bytearray:
+    """Return `length` bytes from `offset` on. Raises as `copy`."""
+    _check(source, offset, length)
+    data = bytearray(length)
+    if source.fd is not None:
+        _read_file(source.fd, offset, memoryview(data))
+        return data
+    with _Scratch(length) as scratch:
+        _write_file(scratch.fd, 0, source.view()[offset : offset + length])
+        _read_file(scratch.fd, 0, memoryview(data))
+    return data
+
+
+def write(target: Memory, offset: int, data: bytes | bytearray | memoryview) -> None:
+    """Write `data` at `offset`. Raises as `copy`."""
+    _check(target, offset, len(data))
+    if target.fd is not None:
+        _write_file(target.fd, offset, memoryview(data))
+        return
+    with _Scratch(len(data)) as scratch:
+        _write_file(scratch.fd, 0, memoryview(data))
+        _read_file(scratch.fd, 0, target.view()[offset : offset + len(data)])
+
+
+def crc32c(source: Memory, ranges: Iterable[tuple[int, int]], value: int = 0) -> int:
+    """Return the CRC32C (Castagnoli, RFC 3720 B.4) of (offset, length) ranges in order, on top of `value`."""
+    for offset, length in ranges:
+        for start in range(offset, offset + length, _SCRATCH):
+            piece = read(source, start, min(_SCRATCH, offset + length - start))
+            value = google_crc32c.extend(value, bytes(piece))
+    return value
+
+
+class _Scratch:
+    """Host memory in a file, to cross between two mappings by way of the kernel."""
+
+    def __init__(self, length: int) -> None:
+        self.fd = os.memfd_create("peermem-scratch", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, length)
+
+    def __enter__(self) -> _Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _bounce(source: Memory, source_offset: int, target: Memory, target_offset: int, length: int) -> None:
+    with _Scratch(min(length, _SCRATCH)) as scratch:
+        for done in range(0, length, _SCRATCH):
+            size = min(_SCRATCH, length - done)
+            _write_file(scratch.fd, 0, source.view()[source_offset + done : source_offset + done + size])
+            _read_file(scratch.fd, 0, target.view()[target_offset + done : target_offset + done + size])
+
+
+def _check(memory: Memory, offset: int, length: int) -> None:
+    if offset < 0 or length < 0 or offset + length > memory.length:
+        raise ValueError(f"bytes {offset} to {offset + length} are outside a memory of {memory.length} bytes")
+
+
+def _read_file(fd: int, offset: int, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"the file ended {len(into) - done} bytes early")
+        done += count
+
+
+def _write_file(fd: int, offset: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwritev(fd, [data[done:]], offset + done)

@@ -1,0 +1,1 @@
+"""Other daemons, as this one sees them."""
