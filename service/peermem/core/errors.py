@@ -53,7 +53,7 @@ class PeermemError(Exception):
     reason: ClassVar[str] = "UNKNOWN"
     by_reason: ClassVar[dict[str, type[PeermemError]]] = {}
 
-    def __init__(self, message: str, **metadata: object) -> None:
+    def __init__(self, message: str, /, **metadata: object) -> None:
         super().__init__(message)
         self.message = message
         self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}

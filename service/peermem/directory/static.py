@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peermem.directory.base import Directory, NodeEntry
 
@@ -12,7 +12,7 @@ from peermem.directory.base import Directory, NodeEntry
 class StaticDirectory:
     """Knows the nodes it was made with, and this one once it joined."""
 
-    def __init__(self, nodes: Mapping[str, str]) -> None:
+    def __init__(self, nodes: Mapping[Any, str]) -> None:
         """`nodes` maps short names to host:port."""
         self._nodes = {node: NodeEntry(node, address) for node, address in nodes.items()}
         self._joined: str | None = None

@@ -165,8 +165,6 @@ class AcquireGrantRequest(_message.Message):
     LINK_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     REGION_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
-    LENGTH_FIELD_NUMBER: _builtins.int
     RIGHT_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
@@ -175,28 +173,24 @@ class AcquireGrantRequest(_message.Message):
     """Epoch from OpenLinkResponse."""
     region: _builtins.str
     """nodes/{node}/regions/{region} of the answering node."""
-    offset: _builtins.int
-    """First byte."""
-    length: _builtins.int
-    """Bytes; 0 means all up to the region's end."""
     right: Global___Right.ValueType
     """What for."""
     subject: _builtins.str
-    """The client on whose behalf the calling daemon acts; the answering node decides for it."""
+    """The client on whose behalf the calling daemon acts, as SUBJECT@NODE; the answering node decides
+    for it.
+    """
     def __init__(
         self,
         *,
         link_id: _builtins.bytes = ...,
         epoch: _builtins.str = ...,
         region: _builtins.str = ...,
-        offset: _builtins.int = ...,
-        length: _builtins.int = ...,
         right: Global___Right.ValueType = ...,
         subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "length", b"length", "link_id", b"link_id", "offset", b"offset", "region", b"region", "right", b"right", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "link_id", b"link_id", "region", b"region", "right", b"right", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,7 +198,7 @@ Global___AcquireGrantRequest: _TypeAlias = AcquireGrantRequest  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """A time-limited right to a range of a region. Holds a key: never logged or passed on."""
+    """A time-limited right to a region. Holds a key: never logged or passed on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -218,7 +212,7 @@ class Grant(_message.Message):
     rkey: _builtins.int
     """What a work request presents to the fabric."""
     address: _builtins.int
-    """Address of the range's first byte as the fabric counts it."""
+    """Address of the region's first byte as the fabric counts it."""
     length: _builtins.int
     """Bytes."""
     @_builtins.property
@@ -297,10 +291,13 @@ class ChecksumRequest(_message.Message):
     GRANT_ID_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """From OpenLinkResponse."""
     grant_id: _builtins.int
     """From Grant."""
+    initial: _builtins.int
+    """CRC32C of the bytes before, which these are appended to; 0 for none."""
     @_builtins.property
     def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Offsets from the grant's first byte, bytes."""
@@ -316,10 +313,11 @@ class ChecksumRequest(_message.Message):
         grant_id: _builtins.int = ...,
         offsets: _abc.Iterable[_builtins.int] | None = ...,
         lengths: _abc.Iterable[_builtins.int] | None = ...,
+        initial: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "lengths", b"lengths", "link_id", b"link_id", "offsets", b"offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "initial", b"initial", "lengths", b"lengths", "link_id", b"link_id", "offsets", b"offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,9 +82,8 @@ class LinkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcquireGrant(self, request, context):
-        """Gives the link a time-limited right to a range of a region of this node. Errors:
-        REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, OUT_OF_RANGE, ACCESS_DENIED, LINK_NOT_FOUND,
-        STALE_EPOCH, LIMIT_REACHED.
+        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
+        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,9 +40,8 @@ class LinkServiceStub:
     CloseLink: _grpc.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
     AcquireGrant: _grpc.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]
-    """Gives the link a time-limited right to a range of a region of this node. Errors:
-    REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, OUT_OF_RANGE, ACCESS_DENIED, LINK_NOT_FOUND,
-    STALE_EPOCH, LIMIT_REACHED.
+    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
+    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
     """
     ReleaseGrants: _grpc.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
@@ -65,9 +64,8 @@ class LinkServiceAsyncStub(LinkServiceStub):
     CloseLink: _aio.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]  # type: ignore[assignment]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
     AcquireGrant: _aio.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]  # type: ignore[assignment]
-    """Gives the link a time-limited right to a range of a region of this node. Errors:
-    REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, OUT_OF_RANGE, ACCESS_DENIED, LINK_NOT_FOUND,
-    STALE_EPOCH, LIMIT_REACHED.
+    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
+    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
     """
     ReleaseGrants: _aio.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]  # type: ignore[assignment]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
@@ -105,9 +103,8 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.AcquireGrantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.Grant, _abc.Awaitable[_link_pb2.Grant]]:
-        """Gives the link a time-limited right to a range of a region of this node. Errors:
-        REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, OUT_OF_RANGE, ACCESS_DENIED, LINK_NOT_FOUND,
-        STALE_EPOCH, LIMIT_REACHED.
+        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
+        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
         """
 
     @_abc_1.abstractmethod

@@ -39,7 +39,6 @@ class Node(_message.Message):
     REGION_BYTES_FIELD_NUMBER: _builtins.int
     RUNNING_TRANSFER_COUNT_FIELD_NUMBER: _builtins.int
     LINK_COUNT_FIELD_NUMBER: _builtins.int
-    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
     GRANT_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}."""
@@ -59,8 +58,6 @@ class Node(_message.Message):
     """Transfers that run on it."""
     link_count: _builtins.int
     """Links that are open to other nodes, both ways."""
-    http_address: _builtins.str
-    """HTTP address of health, metrics and the page, host:port."""
     grant_count: _builtins.int
     """Grants that other nodes hold on its regions."""
     @_builtins.property
@@ -84,12 +81,11 @@ class Node(_message.Message):
         region_bytes: _builtins.int = ...,
         running_transfer_count: _builtins.int = ...,
         link_count: _builtins.int = ...,
-        http_address: _builtins.str = ...,
         grant_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "fabrics", b"fabrics", "grant_count", b"grant_count", "http_address", b"http_address", "link_count", b"link_count", "name", b"name", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "fabrics", b"fabrics", "grant_count", b"grant_count", "link_count", b"link_count", "name", b"name", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

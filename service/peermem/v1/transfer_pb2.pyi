@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from peermem.v1 import error_pb2 as _error_pb2
+from peermem.v1 import region_pb2 as _region_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -142,6 +143,7 @@ class Transfer(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
     EXECUTED_BY_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}/transfers/{transfer}."""
     state: Global___TransferState.ValueType
@@ -164,6 +166,8 @@ class Transfer(_message.Message):
     """
     executed_by: _builtins.str
     """The transfer on the node that runs it, for a relayed one."""
+    path: _region_pb2.Path.ValueType
+    """How the memory of this node's region is reached; unspecified for a relayed transfer."""
     @_builtins.property
     def error(self) -> _error_pb2.Error:
         """Why it failed or was cancelled; absent otherwise."""
@@ -197,10 +201,11 @@ class Transfer(_message.Message):
         duration: _duration_pb2.Duration | None = ...,
         crc32c: _builtins.int | None = ...,
         executed_by: _builtins.str = ...,
+        path: _region_pb2.Path.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "crc32c", b"crc32c", "create_time", b"create_time", "direction", b"direction", "duration", b"duration", "end_time", b"end_time", "error", b"error", "executed_by", b"executed_by", "fabric", b"fabric", "name", b"name", "owner", b"owner", "segment_count", b"segment_count", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "crc32c", b"crc32c", "create_time", b"create_time", "direction", b"direction", "duration", b"duration", "end_time", b"end_time", "error", b"error", "executed_by", b"executed_by", "fabric", b"fabric", "name", b"name", "owner", b"owner", "path", b"path", "segment_count", b"segment_count", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015

@@ -72,10 +72,11 @@ class TransferServiceServicer:
     """
 
     def CreateTransfer(self, request, context):
-        """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors:
-        INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH, SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE,
-        REGION_NOT_FOUND, NODE_NOT_FOUND, FABRIC_UNAVAILABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-        SHUTTING_DOWN. What fails after the start is in the transfer's `error`.
+        """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
+        those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
+        SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
+        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
+        node finds, and what fails later, is in the transfer's `error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,10 +34,11 @@ class TransferServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TransferServiceAsyncStub: ...
     CreateTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.CreateTransferRequest, _transfer_pb2.Transfer]
-    """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors:
-    INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH, SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE,
-    REGION_NOT_FOUND, NODE_NOT_FOUND, FABRIC_UNAVAILABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-    SHUTTING_DOWN. What fails after the start is in the transfer's `error`.
+    """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
+    those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
+    SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
+    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
+    node finds, and what fails later, is in the transfer's `error`.
     """
     GetTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
@@ -66,10 +67,11 @@ class TransferServiceAsyncStub(TransferServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.CreateTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
-    """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors:
-    INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH, SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE,
-    REGION_NOT_FOUND, NODE_NOT_FOUND, FABRIC_UNAVAILABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-    SHUTTING_DOWN. What fails after the start is in the transfer's `error`.
+    """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
+    those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
+    SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
+    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
+    node finds, and what fails later, is in the transfer's `error`.
     """
     GetTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
@@ -101,10 +103,11 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _transfer_pb2.CreateTransferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.Transfer, _abc.Awaitable[_transfer_pb2.Transfer]]:
-        """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors:
-        INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH, SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE,
-        REGION_NOT_FOUND, NODE_NOT_FOUND, FABRIC_UNAVAILABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-        SHUTTING_DOWN. What fails after the start is in the transfer's `error`.
+        """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
+        those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
+        SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
+        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
+        node finds, and what fails later, is in the transfer's `error`.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,75 @@
+"""peermemd: run until SIGTERM or SIGINT. Exit codes: 0 stopped in order, 1 could not start, 2 wrong usage
+or configuration, 130 ended at once by a second signal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from peermem.app import App
+from peermem.config import DEFAULT_PATH, Config, load
+from peermem.core.version import VERSION
+from peermem.strict_toml import ConfigError
+from peermem.telemetry import logs
+
+log = structlog.get_logger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the daemon; return its exit code."""
+    parser = argparse.ArgumentParser(prog="peermemd", description="Serve this node's device memory to the cluster.")
+    parser.add_argument("--config", type=Path, help=f"TOML file (default: {DEFAULT_PATH}, if it is there)")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--version", action="version", version=f"peermemd {VERSION}")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # before logs are set up, for whoever started it
+        return 2
+    if options.check:
+        return 0
+    logs.set_up(config.log.level, config.log.format, sys.stderr)
+    _raise_file_limit()
+    return asyncio.run(run(config))
+
+
+async def run(config: Config) -> int:
+    """Run one daemon until a signal; a second signal ends the process at once."""
+    app = App(config)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _signalled, stop)
+    try:
+        await app.start()
+    except OSError as error:
+        log.error("start_failed", cause=str(error))
+        return 1
+    await stop.wait()
+    await app.stop()
+    return 0
+
+
+def _signalled(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        log.warning("ended_at_once")
+        os._exit(130)
+    stop.set()
+
+
+def _raise_file_limit() -> None:
+    """Each region needs a file descriptor: take all that the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What surrounds every gRPC call: its metrics, and its faults as statuses.
+
+Rules of this file:
+
+* A handler raises PeermemError; here it becomes a status with ErrorInfo. Anything else is a defect: it
+  is logged with an id, and the caller gets INTERNAL with that id and nothing of the inside.
+* Every call is counted under its code, also one that the client broke off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+
+from peermem.api.status import to_grpc
+from peermem.core.errors import Internal, PeermemError
+from peermem.telemetry.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handler of every call."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """See grpc.aio.ServerInterceptor."""
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method: grpc answers UNIMPLEMENTED
+            return handler
+        _, service, method = handler_call_details.method.split("/", 2)
+        kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        inner = getattr(handler, kind)
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped: Handler = make(
+            self._wrap(inner, service, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+    def _wrap(self, inner: Callable[..., Any], service: str, method: str) -> Callable[..., Any]:
+        if inspect.isasyncgenfunction(inner):
+
+            async def stream(request: object, context: Context) -> AsyncIterator[object]:
+                async with self._guard(service, method, context):
+                    async for response in inner(request, context):
+                        yield response
+
+            return stream
+
+        async def call(request: object, context: Context) -> object:
+            async with self._guard(service, method, context):
+                return await inner(request, context)
+            raise AssertionError("the guard never swallows an error")
+
+        return call
+
+    @asynccontextmanager
+    async def _guard(self, service: str, method: str, context: Context) -> AsyncIterator[None]:
+        began = time.perf_counter()
+        code = "OK"
+        try:
+            yield
+        except PeermemError as error:
+            code = error.code.name
+            await context.abort_with_status(to_grpc(error))
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            code = getattr(context.code(), "name", "UNKNOWN")
+            raise
+        except Exception:
+            code = "INTERNAL"
+            error_id = secrets.token_hex(4)
+            log.exception("call_defect", method=f"{service}/{method}", error_id=error_id)
+            text = f"{method} met a defect of the daemon; its log has the details under error id {error_id}."
+            await context.abort_with_status(to_grpc(Internal(text, error_id=error_id)))
+        finally:
+            self._metrics.grpc_handled(service, method, code, time.perf_counter() - began)
+
+
+_KINDS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
+}

@@ -1,0 +1,155 @@
+"""The HTTP door: liveness, readiness and metrics, for kubelet, Prometheus and people with curl.
+
+Rules of this file:
+
+* It is up before anything else and needs nothing else: a daemon that can't start can still say so.
+* Liveness says only that the event loop runs. It never depends on other nodes, nor on the NIC.
+* One request for each connection, and a connection ends after `LIFETIME` whatever the client does:
+  sends slowly, reads slowly, or nothing at all.
+* A malformed request is the client's fault: it is answered with 400, and logged for debugging only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError
+
+from peermem.telemetry.metrics import Metrics
+
+LIFETIME = 15.0
+"""Seconds; longer than Prometheus waits for a scrape."""
+MAX_CONNECTIONS = 256
+_INDEX = """peermem node daemon
+/healthz  200 while the daemon lives
+/readyz   200 when it takes work, else 503 and why not
+/metrics  Prometheus or OpenMetrics
+"""
+_METHODS = ("GET", "HEAD")
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the daemon takes work."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    """Why not: one sentence for each condition that fails."""
+
+
+class HttpServer:
+    """Serves one host:port until closed."""
+
+    def __init__(
+        self, address: str, metrics: Metrics, health: Callable[[], Health], lifetime: float = LIFETIME
+    ) -> None:
+        """`lifetime` is what a connection gets, in seconds."""
+        self.address = address
+        """host:port; the real port once started."""
+        self._metrics = metrics
+        self._health = health
+        self._lifetime = lifetime
+        self._connections: _Connections | None = None
+        self._listener: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Begin to serve. Raises OSError where the address can't be had."""
+        host, _, port = self.address.rpartition(":")
+        self._connections = _Connections(
+            self._answer,
+            self._lifetime,
+            request_factory=_request,
+            access_log=None,
+            logger=_Logger(logging.getLogger(__name__)),
+            keepalive_timeout=self._lifetime,
+            lingering_time=0.0,
+            max_line_size=2048,
+            max_field_size=4096,
+            max_headers=64,
+        )
+        self._listener = await asyncio.get_running_loop().create_server(
+            self._connections, host.strip("[]"), int(port), reuse_address=True
+        )
+        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
+
+    async def close(self) -> None:
+        """End all connections and serve no more. Closing twice is no error."""
+        if self._listener and self._connections:
+            self._listener.close()
+            self._connections.pre_shutdown()
+            await self._connections.shutdown(timeout=0.5)
+            self._connections.abort()
+            await self._listener.wait_closed()
+            self._listener = None
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        response = self._route(request)
+        response.force_close()
+        return response
+
+    def _route(self, request: web.BaseRequest) -> web.Response:
+        if request.method not in _METHODS:
+            return web.Response(status=405, headers={"Allow": ", ".join(_METHODS)}, text="Only GET and HEAD.\n")
+        match request.path:
+            case "/":
+                return web.Response(text=_INDEX)
+            case "/healthz":
+                return web.Response(text="alive\n")
+            case "/readyz":
+                health = self._health()
+                lines = ["ready"] if health.ready else ["not ready", *health.reasons]
+                return web.Response(status=200 if health.ready else 503, text="\n".join(lines) + "\n")
+            case "/metrics":
+                body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+                return web.Response(body=body, headers={"Content-Type": content_type})
+        return web.Response(status=404, text="There is /, /healthz, /readyz and /metrics.\n")
+
+
+class _Connections(web.Server):
+    """aiohttp's server with a bound on the number and the life of connections, which aiohttp has not."""
+
+    def __init__(self, handler: Any, lifetime: float, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._lifetime = lifetime
+        self._open: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        lifetime = self._lifetime if len(self._open) < MAX_CONNECTIONS else 0
+        self._open[handler] = transport, asyncio.get_running_loop().call_later(lifetime, transport.abort)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self._open.pop(handler)[1].cancel()
+        super().connection_lost(handler, exc)
+
+    def abort(self) -> None:
+        """End what is left, also where a client does not read."""
+        for transport, _ in self._open.values():
+            transport.abort()
+
+
+class _Request(web.BaseRequest):
+    """Answers that don't name their software, errors of aiohttp included."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        response.headers.popall("Server", None)
+        response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
+
+def _request(message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: Any) -> _Request:
+    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """Keeps strangers from filling the log: what they send is no error of ours."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **options: Any) -> None:
+        """See logging.Logger."""
+        level = logging.DEBUG if isinstance(exc_info, HttpProcessingError) else logging.ERROR
+        self.log(level, msg, *args, exc_info=exc_info, **options)

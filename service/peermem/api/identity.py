@@ -1,0 +1,58 @@
+"""Who is calling: the subject that owns what a call makes and that the policy is asked about.
+
+Rules of this file:
+
+* A call on behalf of a session of the attach socket is its user, "uid:1000", because the kernel said so.
+* A daemon that acts for a client says so as "SUBJECT@NODE". Nothing proves it yet, so such a subject is
+  never equal to a local user; see SECURITY.md.
+* Everybody else is "anonymous".
+"""
+
+from __future__ import annotations
+
+import re
+
+from peermem.api.calls import Context
+from peermem.broker.sessions import Session, SessionTable
+from peermem.core.errors import InvalidField
+from peermem.core.policy import ANONYMOUS
+
+SESSION_KEY = "peermem-session"
+ON_BEHALF_KEY = "peermem-on-behalf-of"
+_ON_BEHALF = re.compile(r"[A-Za-z0-9:/._-]{1,200}(@[a-z0-9-]{1,63}){1,8}", re.ASCII)
+
+
+class Identity:
+    """Finds the subject of calls."""
+
+    def __init__(self, sessions: SessionTable) -> None:
+        self._sessions = sessions
+
+    def session(self, context: Context) -> Session | None:
+        """Return the session that the call carries, if any. Raises SessionNotFound."""
+        token = _value(context, SESSION_KEY)
+        return self._sessions.find(token) if token else None
+
+    def subject(self, context: Context) -> str:
+        """Return who is calling. Raises SessionNotFound, InvalidField."""
+        session = self.session(context)
+        if session is not None:
+            return session.subject
+        claimed = _value(context, ON_BEHALF_KEY)
+        return on_behalf(claimed, ON_BEHALF_KEY) if claimed else ANONYMOUS
+
+
+def on_behalf(claimed: str, field: str) -> str:
+    """Return the subject that another daemon acts for. Raises InvalidField."""
+    if claimed in ("", ANONYMOUS):
+        return ANONYMOUS
+    if not _ON_BEHALF.fullmatch(claimed):
+        raise InvalidField(f"{field} {claimed[:80]!r} must have the form SUBJECT@NODE.", field=field)
+    return claimed
+
+
+def _value(context: Context, key: str) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    return ""

@@ -1,0 +1,49 @@
+"""NodeService: what this node is and has, and which others there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from peermem.api.calls import Context
+from peermem.broker.broker import Broker
+from peermem.core.errors import NotSupported
+from peermem.core.names import parse_node
+from peermem.core.node import NicPort, NodeFacts
+from peermem.v1 import node_pb2, node_pb2_grpc
+from peermem.wire import device_to_proto, nic_to_proto, node_to_proto
+
+
+class NodeService(node_pb2_grpc.NodeServiceServicer):
+    """See protos/peermem/v1/node.proto."""
+
+    def __init__(self, broker: Broker, nics: Callable[[], Sequence[NicPort]]) -> None:
+        """`nics` returns this node's NIC ports as of now."""
+        self._broker = broker
+        self._nics = nics
+
+    async def GetNode(self, request: node_pb2.GetNodeRequest, context: Context) -> node_pb2.Node:
+        """See the contract."""
+        node = parse_node(request.name) if request.name else self._broker.node
+        return node_to_proto(await self._broker.find_node(node))
+
+    async def ListNodes(self, request: node_pb2.ListNodesRequest, context: Context) -> node_pb2.ListNodesResponse:
+        """See the contract."""
+        here = self._broker.node_facts()
+        known = {entry.node: NodeFacts(entry.node, entry.address) for entry in self._broker.directory.nodes().values()}
+        known[here.node] = here
+        return node_pb2.ListNodesResponse(nodes=[node_to_proto(known[node]) for node in sorted(known)])
+
+    async def ListDevices(self, request: node_pb2.ListDevicesRequest, context: Context) -> node_pb2.ListDevicesResponse:
+        """See the contract."""
+        return node_pb2.ListDevicesResponse(devices=[device_to_proto(facts) for facts in self._broker.device_facts()])
+
+    async def ListNics(self, request: node_pb2.ListNicsRequest, context: Context) -> node_pb2.ListNicsResponse:
+        """See the contract."""
+        return node_pb2.ListNicsResponse(nics=[nic_to_proto(port) for port in self._nics()])
+
+    async def Preflight(
+        self, request: node_pb2.PreflightRequest, context: Context
+    ) -> AsyncIterator[node_pb2.PreflightVerdict]:
+        """See the contract."""
+        raise NotSupported("This release has no NIC path to prove; preflight comes with the verbs fabric.")
+        yield node_pb2.PreflightVerdict()  # makes this a stream

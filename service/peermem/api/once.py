@@ -1,0 +1,86 @@
+"""Idempotency by request_id: a repeated request gets the first one's result.
+
+Rules of this file:
+
+* A request is known by who sent it, which call it was and its request_id; other content under the
+  same id is refused.
+* A repetition that comes while the first runs waits for the first.
+* A call that failed is forgotten: the next try runs again.
+* At most so many results are kept; the oldest ended ones are forgotten first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from peermem.core.errors import InvalidField, RequestIdReused
+
+T = TypeVar("T")
+
+_MAX_ID = 128
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    digest: bytes
+    result: asyncio.Future[T]
+
+
+class Once(Generic[T]):
+    """Remembers the results of one kind of call."""
+
+    def __init__(self, keep: int, replayed: Callable[[], None] = lambda: None) -> None:
+        """Keep `keep` results; `replayed` is called for each repetition."""
+        self._keep = keep
+        self._replayed = replayed
+        self._entries: OrderedDict[tuple[str, str], _Entry[T]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    async def run(self, subject: str, request_id: str, content: bytes, call: Callable[[], Awaitable[T]]) -> T:
+        """Return the first result for this request, calling `call` if there is none.
+
+        Raises RequestIdReused, InvalidField, and what `call` raises.
+        """
+        if not request_id:
+            return await call()
+        if len(request_id) > _MAX_ID:
+            raise InvalidField(f"request_id has {len(request_id)} characters; at most {_MAX_ID}.", field="request_id")
+        key = (subject, request_id)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        known = self._entries.get(key)
+        if known is None:
+            return await self._first(key, digest, call)
+        if known.digest != digest:
+            raise RequestIdReused(
+                f"request_id {request_id!r} was used for another request. Use a fresh one.", request_id=request_id
+            )
+        self._replayed()
+        return await asyncio.shield(known.result)
+
+    async def _first(self, key: tuple[str, str], digest: bytes, call: Callable[[], Awaitable[T]]) -> T:
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._entries[key] = _Entry(digest, result)
+        try:
+            value = await call()
+        except BaseException as error:
+            del self._entries[key]
+            result.set_exception(error if isinstance(error, Exception) else InterruptedError())
+            result.exception()  # repetitions that wait see it; with none waiting it is not a lost error
+            raise
+        result.set_result(value)
+        self._forget()
+        return value
+
+    def _forget(self) -> None:
+        while len(self._entries) > self._keep:
+            key, entry = next(iter(self._entries.items()))
+            if not entry.result.done():
+                break
+            del self._entries[key]

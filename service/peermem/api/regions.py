@@ -1,0 +1,135 @@
+"""RegionService: messages in, broker calls, messages out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from peermem.api.calls import Context
+from peermem.api.identity import Identity
+from peermem.api.once import Once
+from peermem.broker.broker import Broker
+from peermem.broker.regions import Region
+from peermem.core.errors import InvalidField
+from peermem.core.names import parse_region
+from peermem.core.policy import Action
+from peermem.core.region import RegionRequest
+from peermem.v1 import region_pb2, region_pb2_grpc
+from peermem.wire import labels_from_proto, lease_from_proto, lease_to_proto, region_to_proto
+
+_CHUNK = 256 << 10
+_MAX_CHUNK = 1 << 20
+_MAX_PAGE = 1000
+
+
+class RegionService(region_pb2_grpc.RegionServiceServicer):
+    """See protos/peermem/v1/region.proto."""
+
+    def __init__(self, broker: Broker, identity: Identity, created: Once[Region], deleted: Once[None]) -> None:
+        """`created` and `deleted` remember the results of repeated requests."""
+        self._broker = broker
+        self._identity = identity
+        self._created = created
+        self._deleted = deleted
+
+    async def CreateRegion(self, request: region_pb2.CreateRegionRequest, context: Context) -> region_pb2.Region:
+        """See the contract."""
+        subject = self._identity.subject(context)
+        session = self._identity.session(context)
+        if not request.WhichOneof("source"):
+            raise InvalidField("CreateRegion needs a device, or an adopted file descriptor.", field="source")
+        wanted = RegionRequest(
+            region_id=request.region_id,
+            length=request.length,
+            device=request.device,
+            adopted=request.adopted,
+            labels=labels_from_proto(list(request.labels.items())),
+            lease=lease_from_proto(request.lease),
+        )
+        content = request.SerializeToString(deterministic=True)
+        region = await self._created.run(
+            subject, request.request_id, content, lambda: self._broker.create_region(subject, session, wanted)
+        )
+        return region_to_proto(region.facts)
+
+    async def GetRegion(self, request: region_pb2.GetRegionRequest, context: Context) -> region_pb2.Region:
+        """See the contract."""
+        return region_to_proto(self._broker.region(parse_region(request.name)).facts)
+
+    async def ListRegions(
+        self, request: region_pb2.ListRegionsRequest, context: Context
+    ) -> region_pb2.ListRegionsResponse:
+        """See the contract."""
+        size = page_size(request.page_size)
+        found = self._broker.regions.page(request.page_token, size + 1, request.labels)
+        token = found[size - 1].name.id if len(found) > size else ""
+        return region_pb2.ListRegionsResponse(
+            regions=[region_to_proto(region.facts) for region in found[:size]], next_page_token=token
+        )
+
+    async def DeleteRegion(
+        self, request: region_pb2.DeleteRegionRequest, context: Context
+    ) -> region_pb2.DeleteRegionResponse:
+        """See the contract."""
+        subject = self._identity.subject(context)
+        name = parse_region(request.name)
+        content = request.SerializeToString(deterministic=True)
+        await self._deleted.run(
+            subject,
+            request.request_id,
+            content,
+            lambda: self._broker.delete_region(subject, name, force=request.force),
+        )
+        return region_pb2.DeleteRegionResponse()
+
+    async def RenewLease(
+        self, request: region_pb2.RenewLeaseRequest, context: Context
+    ) -> region_pb2.RenewLeaseResponse:
+        """See the contract."""
+        if not 1 <= len(request.names) <= _MAX_PAGE:
+            raise InvalidField(f"names must hold 1 to {_MAX_PAGE} regions, not {len(request.names)}.", field="names")
+        names = [parse_region(name, "names") for name in request.names]
+        regions = self._broker.renew_leases(self._identity.subject(context), names)
+        return region_pb2.RenewLeaseResponse(
+            leases=[lease_to_proto(region.lease, region.expires_at) for region in regions]
+        )
+
+    async def ReadRegion(
+        self, request: region_pb2.ReadRegionRequest, context: Context
+    ) -> AsyncIterator[region_pb2.ReadRegionResponse]:
+        """See the contract."""
+        name = parse_region(request.name)
+        length = request.length or max(0, self._broker.region(name).memory.length - request.offset)
+        subject = self._identity.subject(context)
+        with self._broker.use_region(subject, name, Action.READ, request.offset, length) as use:
+            for done in range(0, length, _CHUNK):
+                data = await use.read(request.offset + done, min(_CHUNK, length - done))
+                yield region_pb2.ReadRegionResponse(data=data)
+
+    async def WriteRegion(
+        self, requests: AsyncIterator[region_pb2.WriteRegionRequest], context: Context
+    ) -> region_pb2.WriteRegionResponse:
+        """See the contract."""
+        subject = self._identity.subject(context)
+        requests = aiter(requests)
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidField("WriteRegion needs a first message that names the region.", field="name")
+        name, offset, data = parse_region(first.name), first.offset, first.data
+        with self._broker.use_region(subject, name, Action.WRITE, offset, len(data)) as use:
+            while True:
+                if len(data) > _MAX_CHUNK:
+                    raise InvalidField(f"data has {len(data)} bytes; a chunk has at most {_MAX_CHUNK}.", field="data")
+                use.check_inside(offset, len(data))
+                await use.write(offset, data)
+                offset += len(data)
+                message = await anext(requests, None)
+                if message is None:
+                    return region_pb2.WriteRegionResponse(length=offset - first.offset)
+                data = message.data
+
+
+def page_size(asked: int) -> int:
+    """Return the size of a page. Raises InvalidField."""
+    if not 0 <= asked <= _MAX_PAGE:
+        raise InvalidField(f"page_size {asked} must be 0 to {_MAX_PAGE}.", field="page_size")
+    return asked or _MAX_PAGE

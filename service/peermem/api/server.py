@@ -1,0 +1,135 @@
+"""The gRPC server: services, health, reflection and limits.
+
+Rules of this file:
+
+* `grpc.health.v1` answers for the whole server and for each service; at shutdown all turn NOT_SERVING
+  before anything else happens.
+* Bounds on messages and on concurrent calls hold before a handler sees a byte.
+"""
+
+from __future__ import annotations
+
+import os
+import socket as sockets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from peermem.api.calls import CallInterceptor
+from peermem.api.links import LinkService
+from peermem.api.nodes import NodeService
+from peermem.api.regions import RegionService
+from peermem.api.sockets import free_socket_path
+from peermem.api.transfers import TransferService
+from peermem.telemetry.metrics import GrpcMethod, Metrics
+from peermem.v1 import (
+    link_pb2,
+    link_pb2_grpc,
+    node_pb2,
+    node_pb2_grpc,
+    region_pb2,
+    region_pb2_grpc,
+    transfer_pb2,
+    transfer_pb2_grpc,
+)
+
+SERVICES = tuple(f"peermem.v1.{name}Service" for name in ("Node", "Region", "Transfer", "Link"))
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The handlers of the contract."""
+
+    node: NodeService
+    region: RegionService
+    transfer: TransferService
+    link: LinkService
+
+
+class GrpcServer:
+    """The server on a unix socket, a TCP port, or both."""
+
+    def __init__(
+        self, services: Services, metrics: Metrics, *, reflection_on: bool, max_message: int, max_calls: int
+    ) -> None:
+        """`max_message` is in bytes, `max_calls` bounds concurrent calls."""
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(metrics)],
+            maximum_concurrent_rpcs=max_calls,
+            options=(
+                ("grpc.max_receive_message_length", max_message),
+                ("grpc.max_metadata_size", 16 << 10),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        self._health = health_aio.HealthServicer()
+        node_pb2_grpc.add_NodeServiceServicer_to_server(services.node, self._server)
+        region_pb2_grpc.add_RegionServiceServicer_to_server(services.region, self._server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(services.transfer, self._server)
+        link_pb2_grpc.add_LinkServiceServicer_to_server(services.link, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if reflection_on:
+            reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, socket: str | None, address: str | None) -> str:
+        """Listen on a unix socket's path, a host:port, or both; return the TCP address with its real port.
+
+        Raises OSError.
+        """
+        if socket:
+            self._listen_unix(socket)
+        host = address.rpartition(":")[0] if address else ""
+        real = f"{host}:{self._listen(address)}" if address else ""
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return real
+
+    async def refuse(self) -> None:
+        """Tell health checks that this server is going away."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, let running ones end within `grace` seconds, then break them."""
+        await self._server.stop(grace)
+
+    def _listen_unix(self, path: str) -> None:
+        free_socket_path(Path(path), sockets.SOCK_STREAM)
+        before = os.umask(0)  # whoever may enter the folder may connect; who may do what is the policy's business
+        try:
+            self._listen(f"unix:{path}")
+        finally:
+            os.umask(before)
+
+    def _listen(self, target: str) -> int:
+        try:
+            port = self._server.add_insecure_port(target)
+        except RuntimeError as error:
+            raise OSError(f"gRPC can't listen on {target}: is it in use by another daemon? ({error})") from error
+        return int(port)
+
+
+def grpc_methods() -> Iterator[GrpcMethod]:
+    """Return the methods that the server answers, for the metrics."""
+    modules = (node_pb2, region_pb2, transfer_pb2, link_pb2, health_pb2)
+    for module in modules:
+        for service in module.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                kind = _KINDS[method.client_streaming, method.server_streaming]
+                yield GrpcMethod(service.full_name, method.name, kind)
+
+
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}

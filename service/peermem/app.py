@@ -1,0 +1,211 @@
+"""The composition root: the only module that names concrete classes. Opens in order, closes in reverse.
+
+Rules of this file:
+
+* HTTP is up before anything else, so that a daemon that can't start says why in its readiness.
+* Order of the end: not ready, out of the directory, transfers end or fail within the grace time, no more
+  calls, regions, links, grants, fabrics, devices, HTTP.
+* What was opened is closed, also when a later step fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+
+import structlog
+
+from peermem.api.attach import AttachServer
+from peermem.api.http import Health, HttpServer
+from peermem.api.identity import Identity
+from peermem.api.links import LinkService
+from peermem.api.nodes import NodeService
+from peermem.api.once import Once
+from peermem.api.regions import RegionService
+from peermem.api.server import GrpcServer, Services, grpc_methods
+from peermem.api.transfers import TransferService
+from peermem.broker.broker import ADOPTED, Broker, Settings
+from peermem.broker.sessions import SessionTable
+from peermem.config import Config
+from peermem.core.errors import NodeNotFound
+from peermem.core.policy import OwnerPolicy
+from peermem.core.types import FabricKind
+from peermem.core.version import VERSION
+from peermem.device.base import Device
+from peermem.device.memfd import AdoptedMemory, MemfdDevice
+from peermem.device.sysfs import nic_ports
+from peermem.directory.base import Directory, NodeEntry
+from peermem.directory.static import StaticDirectory
+from peermem.fabric.base import Fabric
+from peermem.fabric.local import LocalFabric
+from peermem.fabric.tcp import TcpFabric
+from peermem.remote.client import GrpcRemotes
+from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
+
+log = structlog.get_logger(__name__)
+
+
+class App:
+    """One daemon: made from a configuration, started once, stopped once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = Metrics(VERSION)
+        self._reasons: tuple[str, ...] = ("The daemon is starting.",)
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Open everything in order. Raises OSError where an address or a socket can't be had."""
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Drain within the grace time, then close everything in reverse order."""
+        self._reasons = ("The daemon is shutting down.",)
+        log.info("stopping", grace=float(self.config.shutdown.grace))
+        await self._stack.aclose()
+        log.info("stopped")
+
+    async def _open(self) -> None:
+        config = self.config
+        await self._start_http()
+        directory = StaticDirectory(config.directory.nodes)
+        self._stack.push_async_callback(directory.close)
+        tcp = TcpFabric(
+            config.tcp.address, advertise=config.tcp.advertise, stall_timeout=float(config.tcp.stall_timeout)
+        )
+        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric()}
+        for fabric in fabrics.values():
+            await fabric.start()
+            self._stack.push_async_callback(fabric.close)
+        sessions = SessionTable(max_sessions=config.attach.max_sessions)
+        broker = self._broker(directory, fabrics, sessions)
+        tcp.on_link_lost = broker.serving.link_lost
+        self._stack.push_async_callback(broker.close)
+        self.metrics.observe(lambda: _snapshot(broker, sessions))
+        await self._start_attach(broker, sessions)
+        server = self._server(broker, sessions)
+        self._stack.push_async_callback(server.stop, _CALLS_GRACE)
+        real = await server.start(config.grpc.socket, config.grpc.address)
+        address = config.grpc.advertise or real
+        self._spawn(broker.tend())
+        self._spawn(watch_event_loop(self.metrics))
+        self._stack.push_async_callback(broker.drain, float(config.shutdown.grace))
+        await directory.join(NodeEntry(config.node, address))
+        self._stack.push_async_callback(directory.leave)
+        self._stack.push_async_callback(server.refuse)
+        self._reasons = ()
+        log.info("ready", node=config.node, epoch=broker.epoch, grpc=address, tcp=tcp.address)
+
+    async def _start_http(self) -> None:
+        if self.config.http.address:
+            server = HttpServer(self.config.http.address, self.metrics, self._health)
+            await server.start()
+            self._stack.push_async_callback(server.close)
+            log.info("http_listening", address=server.address)
+
+    def _health(self) -> Health:
+        return Health(not self._reasons, self._reasons)
+
+    def _broker(self, directory: Directory, fabrics: Mapping[FabricKind, Fabric], sessions: SessionTable) -> Broker:
+        config = self.config
+        devices: dict[str, Device] = {device.name: MemfdDevice(device.name, device.size) for device in config.devices}
+        devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+        settings = Settings(
+            node=config.node,
+            rails=config.tcp.rails,
+            max_regions=config.region.max_regions,
+            max_running=config.transfer.max_running,
+            keep_ended=config.transfer.keep_ended,
+            keep_ended_for=float(config.transfer.keep_ended_for),
+            grant_ttl=float(config.transfer.grant_ttl),
+            link_idle=float(config.transfer.link_idle),
+        )
+        epoch = secrets.token_hex(8)
+        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node))
+        return Broker(settings, epoch, devices, fabrics, remotes, directory, OwnerPolicy(), sessions, self.metrics)
+
+    async def _start_attach(self, broker: Broker, sessions: SessionTable) -> None:
+        if self.config.attach.socket:
+            server = AttachServer(self.config.attach.socket, sessions, broker.map_region, self.config.node)
+            await server.start()
+            self._stack.push_async_callback(server.close)
+
+    def _server(self, broker: Broker, sessions: SessionTable) -> GrpcServer:
+        config = self.config
+        identity = Identity(sessions)
+        keep = config.transfer.keep_ended
+        services = Services(
+            node=NodeService(broker, nic_ports),
+            region=RegionService(broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep)),
+            transfer=TransferService(
+                broker,
+                identity,
+                Once(keep, self._replayed(Replayed.TRANSFER)),
+                config.transfer.max_segments,
+            ),
+            link=LinkService(broker.serving, config.tcp.rails),
+        )
+        self.metrics.serve_grpc(grpc_methods())
+        return GrpcServer(
+            services,
+            self.metrics,
+            reflection_on=config.grpc.reflection,
+            max_message=config.grpc.max_message,
+            max_calls=config.grpc.max_concurrent_calls,
+        )
+
+    def _replayed(self, what: Replayed) -> Callable[[], None]:
+        return lambda: self.metrics.replayed(what)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._stack.push_async_callback(end)
+
+
+_CALLS_GRACE = 1.0
+"""Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
+
+
+def _address(directory: Directory, node: str) -> str:
+    entry = directory.nodes().get(node)
+    if entry is None:
+        known = ", ".join(sorted(directory.nodes())) or "none"
+        raise NodeNotFound(
+            f"nodes/{node} is not in the directory, which knows {known}. Add it to directory.nodes.", node=node
+        )
+    return entry.address
+
+
+def _snapshot(broker: Broker, sessions: SessionTable) -> Snapshot:
+    held = Counter[str]()
+    for region in broker.regions:
+        held[region.device.name] += region.memory.length
+    leases = Counter(region.lease.kind for region in broker.regions)
+    links = {(kind, LinkSide.OPENED): count for kind, count in broker.links.counts().items()}
+    links |= {(kind, LinkSide.ACCEPTED): count for kind, count in broker.serving.link_counts().items()}
+    return Snapshot(
+        devices=tuple(
+            DeviceUse(
+                facts.name, facts.kind, facts.path, facts.size, facts.available, facts.region_count, held[facts.name]
+            )
+            for facts in broker.device_facts()
+        ),
+        leases=leases,
+        running_transfers=broker.transfers.running_count,
+        links=links,
+        grants_given=broker.serving.grant_count,
+        grants_held=broker.links.grant_count,
+        attach_sessions=len(sessions),
+    )

@@ -1,0 +1,101 @@
+"""This process's own use of a region's bytes: for tools that read and write, and for checksums.
+
+Rules of this file:
+
+* A use keeps its region from ending under it, and stops soon after the region is asked to end.
+* Small pieces are copied on the loop, large ones in a thread, so that the loop turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+from peermem import memory
+from peermem.broker.regions import Region
+from peermem.core.errors import OutOfRange, PeermemError, RegionRevoked
+
+T = TypeVar("T")
+
+_INLINE = 64 << 10
+"""Bytes that are copied on the loop: tens of microseconds."""
+_PIECE = 8 << 20
+"""Bytes between two looks at whether the region is to end."""
+
+
+class Use:
+    """A bounded use of a region; a context manager."""
+
+    def __init__(self, region: Region) -> None:
+        """Raises RegionDeleted or RegionRevoked when the region is not usable."""
+        region.check_usable()
+        self.region = region
+        self._error: PeermemError | None = None
+        self._done = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        self.region.users.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.region.users.discard(self)
+        self._done.set()
+
+    def check_inside(self, offset: int, length: int) -> None:
+        """Raise OutOfRange unless the range is inside the region."""
+        if offset + length > self.region.memory.length:
+            raise OutOfRange(
+                f"Bytes {offset} to {offset + length} are outside {self.region.name}, "
+                f"which has {self.region.memory.length} bytes.",
+                region=self.region.name,
+                length=self.region.memory.length,
+            )
+
+    def fail(self, error: PeermemError) -> None:
+        """See RegionUser."""
+        self._error = error
+
+    async def settled(self) -> None:
+        """See RegionUser."""
+        await self._done.wait()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return bytes of the region. Raises RegionDeleted, RegionRevoked."""
+        return bytes(await self._touch(length, lambda: memory.read(self.region.memory, offset, length)))
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write bytes into the region. Raises RegionDeleted, RegionRevoked."""
+        await self._touch(len(data), lambda: memory.write(self.region.memory, offset, data))
+
+    async def crc32c(self, ranges: Sequence[tuple[int, int]], value: int = 0) -> int:
+        """Return the CRC32C of (offset, length) ranges in order. Raises RegionDeleted, RegionRevoked."""
+        if sum(length for _, length in ranges) <= _INLINE:
+            return await self._touch(0, lambda: memory.crc32c(self.region.memory, ranges, value))
+        for offset, length in ranges:
+            for start in range(offset, offset + length, _PIECE):
+                value = await self._crc32c_piece(start, min(_PIECE, offset + length - start), value)
+        return value
+
+    async def _crc32c_piece(self, offset: int, length: int, value: int) -> int:
+        return await self._touch(length, lambda: memory.crc32c(self.region.memory, [(offset, length)], value))
+
+    async def _touch(self, length: int, action: Callable[[], T]) -> T:
+        if self._error is not None:
+            raise self._error
+        try:
+            return action() if length <= _INLINE else await asyncio.shield(asyncio.to_thread(action))
+        except OSError as error:
+            raise RegionRevoked(
+                f"{self.region.name}: its memory can't be accessed any more ({error.strerror}).",
+                region=self.region.name,
+            ) from error
+
+
+async def checksum(region: Region, ranges: Sequence[tuple[int, int]], initial: int) -> int:
+    """Return the CRC32C of (offset, length) ranges of a region in order, on top of `initial`.
+
+    Raises RegionDeleted, RegionRevoked.
+    """
+    with Use(region) as use:
+        return await use.crc32c(ranges, initial)

@@ -1,0 +1,372 @@
+"""The broker: one object through which the daemon's doors reach regions and transfers.
+
+Rules of this file:
+
+* Every call names its subject; the policy is asked for each region and transfer of this node.
+* A call that fails leaves nothing behind: no name reserved, no memory given out, no descriptor open.
+* Draining refuses new work, lets the running work end within its grace, then fails it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+
+from peermem.broker.access import Use
+from peermem.broker.links import LinkTable
+from peermem.broker.regions import Region, RegionTable
+from peermem.broker.relays import Relay
+from peermem.broker.runs import Transfer, TransferRun
+from peermem.broker.serving import OwnNode, Serving
+from peermem.broker.sessions import Session, SessionTable
+from peermem.broker.transfers import TransferTable
+from peermem.core.errors import (
+    DeviceNotFound,
+    LeaseNotRenewable,
+    RegionDeleted,
+    RegionInUse,
+    SessionNotFound,
+    ShuttingDown,
+    TransferCancelled,
+    WrongNode,
+    ZeroLength,
+)
+from peermem.core.names import ChildName, check_id
+from peermem.core.node import DeviceFacts, NodeFacts
+from peermem.core.plan import Leg, executing_node, legs
+from peermem.core.policy import Action, Policy
+from peermem.core.region import Lease, RegionRequest
+from peermem.core.segments import check_disjoint
+from peermem.core.transfer import TransferFacts, TransferRequest
+from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.core.version import VERSION
+from peermem.device.base import Device, DeviceMemory
+from peermem.directory.base import Directory
+from peermem.fabric.base import Fabric
+from peermem.remote.base import GrantSource, Remotes
+from peermem.telemetry.metrics import Metrics
+
+ADOPTED = "adopted"
+"""Name of the device that handed-in memory belongs to."""
+
+_BIG = 4096
+"""Segments from which planning is done in a thread: milliseconds of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the configuration says about the broker; times in seconds."""
+
+    node: str
+    rails: int
+    max_regions: int
+    max_running: int
+    keep_ended: int
+    keep_ended_for: float
+    grant_ttl: float
+    link_idle: float
+
+
+class Broker:
+    """Admits work and owns the tables."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        epoch: str,
+        devices: Mapping[str, Device],
+        fabrics: Mapping[FabricKind, Fabric],
+        remotes: Remotes,
+        directory: Directory,
+        policy: Policy,
+        sessions: SessionTable,
+        metrics: Metrics,
+    ) -> None:
+        """`epoch` identifies this run of the daemon; devices by name; fabrics that have been started."""
+        self.node = settings.node
+        self.epoch = epoch
+        self.started_at = time.time()
+        self.devices = devices
+        self.fabrics = fabrics
+        self.sessions = sessions
+        self.directory = directory
+        self._remotes = remotes
+        self.policy = policy
+        self._metrics = metrics
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.regions = RegionTable(settings.node, settings.max_regions, self._revoke_grants)
+        self.transfers = TransferTable(
+            settings.node,
+            max_running=settings.max_running,
+            keep_ended=settings.keep_ended,
+            keep_ended_for=settings.keep_ended_for,
+        )
+        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
+        self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
+        sessions.on_close(self._session_closed)
+
+    # regions
+
+    async def create_region(self, subject: str, session: Session | None, request: RegionRequest) -> Region:
+        """Make a region. Raises as RegionService.CreateRegion."""
+        self._check_open()
+        region_id = check_id(request.region_id, "region_id") if request.region_id else f"r-{secrets.token_hex(6)}"
+        lease = request.lease or Lease(LeaseKind.SESSION if session else LeaseKind.NONE)
+        if lease.kind is LeaseKind.SESSION and session is None:
+            raise SessionNotFound("A lease of kind SESSION needs a call that carries a session of the attach socket.")
+        name = ChildName(self.node, "regions", region_id)
+        self.regions.reserve(region_id)
+        try:
+            device, memory = await self._memory(session, request)
+        except BaseException:
+            self.regions.release(region_id)
+            raise
+        tied = session.token if session is not None and lease.kind is LeaseKind.SESSION else ""
+        region = Region(name, device, memory, subject, request.labels, lease, tied)
+        self.regions.add(region)
+        if session is not None and session.closed:
+            await self.regions.end_session(session.token)
+        return region
+
+    async def _memory(self, session: Session | None, request: RegionRequest) -> tuple[Device, DeviceMemory]:
+        if request.adopted:
+            if session is None:
+                raise SessionNotFound(
+                    "A file descriptor can be adopted only by a call of the session that handed it in."
+                )
+            device = self.devices[ADOPTED]
+            return device, await device.adopt(self.sessions.take(session, request.adopted), request.length)
+        if request.device not in self.devices:
+            names = ", ".join(sorted(self.devices)) or "none"
+            raise DeviceNotFound(
+                f"nodes/{self.node} has no device {request.device[:80]!r}; it has {names}.", device=request.device[:80]
+            )
+        if request.length == 0:
+            raise ZeroLength("A region needs a length of at least 1 byte.")
+        device = self.devices[request.device]
+        return device, await device.allocate(request.length)
+
+    def region(self, name: ChildName) -> Region:
+        """Return a region of this node. Raises RegionNotFound, WrongNode."""
+        self._check_here(name)
+        return self.regions.find(name)
+
+    async def delete_region(self, subject: str, name: ChildName, *, force: bool) -> None:
+        """End a region. Raises RegionNotFound, RegionInUse, AccessDenied, WrongNode."""
+        region = self.region(name)
+        self.policy.check(subject, Action.MANAGE, name, region.owner)
+        if region.users and not force and region.end is None:
+            raise RegionInUse(
+                f"{name} is used by {len(region.users)} transfers or streams. Wait, cancel them, or force it.",
+                region=name,
+                users=len(region.users),
+            )
+        error = RegionDeleted(f"{name} was deleted by {subject} while the transfer used it.", region=name)
+        await asyncio.shield(self.regions.start_end(region, error))
+
+    def renew_leases(self, subject: str, names: Sequence[ChildName]) -> list[Region]:
+        """Renew all or none. Raises RegionNotFound, LeaseNotRenewable, AccessDenied, WrongNode."""
+        regions = [self.region(name) for name in names]
+        for region in regions:
+            self.policy.check(subject, Action.MANAGE, region.name, region.owner)
+            region.check_usable()
+            if region.lease.kind is not LeaseKind.TTL:
+                raise LeaseNotRenewable(
+                    f"{region.name} has a lease of kind {region.lease.kind.value}, which needs no renewal.",
+                    region=region.name,
+                )
+        for region in regions:
+            self.regions.renew(region)
+        return regions
+
+    def use_region(self, subject: str, name: ChildName, action: Action, offset: int, length: int) -> Use:
+        """Return a use of a range. Raises RegionNotFound, OutOfRange, AccessDenied, WrongNode."""
+        region = self.region(name)
+        self.policy.check(subject, action, name, region.owner)
+        use = Use(region)
+        use.check_inside(offset, length)
+        return use
+
+    def map_region(self, name: ChildName, subject: str) -> DeviceMemory:
+        """Return the memory for a local job to map. Raises RegionNotFound, AccessDenied, WrongNode."""
+        region = self.region(name)
+        region.check_usable()
+        self.policy.check(subject, Action.WRITE, name, region.owner)
+        return region.memory
+
+    def _session_closed(self, session: Session) -> None:
+        self._spawn(self.regions.end_session(session.token))
+
+    async def _revoke_grants(self, region: Region) -> None:
+        await self.serving.revoke_region(region)
+
+    # transfers
+
+    async def create_transfer(self, subject: str, request: TransferRequest) -> Transfer:
+        """Start a transfer, here or on the node that has to run it. Raises as TransferService.CreateTransfer."""
+        self._check_open()
+        self.transfers.check_room()
+        if sum(len(entry.lengths) for entry in request.lists) > _BIG:
+            node, parts = await asyncio.to_thread(self._plan, request)
+            self._check_open()
+        else:
+            node, parts = self._plan(request)
+        regions = self._local_regions(subject, request)
+        name = ChildName(self.node, "transfers", f"t-{secrets.token_hex(6)}")
+        if node != self.node:
+            relay = Relay(name, node, self._remotes.get(node), request, subject)
+            self._begin(name, relay, relay.drive())
+            return relay
+        run = TransferRun(name, request, parts, regions, subject, lambda kind: self.fabrics[kind].limits, self._moved)
+        self._begin(name, run, run.drive(self.links))
+        return run
+
+    def _plan(self, request: TransferRequest) -> tuple[str, list[Leg]]:
+        check_disjoint(request.lists)
+        node = executing_node(request.lists, self.node)
+        if node != self.node:
+            return node, []
+        return node, legs(request.lists, self.node, self.fabrics.keys(), request.fabric)
+
+    def _local_regions(self, subject: str, request: TransferRequest) -> dict[ChildName, Region]:
+        regions: dict[ChildName, Region] = {}
+        for entry in request.lists:
+            for name, action in ((entry.source, Action.READ), (entry.destination, Action.WRITE)):
+                if name.node == self.node:
+                    regions[name] = region = self.regions.find(name)
+                    region.check_usable()
+                    self.policy.check(subject, action, name, region.owner)
+                    entry.check_inside(name, region.memory.length)
+                else:
+                    self._remotes.get(name.node)  # an unknown node is refused at once
+        return regions
+
+    def _begin(self, name: ChildName, transfer: Transfer, drive: Coroutine[None, None, None]) -> None:
+        self.transfers.add(name, transfer)
+        self._spawn(self._drive(name, drive))
+
+    async def _drive(self, name: ChildName, drive: Coroutine[None, None, None]) -> None:
+        await drive
+        facts = self.transfers.ended(name)
+        self._metrics.transfer_ended(
+            outcome=facts.state,
+            reason=facts.error.reason if facts.error else None,
+            direction=facts.direction,
+            fabric=facts.fabric if facts.path else None,
+            path=facts.path,
+            size=facts.bytes_total,
+            seconds=facts.duration or 0.0,
+        )
+
+    def _moved(self, leg: Leg, path: Path, size: int) -> None:
+        self._metrics.transfer_bytes(leg.direction, leg.fabric, path, size)
+
+    def transfer(self, name: ChildName) -> TransferFacts:
+        """Return a transfer of this node. Raises TransferNotFound, WrongNode."""
+        self._check_here(name)
+        return self.transfers.facts(name)
+
+    async def cancel_transfer(self, subject: str, name: ChildName) -> TransferFacts:
+        """Cancel and wait for the fence. Raises TransferNotFound, AccessDenied, WrongNode."""
+        facts = self.transfer(name)
+        self.policy.check(subject, Action.MANAGE, name, facts.owner)
+        running = self.transfers.find_running(name)
+        if running is None:
+            return facts
+        running.fail(TransferCancelled(f"{name} was cancelled by {subject}.", transfer=name))
+        await running.ended.wait()
+        return running.facts
+
+    # facts
+
+    def node_facts(self) -> NodeFacts:
+        """Return this node as told to others."""
+        entry = self.directory.nodes().get(self.node)
+        links = sum(self.links.counts().values()) + sum(self.serving.link_counts().values())
+        return NodeFacts(
+            node=self.node,
+            address=entry.address if entry else "",
+            epoch=self.epoch,
+            version=VERSION,
+            fabrics=tuple(self.fabrics),
+            started_at=self.started_at,
+            region_count=len(self.regions),
+            region_bytes=sum(region.memory.length for region in self.regions),
+            running_transfer_count=self.transfers.running_count,
+            link_count=links,
+            grant_count=self.serving.grant_count,
+        )
+
+    async def find_node(self, node: str) -> NodeFacts:
+        """Return a node: this one, or what another one answers. Raises NodeNotFound, NodeUnreachable."""
+        return self.node_facts() if node == self.node else await self._remotes.get(node).node_facts()
+
+    def device_facts(self) -> list[DeviceFacts]:
+        """Return this node's devices in order of their names."""
+        counts = Counter(region.device.name for region in self.regions)
+        return [
+            DeviceFacts(name, device.kind, device.size, device.available, device.path, counts[name])
+            for name, device in sorted(self.devices.items())
+        ]
+
+    # life
+
+    def _grant_source(self, node: str) -> GrantSource:
+        return OwnNode(self.serving, node) if node == self.node else self._remotes.get(node)
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise ShuttingDown(f"nodes/{self.node} is shutting down. Try another node, or again after its restart.")
+
+    def _check_here(self, name: ChildName) -> None:
+        if name.node != self.node:
+            entry = self.directory.nodes().get(name.node)
+            where = f"ask that node at {entry.address}" if entry else "the directory does not know that node"
+            raise WrongNode(
+                f"{name} belongs to nodes/{name.node}, this is nodes/{self.node}; {where}.",
+                node=name.node,
+                address=entry.address if entry else "",
+            )
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def tend(self) -> None:
+        """Close idle links, for as long as the daemon runs."""
+        while True:
+            await asyncio.sleep(_TEND)
+            self.links.close_idle()
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new work, wait up to `grace` seconds for running transfers to end, then fail them."""
+        self._draining = True
+        waits = [transfer.ended.wait() for transfer in self.transfers.running()]
+        try:
+            async with asyncio.timeout(grace):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            error = ShuttingDown(f"nodes/{self.node} is shutting down and its grace time of {grace:g} s is over.")
+            for transfer in self.transfers.running():
+                transfer.fail(error)
+            await asyncio.gather(*(transfer.ended.wait() for transfer in self.transfers.running()))
+
+    async def close(self) -> None:
+        """End regions, links, grants and devices in that order; `drain` has ended the transfers."""
+        self._draining = True
+        await self.regions.close(ShuttingDown(f"nodes/{self.node} is shutting down."))
+        await self.links.close()
+        await self.serving.close()
+        await asyncio.gather(*self._tasks)
+        await self._remotes.close()
+        for device in self.devices.values():
+            await device.close()
+
+
+_TEND = 5.0

@@ -1,0 +1,275 @@
+"""Links to other nodes as initiator: opened on demand, shared by transfers, closed when idle.
+
+Rules of this file:
+
+* One link per remote node and fabric; the transfers on it take turns, one slice each, so that a large
+  one does not hold up a small one. At most the fabric's window is outstanding.
+* Grants are kept with the link and reused until half their time has passed.
+* A link that goes down completes all it had, is forgotten, and is opened anew on the next use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peermem.core.errors import NodeUnreachable, PeermemError
+from peermem.core.names import ChildName
+from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
+from peermem.remote.base import GrantSource
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldGrant:
+    """A grant that this node holds on a remote region."""
+
+    grant_id: int
+    key: RemoteKey = field(repr=False)
+    acquired_at: float
+    """By the monotonic clock, before the request was sent."""
+    ttl: float
+
+    def fresh(self, now: float) -> bool:
+        """Whether it has half its time left: good for new work."""
+        return now < self.acquired_at + self.ttl / 2
+
+    def safe(self, now: float) -> bool:
+        """Whether it has a quarter of its time left: good for one more slice."""
+        return now < self.acquired_at + self.ttl * 3 / 4
+
+
+class Worker(Protocol):
+    """One transfer's part on a link."""
+
+    def next_request(self, wr_id: int) -> WorkRequest | None:
+        """Return the next slice to post, or None when there is none now."""
+
+    def completed(self, request: WorkRequest, status: Status) -> None:
+        """A slice of this worker ended."""
+
+
+class OutboundLink:
+    """One link of this node to another (or to itself, for the local fabric)."""
+
+    def __init__(self, node: str, fabric: Fabric, source: GrantSource, clock: Clock) -> None:
+        """`source` is the daemon at the far end, the short name of whose node is `node`."""
+        self.node = node
+        self.fabric = fabric
+        self.source = source
+        self.down_cause: tuple[LinkEnd, str] | None = None
+        self.used_at = clock()
+        self.on_down: Callable[[], None] = lambda: None
+        self._clock = clock
+        self._link: Link | None = None
+        self._link_id = b""
+        self._epoch = ""
+        self._grants: dict[tuple[ChildName, Rights, str], HeldGrant] = {}
+        self._acquiring: dict[tuple[ChildName, Rights, str], asyncio.Task[HeldGrant]] = {}
+        self._turns: deque[Worker] = deque()
+        self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
+        self._bytes = 0
+        self._next_id = 0
+
+    async def open(self, rails: int) -> None:
+        """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
+        self._link = await self.fabric.connect(self._exchange, self, rails)
+
+    async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
+        opened = await self.source.open_link(offer)
+        self._link_id, self._epoch = opened.attributes.link_id, opened.epoch
+        return opened.attributes
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is outstanding or waiting."""
+        return not self._outstanding and not self._turns and not self._acquiring
+
+    @property
+    def grant_count(self) -> int:
+        """Grants kept for reuse."""
+        return len(self._grants)
+
+    async def grant(self, region: ChildName, right: Rights, subject: str) -> HeldGrant:
+        """Return a fresh grant on a region, from before where there is one. Raises as acquire_grant."""
+        self.used_at = self._clock()
+        wanted = (region, right, subject)
+        held = self._grants.get(wanted)
+        if held is not None and held.fresh(self.used_at):
+            return held
+        task = self._acquiring.get(wanted)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._acquire(wanted))
+            self._acquiring[wanted] = task
+            task.add_done_callback(lambda _: self._acquiring.pop(wanted, None))
+        return await asyncio.shield(task)
+
+    def forget_grant(self, region: ChildName, right: Rights, subject: str, refused: HeldGrant) -> None:
+        """Don't reuse a grant that the far end refused or that was released."""
+        wanted = (region, right, subject)
+        if self._grants.get(wanted) is refused:
+            del self._grants[wanted]
+
+    async def _acquire(self, wanted: tuple[ChildName, Rights, str]) -> HeldGrant:
+        region, right, subject = wanted
+        before = self._clock()
+        granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject)
+        held = HeldGrant(granted.grant_id, granted.key, before, granted.ttl)
+        self._grants[wanted] = held
+        return held
+
+    async def fence(self, held: HeldGrant) -> None:
+        """Return when no byte can move any more under a grant: released, the far end dead, or its time over."""
+        dead = self.down_cause is not None and self.down_cause[0] is LinkEnd.REMOTE_CLOSED
+        try:
+            async with asyncio.timeout(_FENCE_TIMEOUT):
+                await self.source.release_grants(self._link_id, [held.grant_id])
+                return
+        except NodeUnreachable:
+            if dead:
+                return
+        except (TimeoutError, PeermemError):
+            pass
+        await asyncio.sleep(max(0.0, held.acquired_at + held.ttl + _CLOCK_SLACK - self._clock()))
+
+    async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
+        """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
+        return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
+
+    def want(self, worker: Worker) -> None:
+        """Give `worker` turns until it has no request; not to be called while it has turns."""
+        self._turns.append(worker)
+        self._fill()
+
+    def _fill(self) -> None:
+        link = self._link
+        window = self.fabric.limits.window_bytes
+        while self._turns and self._bytes < window:
+            worker = self._turns.popleft()
+            self._next_id += 1
+            request = worker.next_request(self._next_id)
+            if request is None:
+                continue
+            self._turns.append(worker)
+            self._outstanding[request.wr_id] = (worker, request)
+            self._bytes += request.ranges.total
+            try:
+                if link is None or self.down_cause is not None:
+                    raise LinkClosed
+                link.post(request)
+            except LinkClosed:
+                asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
+
+    def completed(self, completions: list[Completion]) -> None:
+        """See LinkEvents."""
+        self.used_at = self._clock()
+        for completion in completions:
+            worker, request = self._outstanding.pop(completion.wr_id)
+            self._bytes -= request.ranges.total
+            worker.completed(request, completion.status)
+        self._fill()
+
+    def down(self, end: LinkEnd, cause: str) -> None:
+        """See LinkEvents."""
+        self.down_cause = (end, cause)
+        self.on_down()
+
+    async def close(self) -> None:
+        """Close both ends. The far end being gone is no error."""
+        if self._link is not None:
+            await self._link.close()
+        if self._link_id:
+            try:
+                async with asyncio.timeout(_FENCE_TIMEOUT):
+                    await self.source.close_link(self._link_id)
+            except (TimeoutError, PeermemError):
+                pass  # the far end ends the link itself when its connections close
+
+
+_FENCE_TIMEOUT = 2.0
+_CLOCK_SLACK = 1.0
+
+
+class LinkTable:
+    """All links of this node as initiator."""
+
+    def __init__(
+        self,
+        fabrics: Mapping[FabricKind, Fabric],
+        source: Callable[[str], GrantSource],
+        *,
+        rails: int,
+        idle: float,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`source(node)` returns the daemon of a node or raises NodeNotFound; `idle` seconds close a link."""
+        self._fabrics = fabrics
+        self._source = source
+        self._rails = rails
+        self._idle = idle
+        self._clock = clock
+        self._opening: dict[tuple[str, FabricKind], asyncio.Task[OutboundLink]] = {}
+        self._links: dict[tuple[str, FabricKind], OutboundLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def counts(self) -> dict[FabricKind, int]:
+        """Open links by fabric."""
+        counts = dict.fromkeys(self._fabrics, 0)
+        for _, kind in self._links:
+            counts[kind] += 1
+        return counts
+
+    @property
+    def grant_count(self) -> int:
+        """Grants held on regions of remote nodes."""
+        return sum(link.grant_count for link in self._links.values())
+
+    async def get(self, node: str, kind: FabricKind) -> OutboundLink:
+        """Return the link to a node, opened if need be. Raises NodeUnreachable, NodeNotFound."""
+        key = (node, kind)
+        link = self._links.get(key)
+        if link is not None:
+            return link
+        task = self._opening.get(key)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._open(node, kind))
+            self._opening[key] = task
+            task.add_done_callback(lambda _: self._opening.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _open(self, node: str, kind: FabricKind) -> OutboundLink:
+        link = OutboundLink(node, self._fabrics[kind], self._source(node), self._clock)
+        link.on_down = lambda: self.discard(link)
+        await link.open(self._rails)
+        self._links[node, kind] = link
+        return link
+
+    def discard(self, link: OutboundLink) -> None:
+        """Close a link and forget it: it is down, idle, or unknown at its far end."""
+        key = (link.node, link.fabric.kind)
+        if self._links.get(key) is link:
+            del self._links[key]
+            closing = asyncio.get_running_loop().create_task(link.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def close_idle(self) -> None:
+        """Close the links that had nothing to do for the idle time; call now and then."""
+        limit = self._clock() - self._idle
+        for link in list(self._links.values()):
+            if link.idle and link.used_at < limit:
+                self.discard(link)
+
+    async def close(self) -> None:
+        """Close all links."""
+        for task in list(self._opening.values()):
+            task.cancel()
+        for link in list(self._links.values()):
+            self.discard(link)
+        await asyncio.gather(*self._closing)

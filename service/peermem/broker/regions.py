@@ -1,0 +1,188 @@
+"""The table of this node's regions: who owns each, what keeps it alive, and how it ends.
+
+Rules of this file:
+
+* A region ends in one order: no new work (DRAINING), its transfers fail and are fenced, its grants are
+  revoked, its memory is closed, its name is free again.
+* Every region has an end: by hand, by its session, by its time to live, or with the daemon.
+* Ending a region twice waits for the same end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Protocol
+
+from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
+from peermem.core.names import ChildName
+from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
+from peermem.core.types import LeaseKind
+from peermem.device.base import Device, DeviceMemory
+
+
+class RegionUser(Protocol):
+    """Something that touches a region's memory: a running transfer or a stream of bytes."""
+
+    def fail(self, error: PeermemError) -> None:
+        """Stop for this reason."""
+
+    async def settled(self) -> None:
+        """Wait until it touches the memory no more."""
+
+
+class Region:
+    """One region of this node."""
+
+    def __init__(
+        self,
+        name: ChildName,
+        device: Device,
+        memory: DeviceMemory,
+        owner: str,
+        labels: Mapping[str, str],
+        lease: Lease,
+        session: str,
+    ) -> None:
+        """`session` is the token of the session that the region's lease is tied to, or empty."""
+        self.name = name
+        self.device = device
+        self.memory = memory
+        self.owner = owner
+        self.labels = labels
+        self.lease = lease
+        self.session = session
+        self.state = State.READY
+        self.created_at = time.time()
+        self.expires_at: float | None = None
+        self.users: set[RegionUser] = set()
+        self.timer: asyncio.TimerHandle | None = None
+        self.end: asyncio.Task[None] | None = None
+
+    def advance(self, event: Event) -> None:
+        """Follow the table of the core; an absent pair is a defect."""
+        self.state = TRANSITIONS[self.state, event]
+
+    def check_usable(self) -> None:
+        """Raise RegionDeleted or RegionRevoked unless transfers may use the region."""
+        if self.state is State.REVOKED:
+            raise RegionRevoked(f"{self.name}: device {self.device.name} took its memory back.", region=self.name)
+        if self.state is not State.READY:
+            raise RegionDeleted(f"{self.name} is being deleted.", region=self.name)
+
+    @property
+    def facts(self) -> RegionFacts:
+        """The region as told to callers."""
+        return RegionFacts(
+            name=self.name,
+            length=self.memory.length,
+            device=self.device.name,
+            owner=self.owner,
+            labels=self.labels,
+            lease=self.lease,
+            expires_at=self.expires_at,
+            path=self.device.path,
+            state=self.state,
+            created_at=self.created_at,
+        )
+
+
+class RegionTable:
+    """All regions of this node by the last part of their names."""
+
+    def __init__(self, node: str, limit: int, revoke_grants: Callable[[Region], Awaitable[None]]) -> None:
+        """`revoke_grants` ends all grants on a region and returns when no access runs under them."""
+        self._node = node
+        self._limit = limit
+        self._revoke_grants = revoke_grants
+        self._regions: dict[str, Region] = {}
+        self._reserved: set[str] = set()
+        self._by_session: dict[str, set[Region]] = {}
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions.values())
+
+    def reserve(self, region_id: str) -> None:
+        """Keep a name for `add`. Raises RegionExists, LimitReached."""
+        if region_id in self._regions or region_id in self._reserved:
+            name = ChildName(self._node, "regions", region_id)
+            raise RegionExists(f"{name} exists already. Delete it or choose another name.", region=name)
+        if len(self._regions) + len(self._reserved) >= self._limit:
+            raise LimitReached(
+                f"nodes/{self._node} holds {self._limit} regions, its limit. Delete some or raise region.max_regions.",
+                limit=self._limit,
+            )
+        self._reserved.add(region_id)
+
+    def release(self, region_id: str) -> None:
+        """Give up a reserved name."""
+        self._reserved.discard(region_id)
+
+    def add(self, region: Region) -> None:
+        """Enter a region under its reserved name and start its lease."""
+        self._reserved.discard(region.name.id)
+        self._regions[region.name.id] = region
+        if region.lease.kind is LeaseKind.SESSION:
+            self._by_session.setdefault(region.session, set()).add(region)
+        if region.lease.kind is LeaseKind.TTL:
+            self.renew(region)
+
+    def find(self, name: ChildName) -> Region:
+        """Return a region in whatever state. Raises RegionNotFound."""
+        region = self._regions.get(name.id)
+        if region is None or name.node != self._node:
+            raise RegionNotFound(f"{name} does not exist on nodes/{self._node}.", region=name)
+        return region
+
+    def page(self, after: str, size: int, labels: Mapping[str, str]) -> list[Region]:
+        """Return up to `size` regions behind the id `after`, in order, that carry all `labels`."""
+        wanted = labels.items()
+        ids = sorted(key for key in self._regions if key > after)
+        found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
+        return [region for region, _ in zip(found, range(size), strict=False)]
+
+    def renew(self, region: Region) -> None:
+        """Move the end of a TTL lease to its time to live from now."""
+        if region.timer is not None:
+            region.timer.cancel()
+        error = RegionDeleted(f"{region.name} was not renewed within its lease.", region=region.name)
+        loop = asyncio.get_running_loop()
+        region.timer = loop.call_later(region.lease.ttl, self.start_end, region, error)
+        region.expires_at = time.time() + region.lease.ttl
+
+    def start_end(self, region: Region, error: PeermemError) -> asyncio.Task[None]:
+        """Begin to end a region for this reason; the task is done when it is gone."""
+        if region.end is None:
+            region.advance(Event.DELETE)
+            region.end = asyncio.get_running_loop().create_task(self._end(region, error))
+        return region.end
+
+    async def end_session(self, session: str) -> None:
+        """End all regions that only this session held."""
+        held = self._by_session.pop(session, set())
+        error = "{} ended with the job that made it."
+        await asyncio.gather(
+            *(self.start_end(region, RegionDeleted(error.format(region.name), region=region.name)) for region in held)
+        )
+
+    async def close(self, error: PeermemError) -> None:
+        """End all regions."""
+        await asyncio.gather(*(self.start_end(region, error) for region in list(self._regions.values())))
+
+    async def _end(self, region: Region, error: PeermemError) -> None:
+        if region.timer is not None:
+            region.timer.cancel()
+        for user in list(region.users):
+            user.fail(error)
+        while region.users:
+            await asyncio.gather(*(user.settled() for user in list(region.users)))
+        await self._revoke_grants(region)
+        region.memory.close()
+        region.advance(Event.DRAINED)
+        del self._regions[region.name.id]
+        if region.session:
+            self._by_session.get(region.session, set()).discard(region)

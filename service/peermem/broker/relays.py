@@ -1,0 +1,119 @@
+"""A transfer between two other nodes: one of them runs it, this node relays its progress.
+
+Rules of this file:
+
+* The client's identity and the request_id travel along, so that asking twice starts it once.
+* Contact that breaks is sought again for a while. If it stays lost, the transfer fails here and says
+  that it may go on there: only the node that runs it can raise the fence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from peermem.core.errors import NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
+from peermem.core.names import ChildName
+from peermem.core.plan import Direction
+from peermem.core.transfer import State, TransferFacts, TransferRequest
+from peermem.remote.base import RemoteNode
+
+_PATIENCE = 10.0
+"""Seconds without contact after which the transfer is given up."""
+_RETRY = 0.5
+
+
+class Relay:
+    """A transfer that another node runs; a `runs.Transfer`."""
+
+    def __init__(self, name: ChildName, node: str, remote: RemoteNode, request: TransferRequest, owner: str) -> None:
+        """`remote` is the daemon of `node`, which runs the transfer."""
+        self.owner = owner
+        self.ended = asyncio.Event()
+        self.facts = TransferFacts(
+            name=name,
+            state=State.PENDING,
+            bytes_total=request.total,
+            bytes_done=0,
+            segment_count=request.segment_count,
+            fabric=None,
+            direction=Direction.RELAYED,
+            owner=owner,
+            error=None,
+            created_at=time.time(),
+            duration=None,
+            crc32c=None,
+        )
+        self._node = node
+        self._remote = remote
+        self._request = request
+        self._there: ChildName | None = None
+        self._wish: PeermemError | None = None
+        self._cancelling: asyncio.Task[None] | None = None
+        self._began = time.monotonic()
+        self._contact = self._began
+
+    async def drive(self) -> None:
+        """Carry the transfer to its end; never raises."""
+        try:
+            facts = await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
+            self._there = facts.name
+            self._take(facts)
+            if self._wish is not None:
+                self._cancel_there(facts.name)
+            await self._follow(facts.name)
+        except PeermemError as error:
+            self.facts = replace(self.facts, state=State.FAILED, error=error)
+        if self._wish is not None and self.facts.state is State.CANCELLED:
+            state = State.CANCELLED if isinstance(self._wish, TransferCancelled) else State.FAILED
+            self.facts = replace(self.facts, state=state, error=self._wish)
+        self.facts = replace(self.facts, duration=time.monotonic() - self._began)
+        self.ended.set()
+
+    def fail(self, error: PeermemError) -> None:
+        """See Transfer: has the other node cancel; the outcome comes from there."""
+        if self._wish is None:
+            self._wish = error
+            if self._there is not None:
+                self._cancel_there(self._there)
+
+    async def _follow(self, name: ChildName) -> None:
+        while not self.facts.state.ended:
+            try:
+                async for facts in self._remote.watch_transfer(name):
+                    self._take(facts)
+            except TransferNotFound:
+                raise NodeUnreachable(
+                    f"nodes/{self._node}, which ran {self.facts.name}, was restarted; the transfer ended with it.",
+                    node=self._node,
+                ) from None
+            except NodeUnreachable as error:
+                if time.monotonic() - self._contact > _PATIENCE:
+                    raise NodeUnreachable(
+                        f"Contact to nodes/{self._node}, which runs {name}, is lost: {error.message} "
+                        "If that daemon lives, the transfer may go on there.",
+                        node=self._node,
+                        executed_by=name,
+                    ) from error
+                await asyncio.sleep(_RETRY)
+
+    def _take(self, facts: TransferFacts) -> None:
+        self._contact = time.monotonic()
+        self.facts = replace(
+            self.facts,
+            state=facts.state,
+            bytes_done=facts.bytes_done,
+            fabric=facts.fabric,
+            error=facts.error,
+            crc32c=facts.crc32c,
+            executed_by=str(facts.name),
+        )
+
+    def _cancel_there(self, name: ChildName) -> None:
+        self._cancelling = asyncio.get_running_loop().create_task(self._cancel(name))
+
+    async def _cancel(self, name: ChildName) -> None:
+        with suppress(PeermemError):  # the outcome, or the loss of contact, is seen by _follow
+            await self._remote.cancel_transfer(name, self.owner)

@@ -1,0 +1,190 @@
+"""One transfer that this node runs: prepare, move, fence or verify, end.
+
+Rules of this file:
+
+* What a transfer may do next is decided by `core.transfer`; here it is carried out.
+* Local regions of a transfer can't end while it uses their memory; asked to, they make it fail first.
+* It ends once: when everything that it posted has come back, the far end is fenced where it must be,
+  and the checksums agree where that was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import structlog
+
+from peermem.broker.legs import LegRun
+from peermem.broker.links import LinkTable
+from peermem.broker.regions import Region
+from peermem.core.errors import Internal, PeermemError, Timeout
+from peermem.core.names import ChildName
+from peermem.core.plan import Leg, slices
+from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
+from peermem.core.types import FabricKind, Path
+from peermem.fabric.base import FabricLimits
+
+log = structlog.get_logger(__name__)
+
+
+class Transfer(Protocol):
+    """A transfer in the broker's table, run here or relayed."""
+
+    owner: str
+    ended: asyncio.Event
+    """Set when it has ended and its fence is up."""
+
+    @property
+    def facts(self) -> TransferFacts:
+        """The transfer as it stands."""
+
+    def fail(self, error: PeermemError) -> None:
+        """End it for this reason; `ended` follows."""
+
+
+class TransferRun:
+    """A transfer that this node runs; a `legs.LegHost`, a `regions.RegionUser` and a `Transfer`."""
+
+    def __init__(
+        self,
+        name: ChildName,
+        request: TransferRequest,
+        legs: Sequence[Leg],
+        regions: dict[ChildName, Region],
+        owner: str,
+        limits: Callable[[FabricKind], FabricLimits],
+        moved: Callable[[Leg, Path, int], None],
+    ) -> None:
+        """`regions` are all local ones; `moved` is told of bytes in place.
+
+        Raises RegionDeleted or RegionRevoked when a region is not usable.
+        """
+        self.name = name
+        self.owner = owner
+        self.clock = time.monotonic
+        self.moved = moved
+        self.ended = asyncio.Event()
+        self._request = request
+        self._created_at = time.time()
+        self._began = self.clock()
+        self._duration: float | None = None
+        self._crc32c: int | None = None
+        self._drained = asyncio.Event()
+        self._preparation: asyncio.Future[list[None]] | None = None
+        self._helpers: set[asyncio.Task[None]] = set()
+        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
+        self._regions = regions
+        pieces = [slices(leg.ranges, limits(leg.fabric).slice_bytes, limits(leg.fabric).slice_ranges) for leg in legs]
+        self.machine = TransferMachine(pieces, request.total)
+        for region in regions.values():
+            region.check_usable()
+        for region in regions.values():
+            region.users.add(self)
+
+    @property
+    def facts(self) -> TransferFacts:
+        """See Transfer."""
+        first = self._legs[0].leg
+        return TransferFacts(
+            name=self.name,
+            state=self.machine.state,
+            bytes_total=self.machine.total,
+            bytes_done=self.machine.done,
+            segment_count=self._request.segment_count,
+            fabric=first.fabric,
+            direction=first.direction,
+            owner=self.owner,
+            error=self.machine.error,
+            created_at=self._created_at,
+            duration=self._duration,
+            crc32c=self._crc32c,
+            path=self._legs[0].path,
+        )
+
+    async def drive(self, links: LinkTable) -> None:
+        """Carry the transfer to its end; never raises."""
+        timer = None
+        if self._request.timeout is not None:
+            timer = asyncio.get_running_loop().call_later(self._request.timeout, self._time_out)
+        try:
+            await self._work(links)
+        except PeermemError as error:
+            self.machine.fail(error)
+        except Exception:
+            log.exception("transfer_defect", transfer=str(self.name))
+            self.machine.fail(Internal(f"{self.name} met a defect of the daemon; its log has the details."))
+        finally:
+            await self._drained_and_fenced()
+            if timer is not None:
+                timer.cancel()
+            self._end()
+
+    def fail(self, error: PeermemError) -> None:
+        """See Transfer."""
+        self.machine.fail(error)
+        if self._preparation is not None:
+            self._preparation.cancel()
+        self.check_drained()
+
+    def check_drained(self) -> None:
+        """See LegHost."""
+        if self.machine.drained:
+            self._drained.set()
+
+    def hold(self, task: asyncio.Task[None]) -> None:
+        """See LegHost."""
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
+
+    async def settled(self) -> None:
+        """See RegionUser."""
+        await self.ended.wait()
+
+    async def _work(self, links: LinkTable) -> None:
+        if self.machine.error is None:
+            await self._prepare(links)
+        self.machine.start()
+        if self.machine.error is None:
+            for leg in self._legs:
+                leg.link.want(leg)
+            await self._drained.wait()
+        if self._request.checksum and self.machine.error is None:
+            value = 0
+            for leg in self._legs:
+                value = await leg.verify(value)
+            self._crc32c = value
+
+    async def _prepare(self, links: LinkTable) -> None:
+        self._preparation = asyncio.gather(*(leg.prepare(links) for leg in self._legs))
+        try:
+            await self._preparation
+        except asyncio.CancelledError:
+            if self.machine.error is None:
+                raise
+        finally:
+            self._preparation = None
+
+    async def _drained_and_fenced(self) -> None:
+        self.check_drained()
+        await self._drained.wait()
+        await asyncio.gather(*(self._legs[index].fence() for index in self.machine.unfenced))
+
+    def _end(self) -> None:
+        self.machine.finish()
+        self._duration = self.clock() - self._began
+        for region in self._regions.values():
+            region.users.discard(self)
+        self.ended.set()
+
+    def _time_out(self) -> None:
+        limit = self._request.timeout or 0.0
+        self.fail(
+            Timeout(
+                f"{self.name} did not end within its timeout of {limit:g} s; "
+                f"{self.machine.done} of {self.machine.total} bytes are in place.",
+                timeout=limit,
+            )
+        )

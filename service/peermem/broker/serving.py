@@ -1,0 +1,241 @@
+"""This node's memory as others reach it: accepted links and the grants on its regions.
+
+Rules of this file:
+
+* A grant belongs to one accepted link, one region and one run of this daemon, and ends with each of
+  them, by release, or by time; whichever is first.
+* What releases a grant returns only when no access runs under it: that is the fence of a transfer.
+* The policy is asked here, at the node that owns the region, for the client's identity.
+* This daemon uses its own regions through the same door (`GrantSource`), so there is one way to a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peermem.broker.access import checksum
+from peermem.broker.regions import Region
+from peermem.core.errors import (
+    FabricUnavailable,
+    GrantRefused,
+    LimitReached,
+    LinkNotFound,
+    OutOfRange,
+    SegmentsMismatch,
+    ShuttingDown,
+    StaleEpoch,
+)
+from peermem.core.names import ChildName
+from peermem.core.policy import Action, Policy
+from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
+from peermem.fabric.base import Fabric
+from peermem.remote.base import GrantedKey, GrantSource, OpenedLink
+
+MAX_LINKS, MAX_GRANTS = 4096, 262_144
+"""Bounds of what remote nodes may open here."""
+
+
+@dataclass(slots=True)
+class _Grant:
+    grant_id: int
+    region: Region
+    rights: Rights
+    link_id: bytes = field(repr=False)
+    key: RemoteKey = field(repr=False)
+    fabric: Fabric
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _AcceptedLink:
+    fabric: Fabric
+    node: str
+    grants: set[int] = field(default_factory=set)
+
+
+class Serving:
+    """Accepted links and their grants."""
+
+    def __init__(
+        self,
+        epoch: str,
+        fabrics: Mapping[FabricKind, Fabric],
+        find: Callable[[ChildName], Region],
+        policy: Policy,
+        grant_ttl: float,
+    ) -> None:
+        self.epoch = epoch
+        self._fabrics = fabrics
+        self._find = find
+        self._policy = policy
+        self._ttl = grant_ttl
+        self._links: dict[bytes, _AcceptedLink] = {}
+        self._grants: dict[int, _Grant] = {}
+        self._by_region: dict[Region, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def grant_count(self) -> int:
+        """Grants that are alive."""
+        return len(self._grants)
+
+    def link_counts(self) -> dict[FabricKind, int]:
+        """Accepted links by fabric."""
+        counts = dict.fromkeys(self._fabrics, 0)
+        for link in self._links.values():
+            counts[link.fabric.kind] += 1
+        return counts
+
+    def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
+        """Accept a link of `node`. Raises FabricUnavailable, LimitReached, ShuttingDown."""
+        if self._closed:
+            raise ShuttingDown("This daemon is shutting down; it takes no new links.")
+        fabric = self._fabrics.get(offer.fabric)
+        if fabric is None:
+            raise FabricUnavailable(f"This node does not serve the {offer.fabric.value} fabric.")
+        if len(self._links) >= MAX_LINKS:
+            raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
+        attributes = fabric.accept(offer)
+        self._links[attributes.link_id] = _AcceptedLink(fabric, node)
+        return OpenedLink(attributes, self.epoch)
+
+    async def close_link(self, link_id: bytes) -> None:
+        """End an accepted link and its grants. Unknown ids are no error."""
+        link = self._links.pop(link_id, None)
+        if link is None:
+            return
+        await link.fabric.hang_up(link_id)
+        for grant_id in link.grants:
+            self._drop(grant_id)
+
+    def link_lost(self, link_id: bytes) -> None:
+        """The fabric reports that an accepted link is gone."""
+        self._spawn(self.close_link(link_id))
+
+    def acquire(self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str) -> GrantedKey:
+        """Give a link the right to a whole region. Raises as GrantSource.acquire_grant."""
+        link = self._link(link_id, epoch)
+        region = self._find(region_name)
+        region.check_usable()
+        action = Action.WRITE if right is Rights.WRITE else Action.READ
+        self._policy.check(subject, action, region.name, region.owner)
+        if len(self._grants) >= MAX_GRANTS:
+            raise LimitReached(f"This node has {MAX_GRANTS} grants open, its limit.", limit=MAX_GRANTS)
+        key = link.fabric.grant(link_id, region.memory, 0, region.memory.length, right, self._ttl)
+        grant = _Grant(secrets.randbits(63) | 1, region, right, link_id, key, link.fabric)
+        grant.timer = asyncio.get_running_loop().call_later(self._ttl, self._expire, grant.grant_id)
+        self._grants[grant.grant_id] = grant
+        self._by_region.setdefault(region, set()).add(grant.grant_id)
+        link.grants.add(grant.grant_id)
+        return GrantedKey(grant.grant_id, key, self._ttl)
+
+    async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
+        for grant_id in grant_ids:
+            grant = self._grants.get(grant_id)
+            if grant is not None and grant.link_id == link_id:
+                await self._end(grant)
+
+    async def revoke_region(self, region: Region) -> None:
+        """End all grants on a region; afterwards no byte of it moves under them."""
+        grants = [self._grants[grant_id] for grant_id in self._by_region.get(region, ())]
+        await asyncio.gather(*(self._end(grant) for grant in grants))
+
+    async def checksum(
+        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
+    ) -> int:
+        """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange,
+        SegmentsMismatch, RegionDeleted."""
+        grant = self._grants.get(grant_id)
+        if grant is None or grant.link_id != link_id:
+            raise GrantRefused("The grant to checksum under has ended.")
+        length = grant.region.memory.length
+        if len(offsets) != len(lengths):
+            raise SegmentsMismatch(f"{len(offsets)} offsets and {len(lengths)} lengths were given to checksum.")
+        ranges = list(zip(offsets, lengths, strict=True))
+        if any(offset + size > length for offset, size in ranges):
+            raise OutOfRange(f"A range to checksum is outside {grant.region.name} of {length} bytes.")
+        return await checksum(grant.region, ranges, initial)
+
+    async def close(self) -> None:
+        """End all links and grants and accept no more."""
+        self._closed = True
+        await asyncio.gather(*(self.close_link(link_id) for link_id in list(self._links)))
+        await asyncio.gather(*self._tasks)
+
+    def _link(self, link_id: bytes, epoch: str) -> _AcceptedLink:
+        if epoch != self.epoch:
+            raise StaleEpoch("The link belongs to an earlier run of this daemon. Open a new one.")
+        link = self._links.get(link_id)
+        if link is None:
+            raise LinkNotFound("The link is not open here (any more). Open a new one.")
+        return link
+
+    async def _end(self, grant: _Grant) -> None:
+        await grant.fabric.revoke(grant.key)
+        self._drop(grant.grant_id)
+
+    def _expire(self, grant_id: int) -> None:
+        grant = self._grants.get(grant_id)
+        if grant is not None:
+            self._spawn(self._end(grant))
+
+    def _drop(self, grant_id: int) -> None:
+        grant = self._grants.pop(grant_id, None)
+        if grant is None:
+            return
+        if grant.timer is not None:
+            grant.timer.cancel()
+        held = self._by_region[grant.region]
+        held.discard(grant_id)
+        if not held:
+            del self._by_region[grant.region]
+        link = self._links.get(grant.link_id)
+        if link is not None:
+            link.grants.discard(grant_id)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class OwnNode:
+    """This daemon as its own `GrantSource`, for transfers between two regions of this node."""
+
+    def __init__(self, serving: Serving, node: str) -> None:
+        self._serving = serving
+        self._node = node
+
+    async def open_link(self, offer: LinkAttributes) -> OpenedLink:
+        """See GrantSource."""
+        return self._serving.open_link(self._node, offer)
+
+    async def close_link(self, link_id: bytes) -> None:
+        """See GrantSource."""
+        await self._serving.close_link(link_id)
+
+    async def acquire_grant(
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+    ) -> GrantedKey:
+        """See GrantSource."""
+        return self._serving.acquire(link_id, epoch, region, right, subject)
+
+    async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        """See GrantSource."""
+        await self._serving.release(link_id, grant_ids)
+
+    async def checksum(
+        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
+    ) -> int:
+        """See GrantSource."""
+        return await self._serving.checksum(link_id, grant_id, offsets, lengths, initial)
+
+
+if TYPE_CHECKING:
+    _: type[GrantSource] = OwnNode

@@ -1,0 +1,163 @@
+"""The life of one transfer on the node that runs it: events in, work out.
+
+Rules of this file:
+
+* PENDING until the first slice may be posted, RUNNING while slices move, then one end. A transfer
+  that fails or is cancelled is FENCING until no byte of it can be written late; only then it ends.
+* A slice is posted once. `bytes_done` counts slices that completed with success: bytes known to be
+  in place.
+* After a failure no slice is posted. The first failure is the one that is reported.
+* A leg whose slice was flushed needs a fence at the far end: whether its bytes land is not known.
+* Nothing here knows links, clocks or sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+
+from peermem.core.errors import PeermemError, TransferCancelled
+from peermem.core.names import ChildName
+from peermem.core.plan import Direction
+from peermem.core.segments import SegmentList
+from peermem.core.types import FabricKind, Path, Ranges
+
+
+class State(Enum):
+    """Where a transfer is in its life; values are the contract's enum names."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    FENCING = "FENCING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing changes any more."""
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+class TransferMachine:
+    """What has moved, what is in flight and what is left of one transfer."""
+
+    def __init__(self, work: Sequence[Iterator[Ranges]], total: int) -> None:
+        """`work` are the slices of each leg, `total` the bytes of all."""
+        self.state = State.PENDING
+        self.error: PeermemError | None = None
+        self.total = total
+        self.done = 0
+        self.unfenced: set[int] = set()
+        """Legs that need a fence at the far end before the transfer may end."""
+        self._work: list[Iterator[Ranges] | None] = list(work)
+        self._in_flight: dict[int, int] = {}
+        self._left = len(work)
+
+    def start(self) -> None:
+        """All links and grants are there: slices may be taken."""
+        if self.state is State.PENDING:
+            self.state = State.RUNNING
+
+    def take(self, leg: int) -> Ranges | None:
+        """Return the next slice of a leg to post, or None when the leg has none (any more)."""
+        work = self._work[leg]
+        if work is None or self.state is not State.RUNNING:
+            return None
+        piece = next(work, None)
+        if piece is None:
+            self._work[leg] = None
+            self._left -= 1
+        else:
+            self._in_flight[leg] = self._in_flight.get(leg, 0) + 1
+        return piece
+
+    def completed(self, leg: int, size: int) -> None:
+        """A slice of `size` bytes is in place."""
+        self._in_flight[leg] -= 1
+        self.done += size
+
+    def broken(self, leg: int, error: PeermemError, *, flushed: bool) -> None:
+        """A slice failed; `flushed` when its bytes may land late unless the far end is fenced."""
+        self._in_flight[leg] -= 1
+        if flushed:
+            self.unfenced.add(leg)
+        self.fail(error)
+
+    def refused(self, leg: int, ranges: Ranges) -> None:
+        """The far end refused a slice before it wrote any of it: it will be taken again."""
+        self._in_flight[leg] -= 1
+        work = self._work[leg]
+        if work is None:
+            self._left += 1
+        self._work[leg] = chain((ranges,), work or ())
+
+    def fail(self, error: PeermemError) -> None:
+        """End the transfer for this reason, unless it has one already or has ended."""
+        if not self.state.ended and self.error is None:
+            self.error = error
+            self.state = State.FENCING
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is in flight and nothing will be."""
+        idle = not any(self._in_flight.values())
+        return idle and (self.error is not None or (self.state is State.RUNNING and self._left == 0))
+
+    def finish(self) -> State:
+        """Enter the final state; call when drained, fenced and verified. Returns it."""
+        if not self.drained:
+            raise AssertionError(f"a transfer can't end while {self._in_flight} slices are in flight")
+        if self.error is None:
+            self.state = State.SUCCEEDED
+        else:
+            self.state = State.CANCELLED if isinstance(self.error, TransferCancelled) else State.FAILED
+        return self.state
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRequest:
+    """What a caller asks for."""
+
+    lists: Sequence[SegmentList]
+    timeout: float | None = None
+    """Seconds from acceptance until it fails with Timeout."""
+    checksum: bool = False
+    fabric: FabricKind | None = None
+    """Insist on this fabric; None lets the daemon choose."""
+
+    @property
+    def total(self) -> int:
+        """Bytes to move."""
+        return sum(entry.total for entry in self.lists)
+
+    @property
+    def segment_count(self) -> int:
+        """Segments asked for."""
+        return sum(entry.count for entry in self.lists)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferFacts:
+    """A transfer as it stands, as told to callers."""
+
+    name: ChildName
+    state: State
+    bytes_total: int
+    bytes_done: int
+    segment_count: int
+    fabric: FabricKind | None
+    direction: Direction
+    owner: str
+    error: PeermemError | None
+    created_at: float
+    """Unix time."""
+    duration: float | None
+    """Seconds from acceptance to the end; None before."""
+    crc32c: int | None
+    path: Path | None = None
+    """How the memory of this node's region is reached; None for a relayed one."""
+    executed_by: str = ""
+    """Name of the transfer on the node that runs it, for a relayed one."""

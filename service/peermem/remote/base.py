@@ -1,0 +1,87 @@
+"""What the broker needs of another daemon, in core values. Every call may raise NodeUnreachable.
+
+Keys and secrets cross here and nowhere else; what holds them hides them from repr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peermem.core.names import ChildName
+from peermem.core.node import NodeFacts
+from peermem.core.transfer import TransferFacts, TransferRequest
+from peermem.core.types import LinkAttributes, RemoteKey, Rights
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedLink:
+    """What the accepting daemon answered."""
+
+    attributes: LinkAttributes
+    epoch: str
+    """Identifies the run of the accepting daemon; part of every later call on the link."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedKey:
+    """A grant as its holder has it."""
+
+    grant_id: int
+    key: RemoteKey = field(repr=False)
+    ttl: float
+    """Seconds from the answer to its end."""
+
+
+class GrantSource(Protocol):
+    """The side that owns memory and lets links access it: a remote daemon, or this one for itself."""
+
+    async def open_link(self, offer: LinkAttributes) -> OpenedLink:
+        """Have a link accepted. Raises FabricUnavailable, LimitReached, ShuttingDown."""
+
+    async def close_link(self, link_id: bytes) -> None:
+        """End a link and its grants. Unknown ids are no error."""
+
+    async def acquire_grant(
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+    ) -> GrantedKey:
+        """Get the right to a whole region. Raises RegionNotFound, RegionDeleted, RegionRevoked,
+        AccessDenied, LinkNotFound, StaleEpoch, LimitReached."""
+
+    async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        """End grants; when this returns, no byte moves under them any more."""
+
+    async def checksum(
+        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
+    ) -> int:
+        """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange."""
+
+
+class RemoteNode(GrantSource, Protocol):
+    """Another daemon."""
+
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+        """Have it run a transfer for `subject`. Raises what its CreateTransfer raises."""
+
+    def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+        """Iterate over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
+
+    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+        """Cancel for `subject`; returns when the fence is up. Raises TransferNotFound, AccessDenied."""
+
+    async def node_facts(self) -> NodeFacts:
+        """Return what it says of itself."""
+
+    async def close(self) -> None:
+        """Drop the connection."""
+
+
+class Remotes(Protocol):
+    """Every node that the directory knows, as a daemon to talk to."""
+
+    def get(self, node: str) -> RemoteNode:
+        """Return the daemon of `node`. Raises NodeNotFound."""
+
+    async def close(self) -> None:
+        """Drop all connections."""

@@ -1,0 +1,198 @@
+"""Other daemons over gRPC.
+
+Rules of this file:
+
+* Every gRPC error becomes a PeermemError here: the one that the other daemon described, else
+  NodeUnreachable.
+* Every call has a deadline; a daemon that does not answer is unreachable.
+* Connections are made on first use, kept alive by pings, and shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from peermem.core.errors import DOMAIN, NodeUnreachable, PeermemError
+from peermem.core.names import ChildName
+from peermem.core.node import NodeFacts
+from peermem.core.policy import ANONYMOUS
+from peermem.core.transfer import TransferFacts, TransferRequest
+from peermem.core.types import LinkAttributes, RemoteKey, Rights
+from peermem.remote.base import GrantedKey, OpenedLink, RemoteNode, Remotes
+from peermem.v1 import link_pb2, link_pb2_grpc, node_pb2, node_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
+
+T = TypeVar("T")
+
+_DEADLINE = 5.0
+"""Seconds for a call that the other daemon answers at once."""
+_SLOW_DEADLINE = 120.0
+"""Seconds for a call that moves or checks bytes before it answers."""
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class GrpcRemotes:
+    """All other daemons, found by a directory."""
+
+    def __init__(self, here: str, epoch: str, address_of: Callable[[str], str]) -> None:
+        """`here` and `epoch` are this node's; `address_of` returns host:port of a node or raises NodeNotFound."""
+        self._here = here
+        self._epoch = epoch
+        self._address_of = address_of
+        self._nodes: dict[str, GrpcRemoteNode] = {}
+
+    def get(self, node: str) -> RemoteNode:
+        """See Remotes."""
+        address = self._address_of(node)
+        known = self._nodes.get(node)
+        if known is None or known.address != address:
+            known = self._nodes[node] = GrpcRemoteNode(node, address, self._here, self._epoch)
+        return known
+
+    async def close(self) -> None:
+        """See Remotes."""
+        for node in self._nodes.values():
+            await node.close()
+        self._nodes.clear()
+
+
+class GrpcRemoteNode:
+    """One other daemon."""
+
+    def __init__(self, node: str, address: str, here: str, epoch: str) -> None:
+        self.address = address
+        self._node = node
+        self._here = here
+        self._epoch = epoch
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._links = link_pb2_grpc.LinkServiceStub(self._channel)
+        self._transfers = transfer_pb2_grpc.TransferServiceStub(self._channel)
+        self._nodes = node_pb2_grpc.NodeServiceStub(self._channel)
+
+    async def open_link(self, offer: LinkAttributes) -> OpenedLink:
+        """See GrantSource."""
+        request = link_pb2.OpenLinkRequest(
+            node=f"nodes/{self._here}", epoch=self._epoch, fabric=FABRICS[offer.fabric], rails=offer.rails
+        )
+        answer = await self._call(self._links.OpenLink(request, timeout=_DEADLINE))
+        attributes = LinkAttributes(
+            offer.fabric, answer.rails, link_id=answer.link_id, address=answer.address, secret=answer.secret
+        )
+        return OpenedLink(attributes, answer.epoch)
+
+    async def close_link(self, link_id: bytes) -> None:
+        """See GrantSource."""
+        await self._call(self._links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+
+    async def acquire_grant(
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+    ) -> GrantedKey:
+        """See GrantSource."""
+        request = link_pb2.AcquireGrantRequest(
+            link_id=link_id,
+            epoch=epoch,
+            region=str(region),
+            right=link_pb2.RIGHT_WRITE if right is Rights.WRITE else link_pb2.RIGHT_READ,
+            subject=self._on_behalf(subject),
+        )
+        grant = await self._call(self._links.AcquireGrant(request, timeout=_DEADLINE))
+        key = RemoteKey(grant.rkey, grant.address, grant.length)
+        return GrantedKey(grant.grant_id, key, grant.ttl.ToNanoseconds() / 1e9)
+
+    async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        """See GrantSource."""
+        request = link_pb2.ReleaseGrantsRequest(link_id=link_id, grant_ids=grant_ids)
+        await self._call(self._links.ReleaseGrants(request, timeout=_DEADLINE))
+
+    async def checksum(
+        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
+    ) -> int:
+        """See GrantSource."""
+        request = link_pb2.ChecksumRequest(
+            link_id=link_id, grant_id=grant_id, offsets=offsets, lengths=lengths, initial=initial
+        )
+        answer = await self._call(self._links.Checksum(request, timeout=_SLOW_DEADLINE))
+        return answer.crc32c
+
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+        """See RemoteNode."""
+        message = transfer_request_to_proto(request, request_id)
+        call = self._transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=self._metadata(subject))
+        return transfer_from_proto(await self._call(call))
+
+    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+        """See RemoteNode."""
+        call = self._transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
+        try:
+            async for message in call:
+                yield transfer_from_proto(message)
+        except grpc.aio.AioRpcError as error:
+            raise self._fault(error) from None
+        finally:
+            call.cancel()
+
+    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+        """See RemoteNode."""
+        request = transfer_pb2.CancelTransferRequest(name=str(name))
+        metadata = self._metadata(subject)
+        await self._call(self._transfers.CancelTransfer(request, timeout=_SLOW_DEADLINE, metadata=metadata))
+
+    async def node_facts(self) -> NodeFacts:
+        """See RemoteNode."""
+        return node_from_proto(await self._call(self._nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE)))
+
+    async def close(self) -> None:
+        """See RemoteNode."""
+        await self._channel.close()
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise self._fault(error) from None
+
+    def _fault(self, error: grpc.aio.AioRpcError) -> PeermemError:
+        described = _described(error)
+        if described is not None:
+            return described
+        return NodeUnreachable(
+            f"The daemon of nodes/{self._node} at {self.address} did not answer "
+            f"({error.code().name}: {error.details()}). Check that it runs and that the address is right.",
+            node=self._node,
+            address=self.address,
+        )
+
+    def _on_behalf(self, subject: str) -> str:
+        return ANONYMOUS if subject == ANONYMOUS else f"{subject}@{self._here}"
+
+    def _metadata(self, subject: str) -> tuple[tuple[str, str], ...]:
+        return (("peermem-on-behalf-of", self._on_behalf(subject)),)
+
+
+def _described(error: grpc.aio.AioRpcError) -> PeermemError | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            for detail in Status.FromString(value).details:
+                info = ErrorInfo()
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    return PeermemError.restore(info.reason, error.details() or "", dict(info.metadata))
+    return None
+
+
+if TYPE_CHECKING:
+    _node: type[RemoteNode] = GrpcRemoteNode
+    _remotes: type[Remotes] = GrpcRemotes
