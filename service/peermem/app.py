@@ -27,10 +27,11 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Services, grpc_methods
 from peermem.api.transfers import TransferService
-from peermem.broker.broker import ADOPTED, Broker, Settings
+from peermem.broker.broker import Broker, Settings
 from peermem.broker.sessions import SessionTable
 from peermem.config import Config
 from peermem.core.errors import NodeNotFound
+from peermem.core.node import ADOPTED
 from peermem.core.policy import OwnerPolicy
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
@@ -78,7 +79,10 @@ class App:
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
         tcp = TcpFabric(
-            config.tcp.address, advertise=config.tcp.advertise, stall_timeout=float(config.tcp.stall_timeout)
+            config.tcp.address,
+            advertise=config.tcp.advertise,
+            stall_timeout=config.tcp.stall_timeout,
+            on_link_lost=lambda link_id: broker.serving.link_lost(link_id),
         )
         fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric()}
         for fabric in fabrics.values():
@@ -86,7 +90,6 @@ class App:
             self._stack.push_async_callback(fabric.close)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
         broker = self._broker(directory, fabrics, sessions)
-        tcp.on_link_lost = broker.serving.link_lost
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: _snapshot(broker, sessions))
         await self._start_attach(broker, sessions)
@@ -96,7 +99,7 @@ class App:
         address = config.grpc.advertise or real
         self._spawn(broker.tend())
         self._spawn(watch_event_loop(self.metrics))
-        self._stack.push_async_callback(broker.drain, float(config.shutdown.grace))
+        self._stack.push_async_callback(broker.drain, config.shutdown.grace)
         await directory.join(NodeEntry(config.node, address))
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
@@ -123,9 +126,9 @@ class App:
             max_regions=config.region.max_regions,
             max_running=config.transfer.max_running,
             keep_ended=config.transfer.keep_ended,
-            keep_ended_for=float(config.transfer.keep_ended_for),
-            grant_ttl=float(config.transfer.grant_ttl),
-            link_idle=float(config.transfer.link_idle),
+            keep_ended_for=config.transfer.keep_ended_for,
+            grant_ttl=config.transfer.grant_ttl,
+            link_idle=config.transfer.link_idle,
         )
         epoch = secrets.token_hex(8)
         remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node))

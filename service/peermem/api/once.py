@@ -4,7 +4,8 @@ Rules of this file:
 
 * A request is known by who sent it, which call it was and its request_id; other content under the
   same id is refused.
-* A repetition that comes while the first runs waits for the first.
+* A repetition that comes while the first runs waits for the first. A caller that goes away meanwhile
+  leaves the call running: a repetition may be on its way.
 * A call that failed is forgotten: the next try runs again.
 * At most so many results are kept; the oldest ended ones are forgotten first.
 """
@@ -56,7 +57,7 @@ class Once(Generic[T]):
         digest = hashlib.blake2b(content, digest_size=16).digest()
         known = self._entries.get(key)
         if known is None:
-            return await self._first(key, digest, call)
+            return await asyncio.shield(self._first(key, digest, call))
         if known.digest != digest:
             raise RequestIdReused(
                 f"request_id {request_id!r} was used for another request. Use a fresh one.", request_id=request_id
@@ -64,23 +65,17 @@ class Once(Generic[T]):
         self._replayed()
         return await asyncio.shield(known.result)
 
-    async def _first(self, key: tuple[str, str], digest: bytes, call: Callable[[], Awaitable[T]]) -> T:
-        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    def _first(self, key: tuple[str, str], digest: bytes, call: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
+        result = asyncio.ensure_future(call())
         self._entries[key] = _Entry(digest, result)
-        try:
-            value = await call()
-        except BaseException as error:
-            del self._entries[key]
-            result.set_exception(error if isinstance(error, Exception) else InterruptedError())
-            result.exception()  # repetitions that wait see it; with none waiting it is not a lost error
-            raise
-        result.set_result(value)
-        self._forget()
-        return value
+        result.add_done_callback(lambda done: self._settled(key, done))
+        return result
 
-    def _forget(self) -> None:
+    def _settled(self, key: tuple[str, str], result: asyncio.Future[T]) -> None:
+        if result.cancelled() or result.exception() is not None:
+            del self._entries[key]
         while len(self._entries) > self._keep:
-            key, entry = next(iter(self._entries.items()))
+            oldest, entry = next(iter(self._entries.items()))
             if not entry.result.done():
                 break
-            del self._entries[key]
+            del self._entries[oldest]

@@ -36,7 +36,7 @@ from peermem.core.errors import (
     ZeroLength,
 )
 from peermem.core.names import ChildName, check_id
-from peermem.core.node import DeviceFacts, NodeFacts
+from peermem.core.node import ADOPTED, DeviceFacts, NodeFacts
 from peermem.core.plan import Leg, executing_node, legs
 from peermem.core.policy import Action, Policy
 from peermem.core.region import Lease, RegionRequest
@@ -49,9 +49,6 @@ from peermem.directory.base import Directory
 from peermem.fabric.base import Fabric
 from peermem.remote.base import GrantSource, Remotes
 from peermem.telemetry.metrics import Metrics
-
-ADOPTED = "adopted"
-"""Name of the device that handed-in memory belongs to."""
 
 _BIG = 4096
 """Segments from which planning is done in a thread: milliseconds of work."""
@@ -99,7 +96,7 @@ class Broker:
         self._metrics = metrics
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.regions = RegionTable(settings.node, settings.max_regions, self._revoke_grants)
+        self.regions = RegionTable(settings.node, settings.max_regions, self._revoke_grants, metrics)
         self.transfers = TransferTable(
             settings.node,
             max_running=settings.max_running,

@@ -20,6 +20,7 @@ from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
 from peermem.core.types import LeaseKind
 from peermem.device.base import Device, DeviceMemory
+from peermem.telemetry.metrics import LeaseEnd, Metrics
 
 
 class RegionUser(Protocol):
@@ -91,11 +92,14 @@ class Region:
 class RegionTable:
     """All regions of this node by the last part of their names."""
 
-    def __init__(self, node: str, limit: int, revoke_grants: Callable[[Region], Awaitable[None]]) -> None:
+    def __init__(
+        self, node: str, limit: int, revoke_grants: Callable[[Region], Awaitable[None]], metrics: Metrics
+    ) -> None:
         """`revoke_grants` ends all grants on a region and returns when no access runs under them."""
         self._node = node
         self._limit = limit
         self._revoke_grants = revoke_grants
+        self._metrics = metrics
         self._regions: dict[str, Region] = {}
         self._reserved: set[str] = set()
         self._by_session: dict[str, set[Region]] = {}
@@ -149,10 +153,13 @@ class RegionTable:
         """Move the end of a TTL lease to its time to live from now."""
         if region.timer is not None:
             region.timer.cancel()
-        error = RegionDeleted(f"{region.name} was not renewed within its lease.", region=region.name)
-        loop = asyncio.get_running_loop()
-        region.timer = loop.call_later(region.lease.ttl, self.start_end, region, error)
+        region.timer = asyncio.get_running_loop().call_later(region.lease.ttl, self._expire, region)
         region.expires_at = time.time() + region.lease.ttl
+
+    def _expire(self, region: Region) -> None:
+        self._metrics.lease_ended(LeaseEnd.TTL)
+        error = RegionDeleted(f"{region.name} was not renewed within its lease.", region=region.name)
+        self.start_end(region, error)
 
     def start_end(self, region: Region, error: PeermemError) -> asyncio.Task[None]:
         """Begin to end a region for this reason; the task is done when it is gone."""
@@ -163,11 +170,12 @@ class RegionTable:
 
     async def end_session(self, session: str) -> None:
         """End all regions that only this session held."""
-        held = self._by_session.pop(session, set())
-        error = "{} ended with the job that made it."
-        await asyncio.gather(
-            *(self.start_end(region, RegionDeleted(error.format(region.name), region=region.name)) for region in held)
-        )
+        ends = []
+        for region in self._by_session.pop(session, set()):
+            self._metrics.lease_ended(LeaseEnd.CLIENT_EXIT)
+            error = RegionDeleted(f"{region.name} ended with the job that made it.", region=region.name)
+            ends.append(self.start_end(region, error))
+        await asyncio.gather(*ends)
 
     async def close(self, error: PeermemError) -> None:
         """End all regions."""

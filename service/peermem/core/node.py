@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from peermem.core.types import FabricKind, Path
 
+ADOPTED = "adopted"
+"""Name of the device that handed-in memory belongs to."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:

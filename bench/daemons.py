@@ -1,0 +1,116 @@
+"""Real daemons as separate processes on loopback, for tests, the demo and the benchmarks.
+
+Each has its sockets and its log in a folder of its own; all end with `Daemons.close`, whatever happened.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+_OPENER = build_opener(ProxyHandler({}))
+_SOURCE = Path(__file__).parents[1] / "service"
+
+
+class Daemon:
+    """One daemon process."""
+
+    def __init__(self, node: str, folder: Path, ports: Sequence[int], others: Mapping[str, str], extra: str) -> None:
+        self.node = node
+        self.folder = folder
+        self.log = folder / "log"
+        self.grpc, self.tcp, self.http = (f"127.0.0.1:{port}" for port in ports)
+        self.target = f"unix://{folder}/peermem.sock"
+        self.config = folder / "peermem.toml"
+        directory = "\n".join(f'{name} = "{address}"' for name, address in others.items())
+        folder.mkdir()
+        self.config.write_text(
+            f'node = "{node}"\n{extra}\n'
+            f'[grpc]\nsocket = "{folder}/peermem.sock"\naddress = "{self.grpc}"\nreflection = true\n'
+            f'[attach]\nsocket = "{folder}/attach.sock"\n'
+            f'[http]\naddress = "{self.http}"\n[tcp]\naddress = "{self.tcp}"\n'
+            f"[directory.nodes]\n{directory}\n"
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start the process; `ready` waits for it."""
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("PEERMEM_")}
+        environ["PYTHONPATH"] = str(_SOURCE)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "peermem", "--config", str(self.config)],
+                stdout=log,
+                stderr=log,
+                env=environ,
+            )
+
+    def ready(self, timeout: float = 30.0) -> None:
+        """Wait until the daemon is ready. Raises AssertionError with its log when it isn't in time."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
+            try:
+                with _OPENER.open(f"http://{self.http}/readyz", timeout=1.0):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.02)
+        raise AssertionError(f"node {self.node} did not become ready:\n{self.log.read_text()}")
+
+    def scrape(self) -> str:
+        """Return the metrics page."""
+        with _OPENER.open(f"http://{self.http}/metrics", timeout=10.0) as page:
+            text: str = page.read().decode()
+            return text
+
+    def kill(self) -> None:
+        """SIGKILL and wait."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self, timeout: float = 30.0) -> int:
+        """SIGTERM and wait; return the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+
+@contextmanager
+def daemons(folder: Path, nodes: Sequence[str] = ("a", "b"), extra: str = "") -> Iterator[dict[str, Daemon]]:
+    """Run one daemon per node, each of which knows the others; `extra` is TOML for the top of each file."""
+    ports = iter(_free_ports(3 * len(nodes)))
+    mine = {node: [next(ports) for _ in range(3)] for node in nodes}
+    started = {}
+    try:
+        for node in nodes:
+            others = {name: f"127.0.0.1:{mine[name][0]}" for name in nodes if name != node}
+            started[node] = Daemon(node, folder / node, mine[node], others, extra)
+            started[node].start()
+        for daemon in started.values():
+            daemon.ready()
+        yield started
+    finally:
+        for daemon in started.values():
+            daemon.kill()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -1,0 +1,155 @@
+"""What the tool prints: tables for people, JSON for programs, progress for the patient.
+
+Rules of this file:
+
+* JSON keys are the client's attribute names; sizes are integers of bytes, durations are seconds as
+  numbers, times are ISO 8601 in UTC, enums are their values.
+* Tables are cut to no width where stdout is not a terminal.
+* Progress is drawn on a terminal; elsewhere it is a plain line every few seconds, and with --json nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from enum import Enum
+from types import TracebackType
+from typing import Any, Self
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from peermem.core.errors import PeermemError
+from peermem.core.units import format_size
+
+_PLAIN_INTERVAL = 2.0
+_UNBOUNDED = 10_000
+
+
+def plain(value: Any) -> Any:
+    """Return `value` in the types of JSON."""
+    if isinstance(value, PeermemError):
+        return {
+            "reason": value.reason,
+            "code": value.code.name,
+            "message": value.message,
+            "metadata": dict(value.metadata),
+        }
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name[0] != "_"}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document to stdout."""
+    click.echo(json.dumps(plain(value), indent=2))
+
+
+def print_fault(fault: PeermemError, as_json: bool) -> None:
+    """Print a fault to stderr."""
+    click.echo(json.dumps({"error": plain(fault)}) if as_json else f"error: {fault.message} ({fault.reason})", err=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under their headings to stdout; None is a dash, numbers go to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    lines = [[cell(value) for value in row] for row in rows]
+    for index, heading in enumerate(columns):
+        right = bool(lines) and all(line[index][:1].isdigit() for line in lines)
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    _stdout().print(table)
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print one thing's facts, a line each, to stdout."""
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        click.echo(f"{key + ':':<{width}}{cell(value)}")
+
+
+def cell(value: object) -> str:
+    """Return `value` as people read it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}Z"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={item}" for key, item in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(cell, value)) or "-"
+    return str(value)
+
+
+def rate(value: float | None) -> str | None:
+    """Return bytes per second as people read them."""
+    return None if value is None else f"{format_size(int(value))}/s"
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_UNBOUNDED)
+
+
+class Meter:
+    """Shows how far something is, on stderr. `quiet` shows nothing."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self._what = what
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._next = time.monotonic() + _PLAIN_INTERVAL
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._what, total=None, speed="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: int, total: int | None, speed: float) -> None:
+        """Show `done` of `total` bytes; a total of None is not known."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, speed=rate(speed))
+        elif not self._quiet and time.monotonic() >= self._next:
+            self._next = time.monotonic() + _PLAIN_INTERVAL
+            whole = f" of {format_size(total)}" if total else ""
+            left = f", {(total - done) / speed:.0f}s left" if total and speed else ""
+            click.echo(f"{self._what}: {format_size(done)}{whole}, {rate(speed)}{left}", err=True)

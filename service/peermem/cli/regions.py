@@ -1,0 +1,182 @@
+"""Commands about regions: list, show, create, delete, put, get.
+
+Rules of this file:
+
+* A region of another node is reached at the address that the asked daemon names.
+* `put` and `get` go in pieces, so that progress shows and memory stays small.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+
+import click
+
+import peermem
+from peermem.cli import output, parsing
+from peermem.cli.options import pass_settings
+from peermem.cli.settings import Settings
+from peermem.client.segments import Operand
+from peermem.core.errors import OutOfRange
+from peermem.core.units import format_duration, format_size
+
+_PIECE = 4 << 20
+
+_name = click.argument("name", shell_complete=parsing.complete_regions)
+_label = click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=parsing.labels, help="A label; may be repeated."
+)
+
+
+@click.group()
+def regions() -> None:
+    """List, create, fill, read and delete regions.
+
+    REGION is nodes/NODE/regions/REGION, or its last part for a region of the asked node.
+    """
+
+
+@regions.command("list")
+@_label
+@pass_settings
+def list_regions(settings: Settings, labels: dict[str, str]) -> None:
+    """List the node's regions, or those with all these labels."""
+    found = list(settings.node.regions(labels))
+    if settings.json:
+        output.print_json({"regions": found})
+        return
+    rows = [
+        (
+            region.name,
+            format_size(region.length),
+            region.device,
+            region.path,
+            region.state,
+            _lease(region),
+            region.owner,
+        )
+        for region in found
+    ]
+    output.print_table(("NAME", "LENGTH", "DEVICE", "PATH", "STATE", "LEASE", "OWNER"), rows)
+
+
+@regions.command()
+@_name
+@pass_settings
+def show(settings: Settings, name: str) -> None:
+    """Show one region."""
+    _print(settings, settings.at_owner(lambda node: node.region(name)))
+
+
+@regions.command()
+@click.option("--device", required=True, shell_complete=parsing.complete_devices, help="Where to allocate.")
+@click.option("--length", required=True, type=parsing.SIZE, help="Bytes, such as 64MiB.")
+@click.option("--name", help="Last part of the region's name; else the daemon picks one.")
+@_label
+@click.option("--lease", default="none", show_default=True, help="none, or a time to live such as 10min.")
+@pass_settings
+def create(settings: Settings, device: str, length: int, name: str | None, labels: dict[str, str], lease: str) -> None:
+    """Allocate a region, zeroed. It lives until it is deleted, unless --lease says otherwise."""
+    if lease == "session":
+        raise click.BadParameter("a session ends with this command; use none or a time to live.", param_hint="--lease")
+    _print(settings, settings.node.create_region(device=device, length=length, name=name, labels=labels, lease=lease))
+
+
+@regions.command()
+@click.argument("names", nargs=-1, required=True, shell_complete=parsing.complete_regions)
+@click.option("--force", is_flag=True, help="Also when transfers use it; they fail.")
+@pass_settings
+def delete(settings: Settings, names: tuple[str, ...], force: bool) -> None:
+    """Delete regions."""
+    for name in names:
+        settings.at_owner(lambda node, name=name: node.delete_region(name, force=force))  # type: ignore[misc]
+    if settings.json:
+        output.print_json({"deleted": names})
+
+
+@regions.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("region", type=parsing.RANGE, shell_complete=parsing.complete_regions)
+@pass_settings
+def put(settings: Settings, file: str, region: Operand) -> None:
+    """Copy FILE (- for stdin) into REGION, or into REGION:OFFSET+LENGTH."""
+    whole, offset, room = settings.at_owner(lambda node: _located(node, region))
+    size = None if file == "-" else Path(file).stat().st_size
+    if size is not None and size > room:
+        raise _too_long(whole, offset, room)
+    done, began = 0, monotonic()
+    with click.open_file(file, "rb") as source, output.Meter(f"put {whole.name}", settings.json) as meter:
+        while piece := source.read(_PIECE):
+            if done + len(piece) > room:
+                raise _too_long(whole, offset, room)
+            whole.write(piece, offset + done)
+            done += len(piece)
+            meter.show(done, size, done / (monotonic() - began))
+    _print_copied(settings, whole.name, done, monotonic() - began)
+
+
+@regions.command()
+@click.argument("region", type=parsing.RANGE, shell_complete=parsing.complete_regions)
+@click.argument("file", type=click.Path(dir_okay=False, writable=True, allow_dash=True))
+@pass_settings
+def get(settings: Settings, region: Operand, file: str) -> None:
+    """Copy REGION, or REGION:OFFSET+LENGTH, into FILE (- for stdout)."""
+    whole, offset, length = settings.at_owner(lambda node: _located(node, region))
+    began = monotonic()
+    with output.Meter(f"get {whole.name}", settings.json) as meter, click.open_file(file, "wb") as sink:
+        for done in range(0, length, _PIECE):
+            sink.write(whole.read(offset + done, min(_PIECE, length - done)))
+            meter.show(min(done + _PIECE, length), length, done / (monotonic() - began))
+    if file != "-":
+        _print_copied(settings, whole.name, length, monotonic() - began)
+
+
+def _located(node: peermem.Node, region: Operand) -> tuple[peermem.Region, int, int]:
+    """Return a region, and the offset and length of the range of it that was named."""
+    if isinstance(region, peermem.Slice):
+        return node.region(region.region), region.offset, region.length
+    found = node.region(region if isinstance(region, str) else region.name)
+    return found, 0, found.length
+
+
+def _too_long(region: peermem.Region, offset: int, room: int) -> OutOfRange:
+    return OutOfRange(
+        f"The input is longer than the {room} bytes of {region.name} from {offset} on; cut it, or use a larger region.",
+        region=region.name,
+        offset=offset,
+        length=room,
+    )
+
+
+def _print(settings: Settings, region: peermem.Region) -> None:
+    if settings.json:
+        output.print_json(region)
+        return
+    output.print_facts(
+        {
+            "name": region.name,
+            "length": format_size(region.length),
+            "device": region.device,
+            "path": region.path,
+            "state": region.state,
+            "lease": _lease(region),
+            "owner": region.owner,
+            "labels": region.labels,
+            "created": region.create_time,
+        }
+    )
+
+
+def _print_copied(settings: Settings, name: str, length: int, seconds: float) -> None:
+    if settings.json:
+        output.print_json({"region": name, "bytes": length, "duration": seconds})
+    else:
+        speed = output.rate(length / seconds)
+        click.echo(f"{name}: {format_size(length)} in {format_duration(seconds)}, {speed}", err=True)
+
+
+def _lease(region: peermem.Region) -> str | None:
+    if region.lease.ttl is not None:
+        return f"{format_duration(region.lease.ttl)} until {output.cell(region.lease.expire_time)}"
+    return region.lease.kind.value if region.lease.kind else None

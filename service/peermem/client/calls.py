@@ -1,0 +1,57 @@
+"""What both shells need to call a daemon: channel options and the session's metadata.
+
+Rules of this file:
+
+* The channel repeats idempotent calls by itself, once, and finds a restarted daemon within a second.
+* The session token travels as metadata of each call and appears nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Literal, TypeAlias
+
+from peermem.client import targets
+from peermem.client.attach import Attachment
+from peermem.client.requests import SERVICE_CONFIG
+from peermem.core.errors import NotMappable
+
+CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+TIMEOUT = 30.0
+"""Seconds that a call may take unless the program says otherwise."""
+
+SLOWEST = 8 << 20
+"""Bytes per second that reading or writing a region is allowed to sink to before its call times out."""
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def session_metadata(token: str | None) -> Metadata:
+    """Return what ties calls to a session of the attach socket."""
+    return (("peermem-session", token),) if token else ()
+
+
+def open_attachment(target: str, attach: str | Literal[False] | None) -> Attachment | None:
+    """Open the attach socket at `attach`; at None the one beside a local target, when it is there."""
+    if attach is None:
+        beside = targets.attach_path(target)
+        return Attachment.open(beside) if beside and os.path.exists(beside) else None
+    return Attachment.open(attach) if attach else None
+
+
+def need_attachment(attachment: Attachment | None, target: str, verb: str) -> Attachment:
+    """Return the attachment. Raises NotMappable where there is none."""
+    if attachment is None:
+        raise NotMappable(
+            f"Memory can't be {verb} over {target}: the attach socket is not open. Connect to unix:///PATH of the "
+            "daemon on this host, with attach.sock beside it.",
+            target=target,
+        )
+    return attachment

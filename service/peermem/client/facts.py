@@ -1,0 +1,308 @@
+"""What a daemon tells about nodes, devices, regions and transfers, as frozen values.
+
+Rules of this file:
+
+* Values only: one class per message of the contract, made by its `from_proto`.
+* Sizes are bytes, durations are seconds, times are aware datetimes in UTC.
+* A number that this version does not know (a newer daemon) becomes None or UNSPECIFIED, never a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Self
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from peermem.client import errors
+from peermem.client.segments import Slice
+from peermem.core.errors import MalformedMessage, PeermemError
+from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.v1 import node_pb2, region_pb2, transfer_pb2
+
+
+class RegionState(StrEnum):
+    """The life of a region."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    REVOKED = "REVOKED"
+
+
+class TransferState(StrEnum):
+    """The life of a transfer."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    FENCING = "FENCING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens."""
+        return self in (TransferState.SUCCEEDED, TransferState.FAILED, TransferState.CANCELLED)
+
+
+class Direction(StrEnum):
+    """Which way the bytes go, seen from the node that was asked."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    LOCAL = "LOCAL"
+    PUSH = "PUSH"
+    PULL = "PULL"
+    RELAYED = "RELAYED"
+
+
+_REGION_STATES = dict(enumerate(RegionState))
+_TRANSFER_STATES = dict(enumerate(TransferState))
+_DIRECTIONS = dict(enumerate(Direction))
+_FABRICS: dict[int, FabricKind] = {
+    transfer_pb2.FABRIC_VERBS: FabricKind.VERBS,
+    transfer_pb2.FABRIC_TCP: FabricKind.TCP,
+    transfer_pb2.FABRIC_LOCAL: FabricKind.LOCAL,
+}
+_PATHS: dict[int, Path] = {
+    region_pb2.PATH_P2PDMA: Path.P2PDMA,
+    region_pb2.PATH_DMABUF: Path.DMABUF,
+    region_pb2.PATH_LEGACY_PEER_MEMORY: Path.LEGACY_PEER_MEMORY,
+    region_pb2.PATH_HOST: Path.HOST,
+    region_pb2.PATH_STAGED: Path.STAGED,
+}
+_LEASES: dict[int, LeaseKind] = {
+    region_pb2.LEASE_KIND_NONE: LeaseKind.NONE,
+    region_pb2.LEASE_KIND_SESSION: LeaseKind.SESSION,
+    region_pb2.LEASE_KIND_TTL: LeaseKind.TTL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """A host that runs one daemon; counts are zero for a node that was not asked."""
+
+    name: str
+    address: str
+    epoch: str
+    version: str
+    fabrics: tuple[FabricKind, ...]
+    start_time: datetime | None
+    region_count: int
+    region_bytes: int
+    running_transfer_count: int
+    link_count: int
+    grant_count: int
+
+    @classmethod
+    def from_proto(cls, node: node_pb2.Node) -> Self:
+        """Return the message's facts."""
+        return cls(
+            name=node.name,
+            address=node.address,
+            epoch=node.epoch,
+            version=node.version,
+            fabrics=tuple(_FABRICS[number] for number in node.fabrics if number in _FABRICS),
+            start_time=_time(node.start_time) if node.HasField("start_time") else None,
+            region_count=node.region_count,
+            region_bytes=node.region_bytes,
+            running_transfer_count=node.running_transfer_count,
+            link_count=node.link_count,
+            grant_count=node.grant_count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something with BAR memory on a node, or its stand-in."""
+
+    name: str
+    kind: str
+    size: int
+    available: int
+    path: Path | None
+    region_count: int
+
+    @classmethod
+    def from_proto(cls, device: node_pb2.Device) -> Self:
+        """Return the message's facts."""
+        path = _PATHS.get(device.path)
+        return cls(device.name, device.kind, device.size, device.available, path, device.region_count)
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """An RDMA device port."""
+
+    name: str
+    state: str
+    link_layer: str
+    rate: int
+    numa_node: int | None
+
+    @classmethod
+    def from_proto(cls, nic: node_pb2.Nic) -> Self:
+        """Return the message's facts."""
+        return cls(nic.name, nic.state, nic.link_layer, nic.rate, nic.numa_node if nic.numa_node >= 0 else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one trial of preflight showed."""
+
+    device: str
+    fabric: FabricKind | None
+    path: Path | None
+    works: bool
+    error: PeermemError | None
+    latency: float
+    bandwidth: int
+
+    @classmethod
+    def from_proto(cls, verdict: node_pb2.PreflightVerdict) -> Self:
+        """Return the message's facts."""
+        return cls(
+            device=verdict.device,
+            fabric=_FABRICS.get(verdict.fabric),
+            path=_PATHS.get(verdict.path),
+            works=verdict.works,
+            error=errors.from_proto(verdict.error) if verdict.HasField("error") else None,
+            latency=_seconds(verdict.latency),
+            bandwidth=verdict.bandwidth,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What keeps a region alive, and until when."""
+
+    kind: LeaseKind | None
+    ttl: float | None
+    expire_time: datetime | None
+
+    @classmethod
+    def from_proto(cls, lease: region_pb2.Lease) -> Self:
+        """Return the message's facts."""
+        return cls(
+            kind=_LEASES.get(lease.kind),
+            ttl=_seconds(lease.ttl) if lease.HasField("ttl") else None,
+            expire_time=_time(lease.expire_time) if lease.HasField("expire_time") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """A region as it stood when the daemon was asked."""
+
+    name: str
+    length: int
+    device: str
+    owner: str
+    labels: Mapping[str, str]
+    lease: Lease
+    path: Path | None
+    state: RegionState
+    create_time: datetime
+
+    def __getitem__(self, key: slice) -> Slice:
+        """Return the range `[start:stop]`, counted as Python counts."""
+        if not isinstance(key, slice):
+            raise TypeError("A region is indexed by a slice of bytes, such as region[0:4096].")
+        return Slice.of(self, key)
+
+    @classmethod
+    def from_proto(cls, region: region_pb2.Region, **bound: Any) -> Self:
+        """Return the message's facts; `bound` are further fields of a subclass."""
+        return cls(
+            name=region.name,
+            length=region.length,
+            device=region.device,
+            owner=region.owner,
+            labels=dict(region.labels),
+            lease=Lease.from_proto(region.lease),
+            path=_PATHS.get(region.path),
+            state=_REGION_STATES.get(region.state, RegionState.UNSPECIFIED),
+            create_time=_time(region.create_time),
+            **bound,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TransferInfo:
+    """A transfer as it stood when the daemon reported it."""
+
+    name: str
+    state: TransferState
+    bytes_total: int
+    bytes_done: int
+    segment_count: int
+    fabric: FabricKind | None
+    direction: Direction
+    owner: str
+    error: PeermemError | None
+    create_time: datetime
+    end_time: datetime | None
+    duration: float | None
+    crc32c: int | None
+    executed_by: str
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second from acceptance to the end; None before the end."""
+        return self.bytes_done / self.duration if self.duration else None
+
+    @classmethod
+    def from_proto(cls, transfer: transfer_pb2.Transfer) -> Self:
+        """Return the message's facts."""
+        return cls(
+            name=transfer.name,
+            state=transfer_state(transfer),
+            bytes_total=transfer.bytes_total,
+            bytes_done=transfer.bytes_done,
+            segment_count=transfer.segment_count,
+            fabric=_FABRICS.get(transfer.fabric),
+            direction=_DIRECTIONS.get(transfer.direction, Direction.UNSPECIFIED),
+            owner=transfer.owner,
+            error=errors.from_proto(transfer.error) if transfer.HasField("error") else None,
+            create_time=_time(transfer.create_time),
+            end_time=_time(transfer.end_time) if transfer.HasField("end_time") else None,
+            duration=_seconds(transfer.duration) if transfer.HasField("duration") else None,
+            crc32c=transfer.crc32c if transfer.HasField("crc32c") else None,
+            executed_by=transfer.executed_by,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a transfer is."""
+
+    bytes_done: int
+    bytes_total: int
+    rate: float
+    """Bytes per second since it was asked for."""
+
+    @property
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return self.bytes_done / self.bytes_total if self.bytes_total else 0.0
+
+
+def transfer_state(transfer: transfer_pb2.Transfer) -> TransferState:
+    """Return the state of a transfer message."""
+    return _TRANSFER_STATES.get(transfer.state, TransferState.UNSPECIFIED)
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    try:
+        return timestamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise MalformedMessage("The daemon sent a time that does not exist; its version may not fit.") from None
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

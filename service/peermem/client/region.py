@@ -1,0 +1,68 @@
+"""A region in the hands of a synchronous program.
+
+Rules of this file:
+
+* A Region is a snapshot: its facts don't change; `refresh` asks again.
+* Its bytes are reached by `map` (this host, no copy) or by `read` and `write` (any host, for small amounts).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from peermem.client.facts import Lease, RegionInfo
+from peermem.core.errors import RegionNotFound
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from peermem.client.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Region(RegionInfo):
+    """A range of device memory that transfers can read and write. `region[0:4096]` is a range of it.
+
+    As a context manager it is deleted at the end.
+    """
+
+    _node: Node = field(repr=False, compare=False)
+
+    def map(self) -> memoryview:
+        """Return all its bytes, writable and without a copy.
+
+        Raises NotMappable where the daemon is not on this host or its attach socket is not open.
+        """
+        return self._node.map_region(self.name)
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes from `offset` on; up to the region's end without a length."""
+        return self._node.read_region(self.name, offset, self.length - offset if length is None else length)
+
+    def write(self, data: Buffer, offset: int = 0) -> None:
+        """Write `data` from `offset` on."""
+        self._node.write_region(self.name, offset, memoryview(data).cast("B"))
+
+    def refresh(self) -> Region:
+        """Return the region as it is now."""
+        return self._node.region(self.name)
+
+    def renew(self) -> Lease:
+        """Move the end of a lease with a time to live into the future."""
+        return self._node.renew_leases([self.name])[0]
+
+    def delete(self, force: bool = False) -> None:
+        """End the region; with `force` also when transfers use it, which then fail with RegionDeleted."""
+        self._node.delete_region(self.name, force=force)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(RegionNotFound):  # deleted inside the block, or its lease has ended
+            self.delete(force=error is not None)

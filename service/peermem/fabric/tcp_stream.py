@@ -1,0 +1,218 @@
+"""One TCP connection of the tcp fabric on the event loop: what is read next, and what waits to be sent.
+
+Rules of this file:
+
+* Nothing blocks, and one callback moves at most about a turn's bytes and frames, so that the loop turns.
+* `lost` is called at most once, from the event loop, never from inside `send`; not after `close`.
+* `close` throws away what is still queued here and in the kernel: nothing of it goes out afterwards.
+* At most one payload goes into a system call, so that a fault of memory is known to be that payload's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections import deque
+from typing import Protocol
+
+from peermem.core.errors import MalformedMessage
+from peermem.fabric.base import LinkEnd
+from peermem.fabric.payload import Block, Bytes, Payload
+
+_TURN_BYTES = 2 << 20
+_FRAME_BYTES = 16 << 10
+"""What the handling of one read item counts towards a turn, so that a turn of tiny frames is as short."""
+_CALL_BYTES = 512 << 10
+"""Bytes of one system call, at most."""
+_MAX_BLOCKS = 64
+_LINGER_NONE = struct.pack("ii", 1, 0)
+_CLOSED_BY_REMOTE = {errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED}
+_SILENT = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+class StreamOwner(Protocol):
+    """Who understands what a stream carries."""
+
+    def filled(self) -> Bytes:
+        """What was to be read is there: return what comes next. Raises MalformedMessage to end the stream."""
+
+    def turn_ended(self) -> None:
+        """All that was there, or a turn's worth, has been read."""
+
+    def lost(self, end: LinkEnd, cause: str) -> None:
+        """The connection ended by itself; the stream is closed already. `cause` is a clause for people."""
+
+
+class Stream:
+    """A connected socket, owned until `close`."""
+
+    def __init__(self, sock: socket.socket, owner: StreamOwner, first: Bytes, max_backlog: int | None = None) -> None:
+        """`first` is what is read first. While more than `max_backlog` items wait to be sent, nothing is read."""
+        prepare(sock)
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._owner = owner
+        self._incoming = first
+        self._outgoing: deque[Block | Payload] = deque()
+        self._max_backlog = max_backlog
+        self._backlog = 0
+        self._reading = self._writing = self._in_turn = self._failed = False
+        self.closed = False
+        self.moved_at = self._loop.time()
+        """When a byte moved last, by the loop's clock."""
+        self._watch()
+
+    def send(self, *items: Block | Payload) -> None:
+        """Queue items, and send at once what the kernel takes."""
+        idle = not self._outgoing
+        self._outgoing.extend(items)
+        for item in items:
+            self._backlog += item.cost
+        if idle and not self._in_turn:
+            self._flush()
+
+    def close(self) -> None:
+        """End the connection. Closing twice is no error."""
+        if self.closed:
+            return
+        self.closed = True
+        self._watch()
+        self._outgoing.clear()
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+        self._sock.close()
+
+    def _readable(self) -> None:
+        self._in_turn = True
+        try:
+            self._read_turn()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose_soon(error)
+        except MalformedMessage as error:
+            self._lose(LinkEnd.BROKEN, f"the remote side sent bytes that are not of the protocol: {error.message}")
+        finally:
+            self._in_turn = False
+        if not self.closed:
+            self._flush()
+            self._owner.turn_ended()
+
+    def _read_turn(self) -> None:
+        budget = _TURN_BYTES
+        while budget > 0 and not self.closed and not self._full:
+            count = self._receive(self._incoming)
+            if count == 0:
+                self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
+                return
+            self.moved_at = self._loop.time()
+            budget -= count
+            self._incoming.advance(count)
+            if self._incoming.left == 0:
+                budget -= _FRAME_BYTES
+                self._incoming = self._owner.filled()
+
+    def _receive(self, into: Bytes) -> int:
+        buffers = into.buffers(_CALL_BYTES)
+        try:
+            if len(buffers) == 1:
+                return self._sock.recv_into(buffers[0])
+            return self._sock.recvmsg_into(buffers)[0]
+        except OSError as error:
+            if error.errno != errno.EFAULT or not isinstance(into, Payload):
+                raise
+            into.fail()
+        return self._receive(into)
+
+    def _flush(self) -> None:
+        budget = _TURN_BYTES
+        try:
+            while self._outgoing and budget > 0 and not self._failed:
+                budget -= self._send_some()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose_soon(error)
+        self._watch()
+
+    def _send_some(self) -> int:
+        buffers: list[memoryview] = []
+        payload: Payload | None = None
+        for item in self._outgoing:
+            buffers += item.buffers(_CALL_BYTES)
+            if isinstance(item, Payload):
+                payload = item
+                break
+            if len(buffers) == _MAX_BLOCKS:
+                break
+        try:
+            sent = self._sock.sendmsg(buffers)
+        except OSError as error:
+            if error.errno != errno.EFAULT or payload is None:
+                raise
+            payload.fail()
+            return 0
+        self.moved_at = self._loop.time()
+        self._dequeue(sent)
+        return sent
+
+    def _dequeue(self, sent: int) -> None:
+        while sent:
+            item = self._outgoing[0]
+            count = min(sent, item.left)
+            item.advance(count)
+            sent -= count
+            if item.left == 0:
+                self._outgoing.popleft()
+                self._backlog -= item.cost
+                if isinstance(item, Payload) and item.trailer is not None:
+                    self._outgoing.appendleft(Block(item.trailer(item.status)))
+                    self._backlog += 1
+
+    @property
+    def _full(self) -> bool:
+        return self._max_backlog is not None and self._backlog > self._max_backlog
+
+    def _watch(self) -> None:
+        """Ask the loop for what is of use now."""
+        reading = not self.closed and not self._failed and not self._full
+        if reading != self._reading:
+            self._reading = reading
+            if reading:
+                self._loop.add_reader(self._sock, self._readable)
+            else:
+                self._loop.remove_reader(self._sock)
+        writing = bool(self._outgoing) and not self.closed and not self._failed
+        if writing != self._writing:
+            self._writing = writing
+            if writing:
+                self._loop.add_writer(self._sock, self._flush)
+            else:
+                self._loop.remove_writer(self._sock)
+
+    def _lose_soon(self, error: OSError) -> None:
+        """Report an error of the socket, on the next turn of the loop: `send` may be what met it."""
+        if self._failed:
+            return
+        self._failed = True
+        if error.errno in _CLOSED_BY_REMOTE:
+            end = LinkEnd.REMOTE_CLOSED
+        else:
+            end = LinkEnd.STALLED if error.errno in _SILENT else LinkEnd.BROKEN
+        self._loop.call_soon(self._lose, end, f"the connection failed: {error.strerror}")
+
+    def _lose(self, end: LinkEnd, cause: str) -> None:
+        if not self.closed:
+            self.close()
+            self._owner.lost(end, cause)
+
+
+def prepare(sock: socket.socket) -> None:
+    """Set a TCP socket's options. Buffer sizes are left to the kernel, which measures."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

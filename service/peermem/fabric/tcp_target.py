@@ -1,0 +1,220 @@
+"""The target's end of the tcp fabric: connections that become rails of accepted links and serve requests.
+
+Rules of this file:
+
+* A connection is nobody's until its hello shows the secret of a link that was accepted and still wants
+  rails. What shows anything else, or nothing in time, is dropped without an answer, and counted.
+* A request is checked against its grant before its payload is touched, and its grant is asked again before
+  every system call: so revocation needs no waiting, and a process that was stopped past a grant's expiry
+  moves nothing late.
+* A link of which one rail ends is over, with its grants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from peermem.core.errors import MalformedMessage
+from peermem.core.types import Rights
+from peermem.fabric import frames
+from peermem.fabric.base import LinkEnd, Opcode, Status
+from peermem.fabric.grants import Grant, GrantTable
+from peermem.fabric.payload import Block, Bytes, Payload
+from peermem.fabric.tcp_stream import Stream
+
+_CONNECT_TIMEOUT = 10.0
+"""Seconds from `accept` until all rails must be there."""
+_MAX_BACKLOG = 8192
+"""Answers and ranges of answers that may wait on one rail before it takes no more requests."""
+_RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
+
+
+@dataclass(slots=True, eq=False)
+class _AcceptedLink:
+    link_id: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
+    wanted: int
+    """Rails that may still connect."""
+    timer: asyncio.TimerHandle
+    rails: list[_Rail] = field(default_factory=list)
+
+
+class Target:
+    """Accepted links of one fabric and the connections that want to be theirs."""
+
+    def __init__(
+        self, grants: GrantTable, handshake_timeout: float, max_pending: int, on_link_lost: Callable[[bytes], None]
+    ) -> None:
+        """`on_link_lost` is told of links that end by themselves, after their grants ended."""
+        self.rejected = 0
+        """Connections dropped before they belonged to a link."""
+        self._grants = grants
+        self._handshake_timeout = handshake_timeout
+        self._max_pending = max_pending
+        self._on_link_lost = on_link_lost
+        self._links: dict[bytes, _AcceptedLink] = {}
+        self._pending: dict[_Rail, asyncio.TimerHandle] = {}
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def accept(self, rails: int) -> tuple[bytes, bytes]:
+        """Make ready for a link; return its id and the secret that each of its rails has to show."""
+        link_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
+        timer = asyncio.get_running_loop().call_later(_CONNECT_TIMEOUT, self._lose, link_id)
+        self._links[link_id] = _AcceptedLink(link_id, secret, rails, timer)
+        self._grants.open_link(link_id)
+        return link_id, secret
+
+    def hang_up(self, link_id: bytes) -> None:
+        """End a link, its grants and its rails. Unknown ids are no error."""
+        link = self._links.pop(link_id, None)
+        if link is None:
+            return
+        link.timer.cancel()
+        self._grants.close_link(link_id)
+        for rail in link.rails:
+            rail.close()
+
+    def close(self) -> None:
+        """End all links and drop all connections."""
+        for link_id in list(self._links):
+            self.hang_up(link_id)
+        for rail in list(self._pending):
+            self._drop(rail)
+
+    def connected(self, sock: socket.socket) -> None:
+        """A connection came in; it may wait for its hello. The one that waits longest gives way to too many."""
+        if len(self._pending) >= self._max_pending:
+            self._reject(next(iter(self._pending)))
+        rail = _Rail(self, self._grants, sock)
+        self._pending[rail] = asyncio.get_running_loop().call_later(self._handshake_timeout, self._reject, rail)
+
+    def admit(self, rail: _Rail, hello: frames.Hello) -> bytes | None:
+        """Return the id of the link that the hello's sender may join; None when it may not."""
+        link = self._links.get(hello.link_id)
+        secret = link.secret if link is not None else bytes(len(hello.secret))
+        if not hmac.compare_digest(hello.secret, secret) or link is None or link.wanted == 0:
+            return None
+        self._pending.pop(rail).cancel()
+        link.rails.append(rail)
+        link.wanted -= 1
+        if link.wanted == 0:
+            link.timer.cancel()
+        return link.link_id
+
+    def rail_lost(self, rail: _Rail) -> None:
+        """A connection ended by itself."""
+        if rail.link_id is None:
+            self._reject(rail)
+        else:
+            self._lose(rail.link_id)
+
+    def _reject(self, rail: _Rail) -> None:
+        self.rejected += 1
+        self._drop(rail)
+
+    def _drop(self, rail: _Rail) -> None:
+        self._pending.pop(rail).cancel()
+        rail.close()
+
+    def _lose(self, link_id: bytes) -> None:
+        if link_id in self._links:
+            self.hang_up(link_id)
+            self._on_link_lost(link_id)
+
+
+class _Rail:
+    """One incoming connection; a `StreamOwner`. `_next` is what to do with what is being read."""
+
+    def __init__(self, target: Target, grants: GrantTable, sock: socket.socket) -> None:
+        self.link_id: bytes | None = None
+        self._target = target
+        self._grants = grants
+        self._block = Block(bytearray(frames.HELLO_SIZE))
+        self._head = Block(bytearray(frames.HEAD_SIZE))
+        self._next: Callable[[], Bytes] = self._on_hello
+        self._stream = Stream(sock, self, self._block, _MAX_BACKLOG)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def filled(self) -> Bytes:
+        """See StreamOwner."""
+        return self._next()
+
+    def turn_ended(self) -> None:
+        """See StreamOwner."""
+
+    def lost(self, end: LinkEnd, cause: str) -> None:
+        """See StreamOwner."""
+        self._target.rail_lost(self)
+
+    def _on_hello(self) -> Bytes:
+        self.link_id = self._target.admit(self, frames.decode_hello(self._block.data))
+        if self.link_id is None:
+            raise MalformedMessage("The hello shows no link that wants this connection.")
+        self._stream.send(Block(frames.WELCOME))
+        return self._await_head()
+
+    def _await_head(self) -> Bytes:
+        self._next = self._on_head
+        return self._head.reset()
+
+    def _on_head(self) -> Bytes:
+        head = frames.decode_head(self._head.data)
+        first = frames.first_range(self._head.data)
+        if head.count == 1:
+            return self._serve(head, first)
+        rest = Block(bytearray(frames.RANGE_SIZE * (head.count - 1)))
+        self._next = lambda: self._serve(head, first + rest.data)
+        return rest
+
+    def _serve(self, head: frames.RequestHead, ranges: bytes | bytearray) -> Bytes:
+        offsets, lengths = frames.decode_ranges(ranges)
+        verdict = self._judge(head, offsets, lengths)
+        reading = head.opcode is Opcode.READ
+        if isinstance(verdict, Status):
+            payload = Payload(None, offsets, lengths, head.total, incoming=not reading, fault=verdict)
+        else:
+            payload = Payload(
+                verdict.memory,
+                offsets,
+                lengths,
+                head.total,
+                base=verdict.offset,
+                incoming=not reading,
+                fault=Status.REM_OP_ERR,
+                usable=verdict.usable,
+                trailer=partial(frames.encode_ack, head.wr_id) if reading else None,
+            )
+        return self._answer_read(head, payload) if reading else self._receive(head, payload)
+
+    def _judge(self, head: frames.RequestHead, offsets: Sequence[int], lengths: Sequence[int]) -> Grant | Status:
+        """Return the grant that allows the request, or why none does."""
+        if min(lengths) == 0 or sum(lengths) != head.total:
+            return Status.REM_INV_REQ_ERR
+        assert self.link_id is not None
+        grant = self._grants.find(self.link_id, head.rkey, _RIGHTS[head.opcode], offsets, lengths)
+        return grant or Status.REM_ACCESS_ERR
+
+    def _answer_read(self, head: frames.RequestHead, payload: Payload) -> Bytes:
+        if payload.status is Status.SUCCESS:
+            self._stream.send(Block(frames.encode_data(head.wr_id, head.total)), payload)
+        else:
+            self._stream.send(Block(frames.encode_ack(head.wr_id, payload.status)))
+        return self._await_head()
+
+    def _receive(self, head: frames.RequestHead, payload: Payload) -> Bytes:
+        def received() -> Bytes:
+            self._stream.send(Block(frames.encode_ack(head.wr_id, payload.status)))
+            return self._await_head()
+
+        self._next = received
+        return payload if payload.left else received()

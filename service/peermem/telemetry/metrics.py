@@ -1,0 +1,306 @@
+"""Every metric of the daemon: names, labels, buckets, and one method for each thing that happens.
+
+Rules of this file:
+
+* Names are peermem_..., in seconds and bytes; gRPC's are the de-facto grpc_server_....
+* A label comes from a closed list: an enum, the reasons of core.errors, the methods of the contract,
+  the devices of the configuration. Never a name that a caller chose, never an address, never a key.
+* Counters start at 0 for what is bound to happen, so that rates are right from the first event on.
+* What has a current state is asked for when the page is made (`Snapshot`), so it can't drift.
+* Bandwidth is the rate of a counter that moves while bytes move; there is no gauge of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from peermem.core.errors import Code, Internal, PeermemError
+from peermem.core.plan import Direction
+from peermem.core.transfer import State
+from peermem.core.types import FabricKind, LeaseKind, Path
+
+DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
+"""10 us to 500 s."""
+SIZE_BUCKETS = tuple(float(4**power) for power in range(19))
+"""1 byte to 64 GiB."""
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+OPENMETRICS = "application/openmetrics-text"
+OUTCOMES = {state: state.value.lower() for state in State if state.ended}
+GRPC_CODES = frozenset(code.name for code in Code) | {"OK"}
+
+
+class LeaseEnd(Enum):
+    """Why a region was deleted without a call; values are metric labels."""
+
+    CLIENT_EXIT = "client_exit"
+    TTL = "ttl"
+
+
+class Replayed(Enum):
+    """What a repeated request_id had made; values are metric labels."""
+
+    REGION = "region"
+    TRANSFER = "transfer"
+
+
+class LinkSide(Enum):
+    """Who opened a link; values are metric labels."""
+
+    OPENED = "opened"
+    ACCEPTED = "accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """A device and the regions on it, now."""
+
+    name: str
+    kind: str
+    path: Path
+    size: int
+    available: int
+    regions: int
+    region_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What there is now."""
+
+    devices: tuple[DeviceUse, ...]
+    leases: Mapping[LeaseKind, int]
+    running_transfers: int
+    links: Mapping[tuple[FabricKind, LinkSide], int]
+    grants_given: int
+    """Grants that remote nodes hold on regions of this one."""
+    grants_held: int
+    """Grants that this node holds on regions of remote nodes."""
+    attach_sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcMethod:
+    """A method of the contract."""
+
+    service: str
+    """Full name, such as peermem.v1.NodeService."""
+    method: str
+    type: str
+    """unary, client_stream, server_stream or bidi_stream."""
+
+
+class Metrics:
+    """The daemon's metrics, in a registry of their own unless one is given."""
+
+    def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter
+        self._registry = registry or CollectorRegistry()
+        self._grpc_methods: dict[tuple[str, str], GrpcMethod] = {}
+        self._state = _StateCollector()
+        self._registry.register(self._state)
+        self._declare_transfers()
+        self._declare_others()
+        build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
+        build.info({"version": version, "python": platform.python_version()})
+        ProcessCollector(registry=self._registry)
+
+    def _declare_transfers(self) -> None:
+        self._transfers = self._counter(
+            "peermem_transfers", "Transfers that ended.", "outcome", "direction", "fabric", "path"
+        )
+        self._failures = self._counter("peermem_transfer_failures", "Transfers that failed, by reason.", "reason")
+        self._bytes = self._counter(
+            "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
+        )
+        self._duration = self._histogram(
+            "peermem_transfer_duration_seconds",
+            "Time from a transfer's acceptance to its end.",
+            DURATION_BUCKETS,
+            "outcome",
+            "direction",
+            "fabric",
+        )
+        self._size = self._histogram(
+            "peermem_transfer_size_bytes",
+            "Bytes that a transfer was asked to move.",
+            SIZE_BUCKETS,
+            "direction",
+            "fabric",
+        )
+        for reason in PeermemError.by_reason:
+            self._failures.labels(reason)
+        self._start_transfers_at_zero(Direction.LOCAL, FabricKind.LOCAL, Path.HOST)
+        self._start_transfers_at_zero(Direction.PUSH, FabricKind.TCP, Path.HOST)
+        self._start_transfers_at_zero(Direction.PULL, FabricKind.TCP, Path.HOST)
+        self._start_transfers_at_zero(Direction.RELAYED, None, None)
+
+    def _start_transfers_at_zero(self, direction: Direction, fabric: FabricKind | None, path: Path | None) -> None:
+        labels = direction.value, _label(fabric), _label(path)
+        for outcome in OUTCOMES.values():
+            self._transfers.labels(outcome, *labels)
+        self._duration.labels(OUTCOMES[State.SUCCEEDED], *labels[:2])
+        self._size.labels(*labels[:2])
+        if fabric:
+            self._bytes.labels(*labels)
+
+    def _declare_others(self) -> None:
+        self._lease_ends = self._counter(
+            "peermem_lease_expirations", "Regions that were deleted because their lease ended.", "reason"
+        )
+        self._replays = self._counter(
+            "peermem_idempotent_replays", "Requests that were answered from an earlier one's result.", "resource"
+        )
+        self._lag = self._histogram(
+            "peermem_event_loop_lag_seconds", "How late the event loop ran a timer that was due.", LAG_BUCKETS
+        )
+        method = "grpc_type", "grpc_service", "grpc_method"
+        self._grpc_count = self._counter("grpc_server_handled", "gRPC calls that ended.", *method, "grpc_code")
+        self._grpc_duration = self._histogram(
+            "grpc_server_handling_seconds", "Time that a gRPC call took.", DURATION_BUCKETS, *method
+        )
+        for end in LeaseEnd:
+            self._lease_ends.labels(end.value)
+        for replayed in Replayed:
+            self._replays.labels(replayed.value)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(name, help_text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, help_text, labels, buckets=buckets, registry=self._registry)
+
+    def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
+        """Some bytes of a running transfer are in place; `path` is that of the region here."""
+        self._bytes.labels(direction.value, fabric.value, path.value).inc(count)
+
+    def transfer_ended(
+        self,
+        outcome: State,
+        reason: str | None,
+        direction: Direction,
+        fabric: FabricKind | None,
+        path: Path | None,
+        size: int,
+        seconds: float,
+    ) -> None:
+        """A transfer of `size` bytes ended. `reason` is that of its error.
+
+        `fabric` and `path` are those of the first leg; None for a relayed transfer and for one that ended before
+        they were chosen.
+        """
+        word, way = OUTCOMES[outcome], (direction.value, _label(fabric))
+        self._transfers.labels(word, *way, _label(path)).inc()
+        self._duration.labels(word, *way).observe(seconds)
+        self._size.labels(*way).observe(size)
+        if outcome is State.FAILED:
+            self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
+
+    def lease_ended(self, end: LeaseEnd) -> None:
+        """A region was deleted because its lease ended."""
+        self._lease_ends.labels(end.value).inc()
+
+    def replayed(self, what: Replayed) -> None:
+        """A request_id came again and got the first one's result."""
+        self._replays.labels(what.value).inc()
+
+    def event_loop_lag(self, seconds: float) -> None:
+        """The event loop ran a timer so late."""
+        self._lag.observe(seconds)
+
+    def serve_grpc(self, methods: Iterable[GrpcMethod]) -> None:
+        """These methods are served; calls of any others are counted as `unknown`."""
+        for method in methods:
+            self._grpc_methods[method.service, method.method] = method
+            labels = method.type, method.service, method.method
+            self._grpc_count.labels(*labels, "OK")
+            self._grpc_duration.labels(*labels)
+
+    def grpc_handled(self, service: str, method: str, code: str, seconds: float) -> None:
+        """A call ended with the canonical code of this name."""
+        known = self._grpc_methods.get((service, method), _UNKNOWN_METHOD)
+        labels = known.type, known.service, known.method
+        self._grpc_count.labels(*labels, code if code in GRPC_CODES else Code.UNKNOWN.name).inc()
+        self._grpc_duration.labels(*labels).observe(seconds)
+
+    def observe(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Ask `snapshot` for the current state each time the page is made."""
+        self._state.snapshot = snapshot
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the page and its content type: OpenMetrics for who accepts it, else Prometheus text."""
+        # The caller's header goes no further: the library raises on versions that are no numbers, and echoes others.
+        encode, content_type = choose_encoder(f"{OPENMETRICS}; version=1.0.0" if OPENMETRICS in accept else "")
+        return encode(self._registry), content_type
+
+
+class _StateCollector(Collector):
+    """Gauges of what there is now; none before somebody can say."""
+
+    snapshot: Callable[[], Snapshot] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.snapshot is None:
+            return
+        now = self.snapshot()
+        yield from _device_gauges(now.devices)
+        leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
+        yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
+        links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
+        yield _gauge("peermem_links", "Open links, by who opened them.", ("fabric", "side"), links)
+        grants = [(("given",), now.grants_given), (("held",), now.grants_held)]
+        yield _gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
+        yield _gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
+        yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
+
+
+def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
+    labels = "device", "kind", "path"
+    keys = [(device.name, device.kind, device.path.value) for device in devices]
+    for name, help_text, values in (
+        ("peermem_regions", "Regions on a device.", [device.regions for device in devices]),
+        ("peermem_region_bytes", "Bytes of the regions on a device.", [device.region_bytes for device in devices]),
+        ("peermem_device_size_bytes", "Bytes of a device.", [device.size for device in devices]),
+        ("peermem_device_available_bytes", "Bytes not held by regions.", [device.available for device in devices]),
+    ):
+        yield _gauge(name, help_text, labels, zip(keys, values, strict=True))
+
+
+def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for key, value in values:
+        family.add_metric(key, value)
+    return family
+
+
+_UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
+
+
+def _label(value: FabricKind | Path | None) -> str:
+    return value.value if value else "none"
+
+
+async def watch_event_loop(metrics: Metrics, interval: float = 0.25) -> None:
+    """Measure how late the running event loop is, every `interval` seconds, until cancelled."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + interval
+        await asyncio.sleep(interval)
+        metrics.event_loop_lag(max(0.0, clock() - due))

@@ -1,0 +1,349 @@
+"""What every fabric has to do, whatever carries its bytes; a subclass of `FabricConformance` runs it on one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+from tests.fabric.support import (
+    MIB,
+    Clock,
+    Connection,
+    FileMemory,
+    VanishingMemory,
+    eventually,
+    open_sockets,
+    ranges_of,
+    turns,
+)
+
+from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable, ShuttingDown
+from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.fabric.base import Fabric, LinkClosed, LinkEnd, Opcode, Status
+
+Factory = Callable[[Clock, Callable[[bytes], None]], AbstractAsyncContextManager[tuple[Fabric, Fabric]]]
+"""Makes two started fabrics: one that initiates, and one that serves and reports lost links."""
+
+SHAPES = {
+    "one byte": ranges_of([5], [9], [1]),
+    "a page": ranges_of([4096], [8192], [4096]),
+    "unaligned": ranges_of([3], [4099], [12_345]),
+    "a slice": ranges_of([1], [0], [MIB]),
+    "several ranges": ranges_of([0, 700_001, 5000], [900_000, 1, 65_536], [4096, 77, 60_000]),
+    "hundreds of ranges": ranges_of(
+        [8000 * i + i % 7 for i in range(256)], [8000 * (255 - i) for i in range(256)], [1 + 29 * i for i in range(256)]
+    ),
+}
+LENGTH = 4 * MIB
+BIG = 96 * MIB
+"""More than fits into any buffer between the two sides."""
+
+both_ways = pytest.mark.parametrize("opcode", list(Opcode))
+
+
+class FabricConformance:
+    """The tests. A subclass gives `make_fabrics`, a `Factory`."""
+
+    make_fabrics: Factory
+
+    @pytest.fixture
+    async def fabrics(self, clock: Clock, lost: list[bytes]) -> AsyncIterator[tuple[Fabric, Fabric]]:
+        before = open_sockets()
+        async with self.make_fabrics(clock, lost.append) as fabrics:
+            yield fabrics
+        assert open_sockets() == before
+
+    @pytest.fixture
+    async def connection(
+        self, memories: object, fabrics: tuple[Fabric, Fabric]
+    ) -> AsyncIterator[Connection]:
+        connection = await Connection(*fabrics).open()
+        yield connection
+        await connection.link.close()
+        assert connection.events.faults == []
+
+    # Bytes
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @both_ways
+    async def test_moves_exactly_the_bytes_asked_for(
+        self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode, shape: str
+    ) -> None:
+        local, remote = memories(seed=1), memories(seed=2)
+        expected_local, expected_remote = bytearray(local.bytes()), bytearray(remote.bytes())
+        ranges = SHAPES[shape]
+        for here, there, length in zip(ranges.local, ranges.remote, ranges.lengths, strict=True):
+            if opcode is Opcode.WRITE:
+                expected_remote[1000 + there : 1000 + there + length] = expected_local[here : here + length]
+            else:
+                expected_local[here : here + length] = expected_remote[1000 + there : 1000 + there + length]
+        key = connection.grant(remote, offset=1000)
+        assert await connection.run(opcode, local, key, ranges) is Status.SUCCESS
+        assert local.bytes() == expected_local
+        assert remote.bytes() == expected_remote
+
+    @pytest.mark.parametrize("rails", [1, 3])
+    async def test_many_requests_in_flight_both_ways(
+        self, fabrics: tuple[Fabric, Fabric], memories: Callable[..., FileMemory], rails: int
+    ) -> None:
+        connection = await Connection(*fabrics).open(rails)
+        source, target, back = memories(32 * MIB, 1), memories(32 * MIB), memories(32 * MIB)
+        fixed = memories(32 * MIB, 3)
+        key, fixed_key = connection.grant(target), connection.grant(fixed)
+        posted = []
+        for start in range(0, 32 * MIB, 512 << 10):
+            ranges = Ranges.single(start, start, 512 << 10)
+            posted.append(connection.post(Opcode.WRITE, source, key, ranges))
+            posted.append(connection.post(Opcode.READ, back, fixed_key, ranges))
+        assert set(await connection.events.wait(posted)) == {Status.SUCCESS}
+        assert target.bytes() == source.bytes()
+        assert back.bytes() == fixed.bytes()
+        await connection.link.close()
+        assert connection.events.faults == []
+
+    # Rights
+
+    @both_ways
+    @pytest.mark.parametrize("kind", ["behind", "across", "unknown", "other link", "no right", "expired", "revoked"])
+    async def test_refuses_what_the_grant_does_not_allow(
+        self,
+        connection: Connection,
+        memories: Callable[..., FileMemory],
+        clock: Clock,
+        opcode: Opcode,
+        kind: str,
+    ) -> None:
+        local, remote = memories(seed=1), memories(seed=2)
+        before = local.bytes(), remote.bytes()
+        key, ranges = await self._forbidden(connection, remote, clock, opcode, kind)
+        assert await connection.run(opcode, local, key, ranges) is Status.REM_ACCESS_ERR
+        assert (local.bytes(), remote.bytes()) == before
+        good = connection.grant(remote)
+        assert await connection.run(opcode, local, good, Ranges.single(0, 0, LENGTH)) is Status.SUCCESS
+
+    async def _forbidden(
+        self, connection: Connection, remote: FileMemory, clock: Clock, opcode: Opcode, kind: str
+    ) -> tuple[RemoteKey, Ranges]:
+        ranges = Ranges.single(0, 0, 300_000)
+        if kind in ("behind", "across"):
+            start = MIB if kind == "behind" else MIB - 1
+            return connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])
+        if kind == "unknown":
+            return RemoteKey(12345, 0, LENGTH), ranges
+        if kind == "other link":
+            other = await Connection(connection.initiator, connection.target).open()
+            key = other.grant(remote)
+            return key, ranges
+        if kind == "no right":
+            rights = Rights.READ if opcode is Opcode.WRITE else Rights.WRITE
+            return connection.grant(remote, rights=rights), ranges
+        key = connection.grant(remote, ttl=5.0)
+        if kind == "expired":
+            clock.ahead += 5.0
+        else:
+            await connection.target.revoke(key)
+        return key, ranges
+
+    async def test_grants_only_to_open_links_and_only_what_is_there(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        memory = memories()
+        with pytest.raises(LinkNotFound):
+            connection.target.grant(b"?" * 16, memory, 0, LENGTH, Rights.READ, 10.0)
+        with pytest.raises(ValueError, match="no range"):
+            connection.grant(memory, offset=1, length=LENGTH)
+
+    @both_ways
+    async def test_revoke_fences_a_running_request(
+        self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
+    ) -> None:
+        local, remote = memories(BIG, 1), FileMemory(BIG, 2)
+        posted = connection.post_all(opcode, local, key := connection.grant(remote))
+        await connection.events.wait(posted[:1])
+        await connection.target.revoke(key)
+        written = remote.bytes()
+        await turns()
+        assert remote.bytes() == written
+        remote.close()  # nobody holds it, although requests are still on the way
+        statuses = await connection.events.wait(posted)
+        assert set(statuses) == {Status.SUCCESS, Status.REM_ACCESS_ERR}
+        await connection.target.revoke(key)
+
+    async def test_two_who_revoke_are_both_fenced(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        local, remote = memories(BIG, 1), memories(BIG)
+        posted = connection.post_all(Opcode.WRITE, local, key := connection.grant(remote))
+        await connection.events.wait(posted[:1])
+        first = connection.target.revoke(key)
+        await connection.target.revoke(key)
+        written = remote.bytes()
+        await first
+        await connection.events.wait(posted)
+        assert remote.bytes() == written
+
+    async def test_a_grant_that_expires_stops_a_running_request(
+        self, connection: Connection, memories: Callable[..., FileMemory], clock: Clock
+    ) -> None:
+        local, remote = memories(BIG, 1), memories(BIG)
+        posted = connection.post_all(Opcode.WRITE, local, connection.grant(remote, ttl=50.0))
+        await connection.events.wait(posted[:1])
+        clock.ahead += 50.0
+        statuses = await connection.events.wait(posted)
+        assert statuses[-1] is Status.REM_ACCESS_ERR
+        assert remote.bytes()[-MIB:] == bytes(MIB)
+
+    # Faults of memory
+
+    @both_ways
+    async def test_local_ranges_outside_local_memory(
+        self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
+    ) -> None:
+        local, remote = memories(4096), memories()
+        key = connection.grant(remote)
+        for ranges in (Ranges.single(1, 0, 4096), Ranges.single(-1, 0, 1), ranges_of([0, 4096], [0, 9], [1, 1])):
+            assert await connection.run(opcode, local, key, ranges) is Status.LOC_PROT_ERR
+        assert await connection.run(opcode, local, key, Ranges.single(0, 0, 4096)) is Status.SUCCESS
+
+    @both_ways
+    @pytest.mark.parametrize("side", [Status.LOC_PROT_ERR, Status.REM_OP_ERR])
+    @pytest.mark.parametrize("size", [4096, MIB])
+    async def test_vanished_memory_fails_its_request_and_no_other(
+        self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode, side: Status, size: int
+    ) -> None:
+        vanishing = VanishingMemory(MIB)
+        sound = memories(MIB, 1)
+        local, remote = (vanishing, sound) if side is Status.LOC_PROT_ERR else (sound, vanishing)
+        key = connection.grant(remote)
+        vanishing.vanish()
+        ranges = Ranges.single(MIB - size, MIB - size, size)
+        assert await connection.run(opcode, local, key, ranges) is side
+        vanishing.reappear()
+        assert await connection.run(opcode, local, key, ranges) is Status.SUCCESS
+
+    @both_ways
+    async def test_closed_local_memory(
+        self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
+    ) -> None:
+        local = FileMemory(4096)
+        local.close()
+        key = connection.grant(memories())
+        assert await connection.run(opcode, local, key, Ranges.single(0, 0, 4096)) is Status.LOC_PROT_ERR
+
+    # Ends
+
+    async def test_closing_twice_and_using_a_closed_link(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        memory = memories()
+        key = connection.grant(memory)
+        await connection.link.close()
+        await connection.link.close()
+        with pytest.raises(LinkClosed):
+            connection.post(Opcode.WRITE, memory, key, Ranges.single(0, 0, 1))
+        assert connection.events.ends == []
+
+    @both_ways
+    async def test_close_flushes_and_nothing_is_written_locally_afterwards(
+        self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes], opcode: Opcode
+    ) -> None:
+        local, remote = FileMemory(BIG), memories(BIG, 1)
+        posted = connection.post_all(opcode, local, connection.grant(remote))
+        await connection.events.wait(posted[:1])
+        await connection.link.close()
+        assert set(connection.events.statuses) == set(posted)
+        assert set(connection.events.statuses.values()) == {Status.SUCCESS, Status.WR_FLUSH_ERR}
+        seen = local.bytes()
+        await eventually(lambda: lost == [connection.link_id])
+        assert local.bytes() == seen
+        local.close()
+        assert connection.events.ends == []
+
+    async def test_a_closed_link_is_lost_at_its_target_with_its_grants(
+        self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes]
+    ) -> None:
+        connection.grant(memories())
+        await connection.link.close()
+        await eventually(lambda: lost == [connection.link_id])
+        with pytest.raises(LinkNotFound):
+            connection.grant(memories())
+
+    @both_ways
+    @pytest.mark.parametrize("how", ["hang up", "close the fabric"])
+    async def test_remote_side_gone_in_the_middle(
+        self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes], opcode: Opcode, how: str
+    ) -> None:
+        local, remote = memories(BIG), FileMemory(BIG, 1)
+        posted = connection.post_all(opcode, local, connection.grant(remote))
+        await connection.events.wait(posted[:1])
+        if how == "hang up":
+            await connection.target.hang_up(connection.link_id)
+            await connection.target.hang_up(connection.link_id)
+        else:
+            await connection.target.close()
+        remote.close()
+        statuses = await connection.events.wait(posted)
+        assert set(statuses) <= {Status.SUCCESS, Status.WR_FLUSH_ERR}
+        assert statuses[-1] is Status.WR_FLUSH_ERR
+        if connection.target is not connection.initiator or how == "hang up":
+            await eventually(lambda: connection.events.ends != [])
+            assert connection.events.ends == [LinkEnd.REMOTE_CLOSED]
+        with pytest.raises(LinkClosed):
+            connection.post(opcode, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+        assert lost == []
+
+    async def test_closing_the_fabric_flushes_its_links(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        local, remote = memories(BIG), memories(BIG)
+        posted = connection.post_all(Opcode.WRITE, local, connection.grant(remote))
+        await connection.initiator.close()
+        await connection.initiator.close()
+        assert set(connection.events.statuses) == set(posted)
+        assert connection.events.ends == []
+        with pytest.raises(LinkClosed):
+            connection.post(Opcode.WRITE, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+
+    async def test_posting_from_a_completion(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        memory, remote = memories(seed=1), memories()
+        key = connection.grant(remote)
+        record = connection.events.completed
+
+        def completed(completions: list[object]) -> None:
+            record(completions)  # type: ignore[arg-type]
+            if len(connection.events.statuses) < 50:
+                connection.post(Opcode.WRITE, memory, key, Ranges.single(0, 0, 4096))
+
+        connection.events.completed = completed  # type: ignore[method-assign,assignment]
+        connection.post(Opcode.WRITE, memory, key, Ranges.single(0, 0, 4096))
+        await connection.events.wait(range(1, 51))
+
+    # Opening
+
+    async def test_what_the_exchange_raises_comes_through(self, fabrics: tuple[Fabric, Fabric]) -> None:
+        async def refuse(offer: LinkAttributes) -> LinkAttributes:
+            raise ShuttingDown("not now")
+
+        with pytest.raises(ShuttingDown):
+            await fabrics[0].connect(refuse, Connection(*fabrics).events)
+
+    async def test_an_answer_that_leads_nowhere(self, fabrics: tuple[Fabric, Fabric]) -> None:
+        async def mislead(offer: LinkAttributes) -> LinkAttributes:
+            answer = fabrics[1].accept(offer)
+            await fabrics[1].hang_up(answer.link_id)
+            return answer
+
+        with pytest.raises(NodeUnreachable):
+            await fabrics[0].connect(mislead, Connection(*fabrics).events)
+
+    async def test_accept_wants_its_own_fabric_and_a_served_one(self, fabrics: tuple[Fabric, Fabric]) -> None:
+        target = fabrics[1]
+        other = FabricKind.TCP if target.kind is not FabricKind.TCP else FabricKind.LOCAL
+        with pytest.raises(FabricUnavailable):
+            target.accept(LinkAttributes(other, 1))
+        await target.close()
+        with pytest.raises(FabricUnavailable):
+            target.accept(LinkAttributes(target.kind, 1))

@@ -1,0 +1,190 @@
+"""What tests of fabrics share: memories that can vanish, a recorder of completions, a clock to turn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.fabric.base import Completion, Fabric, Link, LinkEnd, Opcode, Status, WorkRequest
+from peermem.memory import Memory
+
+MIB = 1 << 20
+PATIENCE = 20.0
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class FileMemory:
+    """Memory in a memfd. `close` raises BufferError when somebody still holds a slice of its view."""
+
+    def __init__(self, length: int, seed: int | None = None) -> None:
+        self.length = length
+        self.fd: int | None = os.memfd_create("test", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, length)
+        self._mapping = mmap.mmap(self.fd, length)
+        self._view = memoryview(self._mapping)
+        if seed is not None:
+            self._mapping[:] = random.Random(seed).randbytes(length)
+
+    def view(self) -> memoryview:
+        return self._view
+
+    def bytes(self) -> bytes:
+        return bytes(self._view)
+
+    def close(self) -> None:
+        self._view.release()
+        self._mapping.close()
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class VanishingMemory:
+    """Memory that is only a mapping, and that the kernel can be told to refuse from then on."""
+
+    fd: int | None = None
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._mapping = mmap.mmap(-1, length)
+        self._view = memoryview(self._mapping)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+    def view(self) -> memoryview:
+        return self._view
+
+    def vanish(self) -> None:
+        self._protect(0)
+
+    def reappear(self) -> None:
+        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def _protect(self, protection: int) -> None:
+        result = _LIBC.mprotect(ctypes.c_void_p(self._address), ctypes.c_size_t(self.length), protection)
+        assert result == 0, os.strerror(ctypes.get_errno())
+
+
+class Clock:
+    """The monotonic clock, which a test can put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@dataclass
+class Recorder:
+    """LinkEvents that remember."""
+
+    statuses: dict[int, Status] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    ends: list[LinkEnd] = field(default_factory=list)
+    posting: bool = False
+
+    def completed(self, completions: list[Completion]) -> None:
+        if self.posting:
+            self.faults.append("completed from inside post")
+        if self.ends:
+            self.faults.append("completed after down")
+        for completion in completions:
+            if completion.wr_id in self.statuses:
+                self.faults.append(f"{completion} came twice")
+            self.statuses[completion.wr_id] = completion.status
+
+    def down(self, end: LinkEnd, cause: str) -> None:
+        if self.posting:
+            self.faults.append("down from inside post")
+        self.ends.append(end)
+
+    async def wait(self, wr_ids: Iterable[int]) -> list[Status]:
+        wanted = list(wr_ids)
+        await eventually(lambda: all(wr_id in self.statuses for wr_id in wanted))
+        return [self.statuses[wr_id] for wr_id in wanted]
+
+
+class Connection:
+    """An open link with its recorder, as a test uses it."""
+
+    def __init__(self, initiator: Fabric, target: Fabric) -> None:
+        self.initiator = initiator
+        self.target = target
+        self.events = Recorder()
+        self.link_id = b""
+        self.link: Link
+        self._next_id = 0
+
+    async def open(self, rails: int = 1) -> Connection:
+        self.link = await self.initiator.connect(self._exchange, self.events, rails)
+        return self
+
+    async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
+        answer = self.target.accept(offer)
+        self.link_id = answer.link_id
+        return answer
+
+    def grant(
+        self,
+        memory: Memory,
+        offset: int = 0,
+        length: int | None = None,
+        rights: Rights = Rights.READ | Rights.WRITE,
+        ttl: float = 1000.0,
+    ) -> RemoteKey:
+        length = memory.length - offset if length is None else length
+        return self.target.grant(self.link_id, memory, offset, length, rights, ttl)
+
+    def post(self, opcode: Opcode, memory: Memory, key: RemoteKey, ranges: Ranges) -> int:
+        self._next_id += 1
+        self.events.posting = True
+        try:
+            self.link.post(WorkRequest(self._next_id, opcode, memory, key, ranges))
+        finally:
+            self.events.posting = False
+        return self._next_id
+
+    async def run(self, opcode: Opcode, memory: Memory, key: RemoteKey, ranges: Ranges) -> Status:
+        return (await self.events.wait([self.post(opcode, memory, key, ranges)]))[0]
+
+    def post_all(self, opcode: Opcode, memory: Memory, key: RemoteKey) -> list[int]:
+        """Post requests for all of `memory`, at the same offsets on both sides."""
+        size = self.initiator.limits.slice_bytes
+        return [
+            self.post(opcode, memory, key, Ranges.single(start, start, min(size, memory.length - start)))
+            for start in range(0, memory.length, size)
+        ]
+
+
+def ranges_of(local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]) -> Ranges:
+    return Ranges(local, remote, lengths, sum(lengths))
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Give the loop turns until a condition holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.0005)
+
+
+async def turns(count: int = 50) -> None:
+    """Let the loop turn: whatever is going to happen by itself has its chance."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def open_sockets() -> list[str]:
+    """Kinds of the sockets, pipes and other nameless files that this process has open."""
+    kinds = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            kinds.append(os.readlink(f"/proc/self/fd/{number}").split(":")[0])
+    return sorted(kind for kind in kinds if not kind.startswith("/"))
