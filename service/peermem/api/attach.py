@@ -5,8 +5,10 @@ Rules of this file:
 * SOCK_SEQPACKET, one protobuf message a packet, answered in order (protos/peermem/v1/attach.proto).
 * Who connects is what SO_PEERCRED says (unix(7)); the connection's end is the session's end.
 * Every descriptor that is received is either handed to the session or closed here, whatever happened.
-* A packet that is too long, holds more than one descriptor or is no message ends the connection after
-  an answer that says so. A client that does not read its answers is dropped: nothing is queued for it.
+* A malformed packet ends the connection after an answer that says so; any other fault is only answered.
+* A job that does not read its answers is dropped: nothing is queued for it.
+* Closing a job's descriptor, or a connection with unread ones in it, can hang. It is done apart, and its
+  connection waits for it and keeps its place meanwhile: whoever sends such things hurts nobody else.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from google.protobuf.message import DecodeError
 
 from peermem.api.sockets import free_socket_path
-from peermem.broker.sessions import Session, SessionTable
-from peermem.core.errors import MalformedMessage, PeermemError
+from peermem.broker.sessions import Session, SessionTable, close_apart
+from peermem.core.errors import Internal, MalformedMessage, PeermemError
 from peermem.core.names import ChildName, parse_region
 from peermem.device.base import DeviceMemory
 from peermem.v1 import attach_pb2
@@ -33,176 +36,237 @@ from peermem.wire import error_to_proto
 
 log = structlog.get_logger(__name__)
 
-MAX_PACKET = 4096
-_MAX_FDS = 8
-"""Descriptors that are received, and closed, when a packet holds more than the one it may."""
-_HELLO_TIMEOUT = 5.0
-
 MapRegion = Callable[[ChildName, str], DeviceMemory]
+
+MAX_PACKET = 4096
+"""Bytes of one request."""
+_MAX_FDS = 253
+"""SCM_MAX_FD of the kernel: all that a packet may hold are received, or the kernel would close the surplus here."""
+_SEND_BUFFER = 16384
+"""Bytes, doubled by the kernel: room for some tens of answers, each of which may hold a descriptor."""
+_CREDENTIALS = struct.Struct("iII")
+_ACCEPT_PAUSE = 1.0
+"""Seconds without accepting after the process ran out of descriptors or memory."""
+_END_WAIT = 1.0
+"""Seconds that `close` waits for connections whose end hangs."""
 
 
 class AttachServer:
     """Listens on one path."""
 
-    def __init__(self, path: str, sessions: SessionTable, map_region: MapRegion, node: str) -> None:
-        """`map_region(name, subject)` returns a region's memory or raises PeermemError."""
+    def __init__(
+        self,
+        path: str,
+        sessions: SessionTable,
+        map_region: MapRegion,
+        node: str,
+        *,
+        mode: int = 0o666,
+        max_connections: int = 2048,
+        hello_timeout: float = 5.0,
+    ) -> None:
+        """`map_region(name, subject)` returns a region's memory or raises PeermemError.
+
+        By `mode` any user may attach; what they may do is the policy's. At `max_connections` further jobs
+        wait in the kernel. Who has said no hello after `hello_timeout` seconds is dropped.
+        """
         self._path = Path(path)
         self._sessions = sessions
         self._map_region = map_region
         self._node = node
+        self._mode = mode
+        self._hello_timeout = hello_timeout
+        self._places = asyncio.Semaphore(max_connections)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
-        self._connections: set[_Connection] = set()
 
     async def start(self) -> None:
-        """Begin to listen. Raises OSError."""
+        """Begin to listen. Raises OSError, also when a daemon is listening there already."""
         free_socket_path(self._path, socket.SOCK_SEQPACKET)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             listener.bind(str(self._path))
-            self._path.chmod(0o666)  # whoever may enter the folder may attach; what they may do is the policy's
+            self._path.chmod(self._mode)
             listener.listen(128)
         except BaseException:
             listener.close()
             raise
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        self._spawn(self._accept(listener))
 
     async def close(self) -> None:
         """End all sessions and remove the socket. Closing twice is no error."""
         if self._listener is None:
             return
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
-        self._listener = None
+        listener, self._listener = self._listener, None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks, timeout=_END_WAIT)
+        listener.close()
         self._path.unlink(missing_ok=True)
-        for connection in list(self._connections):
-            connection.end()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            await self._places.acquire()
+            await _readable(listener)
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                self._places.release()
+            except OSError as error:
+                self._places.release()
+                log.warning("attach_accept_failed", cause=error.strerror)
+                await asyncio.sleep(_ACCEPT_PAUSE)
+            else:
+                self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        job = _Job(connection, self._sessions, self._map_region, self._node)
         try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
-            return
+            await job.serve(self._hello_timeout)
+        except TimeoutError:
+            log.info("attach_without_hello", seconds=self._hello_timeout)
         except OSError as error:
-            log.warning("attach_accept_failed", cause=error.strerror)
-            return
-        sock.setblocking(False)
-        self._connections.add(
-            _Connection(sock, self._sessions, self._map_region, self._node, self._connections.discard)
-        )
+            log.info("attach_dropped", cause=error.strerror)
+        finally:
+            await job.end()
+            self._places.release()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-class _Connection:
-    """One job."""
+class _Packet(NamedTuple):
+    """What one receive returned."""
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        sessions: SessionTable,
-        map_region: MapRegion,
-        node: str,
-        ended: Callable[[_Connection], None],
-    ) -> None:
-        self._sock = sock
+    data: bytes
+    fds: list[int]
+    cut: bool
+
+
+class _Job:
+    """One connection, from accept to end."""
+
+    def __init__(self, connection: socket.socket, sessions: SessionTable, map_region: MapRegion, node: str) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._connection = connection
         self._sessions = sessions
         self._map_region = map_region
         self._node = node
-        self._ended = ended
         self._session: Session | None = None
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_HELLO_TIMEOUT, self.end)
-        loop.add_reader(sock, self._readable)
 
-    def end(self) -> None:
-        """Close the connection and its session."""
-        if self._sock.fileno() < 0:
-            return
-        self._timer.cancel()
-        asyncio.get_running_loop().remove_reader(self._sock)
-        self._sock.close()
+    async def serve(self, hello_timeout: float) -> None:
+        """Answer until the job leaves or sends a malformed packet. Raises TimeoutError without a hello, OSError."""
+        async with asyncio.timeout(hello_timeout) as patience:
+            while await self._turn():
+                if self._session is not None:
+                    patience.reschedule(None)
+
+    async def end(self) -> None:
+        """End the session, then close the connection, which may hang."""
         if self._session is not None:
             self._sessions.close(self._session)
-        self._ended(self)
+        await close_apart([self._connection.detach()])
 
-    def _readable(self) -> None:
-        descriptors = array.array("i")
+    async def _turn(self) -> bool:
+        """Answer one packet; return whether the conversation goes on."""
+        await _readable(self._connection)
+        packet = _receive(self._connection)
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            return
-        except OSError:
-            self.end()
-            return
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
-        received = list(descriptors)
-        try:
-            if not data and not received:
-                self.end()
-                return
-            self._packet(data, received, truncated=bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)))
+            return self._answer(packet)
         finally:
-            for fd in received:
-                os.close(fd)
+            if packet.fds:
+                await close_apart(packet.fds)
 
-    def _packet(self, data: bytes, received: list[int], *, truncated: bool) -> None:
-        """Answer one packet; takes out of `received` what it keeps."""
+    def _answer(self, packet: _Packet) -> bool:
+        """Answer a packet; takes out of its `fds` what is kept. Raises OSError when the job can't be answered."""
+        if not packet.data:
+            return False  # the end of the connection; an empty packet looks the same
+        shared: list[int] = []
         try:
-            request = _parse(data, received, truncated)
-            self._answer(request, received)
-        except MalformedMessage as error:
-            self._send(attach_pb2.AttachResponse(error=error_to_proto(error)))
-            self.end()
+            response = self._obey(_parse(packet), packet.fds, shared)
         except PeermemError as error:
-            self._send(attach_pb2.AttachResponse(error=error_to_proto(error)))
+            response = attach_pb2.AttachResponse(error=error_to_proto(error))
+        except Exception:
+            log.exception("attach_defect")
+            defect = Internal("The daemon failed on this request; its log says why.")
+            response = attach_pb2.AttachResponse(error=error_to_proto(defect))
+        socket.send_fds(self._connection, [response.SerializeToString()], shared)
+        return response.error.reason != MalformedMessage.reason
 
-    def _answer(self, request: attach_pb2.AttachRequest, received: list[int]) -> None:
+    def _obey(
+        self, request: attach_pb2.AttachRequest, received: list[int], shared: list[int]
+    ) -> attach_pb2.AttachResponse:
+        """Do what the packet asks for; puts into `shared` what the answer carries."""
         command = request.WhichOneof("command")
+        if (command == "hand_in") is not (len(received) == 1):
+            raise MalformedMessage("A packet holds one file descriptor if it is hand_in, else none.")
         if (command == "hello") is (self._session is not None):
             raise MalformedMessage("hello must be the first packet, and only the first.")
-        if (command == "hand_in") is not bool(received):
-            raise MalformedMessage("A file descriptor belongs to hand_in, and to nothing else.")
         if self._session is None:
-            self._open()
-        elif command == "map":
-            memory = self._map_region(parse_region(request.map.region, "region"), self._session.subject)
-            fd, offset = memory.share()
-            mapped = attach_pb2.AttachMapped(offset=offset, length=memory.length)
-            self._send(attach_pb2.AttachResponse(mapped=mapped), fd)
-        else:
-            length = os.fstat(received[0]).st_size
-            token = self._sessions.hand_in(self._session, received.pop())
-            handed_in = attach_pb2.AttachHandedIn(token=token, length=length)
-            self._send(attach_pb2.AttachResponse(handed_in=handed_in))
+            return attach_pb2.AttachResponse(session=self._open())
+        if command == "map":
+            return attach_pb2.AttachResponse(mapped=self._map(request.map.region, self._session, shared))
+        return attach_pb2.AttachResponse(handed_in=self._hand_in(self._session, received))
 
-    def _open(self) -> None:
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _ = struct.unpack("3i", credentials)
+    def _open(self) -> attach_pb2.AttachSession:
+        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(credentials)
         self._session = self._sessions.open(f"uid:{uid}", pid)
-        self._timer.cancel()
-        session = attach_pb2.AttachSession(token=self._session.token, node=f"nodes/{self._node}")
-        self._send(attach_pb2.AttachResponse(session=session))
+        return attach_pb2.AttachSession(token=self._session.token, node=f"nodes/{self._node}")
 
-    def _send(self, response: attach_pb2.AttachResponse, fd: int | None = None) -> None:
-        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        try:
-            self._sock.sendmsg([response.SerializeToString()], rights)
-        except OSError:
-            with suppress(OSError):
-                self.end()
+    def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:
+        memory = self._map_region(parse_region(region, "region"), session.subject)
+        fd, offset = memory.share()
+        shared.append(fd)
+        return attach_pb2.AttachMapped(offset=offset, length=memory.length)
+
+    def _hand_in(self, session: Session, received: list[int]) -> attach_pb2.AttachHandedIn:
+        fd = received[0]
+        token = self._sessions.hand_in(session, fd)
+        received.clear()
+        return attach_pb2.AttachHandedIn(token=token, length=os.fstat(fd).st_size)
 
 
-def _parse(data: bytes, received: list[int], truncated: bool) -> attach_pb2.AttachRequest:
-    if truncated or len(received) > 1:
-        raise MalformedMessage(f"A packet has at most {MAX_PACKET} bytes and one file descriptor.")
+def _receive(connection: socket.socket) -> _Packet:
+    """Return the next packet. Raises OSError."""
+    fds = array.array("i")
+    data, ancillary, flags, _ = connection.recvmsg(
+        MAX_PACKET, socket.CMSG_SPACE(_MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return _Packet(data, fds.tolist(), bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)))
+
+
+def _parse(packet: _Packet) -> attach_pb2.AttachRequest:
+    """Return the request. Raises MalformedMessage."""
+    if packet.cut or len(packet.fds) > 1:
+        raise MalformedMessage(f"A packet has at most {MAX_PACKET} bytes and one file descriptor; send less.")
     try:
-        request = attach_pb2.AttachRequest.FromString(data)
+        request = attach_pb2.AttachRequest.FromString(packet.data)
     except DecodeError:
-        raise MalformedMessage("The packet is no AttachRequest.") from None
+        raise MalformedMessage("The packet is no AttachRequest of peermem.v1.") from None
     if request.WhichOneof("command") is None:
         raise MalformedMessage("The packet has no command that this daemon knows.")
     return request
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Return when there is something to receive or accept."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(sock, _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    with suppress(asyncio.InvalidStateError):  # cancelled in the same turn of the loop
+        ready.set_result(None)

@@ -91,11 +91,10 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         name = parse_transfer(request.name)
         facts = self._broker.transfer(name)
         yield transfer_to_proto(facts)
-        while not facts.state.ended:
-            running = self._broker.transfers.find_running(name)
-            if running is not None:
-                await _ended_within(running, _TICK)
-            before, facts = facts, self._broker.transfer(name)
+        running = self._broker.transfers.find_running(name)
+        while running is not None and not facts.state.ended:
+            await _ended_within(running, _TICK)
+            before, facts = facts, running.facts
             if facts != before:
                 yield transfer_to_proto(facts)
 

@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* A use keeps its region from ending under it, and stops soon after the region is asked to end.
+* A use keeps its region from ending while it touches memory, not while its caller reads slowly: asked
+  to end, it is over at once between two pieces, and the next piece is refused.
 * Small pieces are copied on the loop, large ones in a thread, so that the loop turns.
 """
 
@@ -15,6 +16,7 @@ from typing import Self, TypeVar
 from peermem import memory
 from peermem.broker.regions import Region
 from peermem.core.errors import OutOfRange, PeermemError, RegionRevoked
+from peermem.offload import in_thread
 
 T = TypeVar("T")
 
@@ -32,15 +34,19 @@ class Use:
         region.check_usable()
         self.region = region
         self._error: PeermemError | None = None
-        self._done = asyncio.Event()
+        self._touching = False
+        self._over = asyncio.Event()
 
     def __enter__(self) -> Self:
         self.region.users.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self.region.users.discard(self)
-        self._done.set()
+        self._over.set()
 
     def check_inside(self, offset: int, length: int) -> None:
         """Raise OutOfRange unless the range is inside the region."""
@@ -55,10 +61,12 @@ class Use:
     def fail(self, error: PeermemError) -> None:
         """See RegionUser."""
         self._error = error
+        if not self._touching:
+            self._end()
 
     async def settled(self) -> None:
         """See RegionUser."""
-        await self._done.wait()
+        await self._over.wait()
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return bytes of the region. Raises RegionDeleted, RegionRevoked."""
@@ -83,13 +91,18 @@ class Use:
     async def _touch(self, length: int, action: Callable[[], T]) -> T:
         if self._error is not None:
             raise self._error
+        self._touching = True
         try:
-            return action() if length <= _INLINE else await asyncio.shield(asyncio.to_thread(action))
+            return action() if length <= _INLINE else await in_thread(action)
         except OSError as error:
             raise RegionRevoked(
                 f"{self.region.name}: its memory can't be accessed any more ({error.strerror}).",
                 region=self.region.name,
             ) from error
+        finally:
+            self._touching = False
+            if self._error is not None:
+                self._end()
 
 
 async def checksum(region: Region, ranges: Sequence[tuple[int, int]], initial: int) -> int:

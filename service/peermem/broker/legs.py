@@ -89,6 +89,20 @@ class LegRun:
             self.link = await links.get(self.leg.other.node, self.leg.fabric)
             await self._acquire()
         self._reused = self.held.acquired_at < started
+        self._check_reach()
+
+    def prepare_at_once(self, links: LinkTable) -> bool:
+        """Use a link and a grant from before; return whether there are such. Raises OutOfRange."""
+        link = links.kept(self.leg.other.node, self.leg.fabric)
+        held = link.kept_grant(self.leg.other, self._right, self._host.owner) if link else None
+        if link is None or held is None:
+            return False
+        self.link, self.held, self._reused = link, held, True
+        self._used.append(held)
+        self._check_reach()
+        return True
+
+    def _check_reach(self) -> None:
         reach = max(map(add, self.leg.ranges.remote, self.leg.ranges.lengths))
         if reach > self.held.key.length:
             raise OutOfRange(

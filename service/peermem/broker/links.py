@@ -96,13 +96,18 @@ class OutboundLink:
         """Grants kept for reuse."""
         return len(self._grants)
 
+    def kept_grant(self, region: ChildName, right: Rights, subject: str) -> HeldGrant | None:
+        """Return a fresh grant from before, if there is one."""
+        self.used_at = self._clock()
+        held = self._grants.get((region, right, subject))
+        return held if held is not None and held.fresh(self.used_at) else None
+
     async def grant(self, region: ChildName, right: Rights, subject: str) -> HeldGrant:
         """Return a fresh grant on a region, from before where there is one. Raises as acquire_grant."""
-        self.used_at = self._clock()
-        wanted = (region, right, subject)
-        held = self._grants.get(wanted)
-        if held is not None and held.fresh(self.used_at):
+        held = self.kept_grant(region, right, subject)
+        if held is not None:
             return held
+        wanted = (region, right, subject)
         task = self._acquiring.get(wanted)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._acquire(wanted))
@@ -230,6 +235,10 @@ class LinkTable:
         """Grants held on regions of remote nodes."""
         return sum(link.grant_count for link in self._links.values())
 
+    def kept(self, node: str, kind: FabricKind) -> OutboundLink | None:
+        """Return the open link to a node, if there is one."""
+        return self._links.get((node, kind))
+
     async def get(self, node: str, kind: FabricKind) -> OutboundLink:
         """Return the link to a node, opened if need be. Raises NodeUnreachable, NodeNotFound."""
         key = (node, kind)
@@ -268,8 +277,10 @@ class LinkTable:
 
     async def close(self) -> None:
         """Close all links."""
-        for task in list(self._opening.values()):
+        opening = list(self._opening.values())
+        for task in opening:
             task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
         for link in list(self._links.values()):
             self.discard(link)
         await asyncio.gather(*self._closing)

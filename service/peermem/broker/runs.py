@@ -144,8 +144,9 @@ class TransferRun:
         await self.ended.wait()
 
     async def _work(self, links: LinkTable) -> None:
-        if self.machine.error is None:
-            await self._prepare(links)
+        late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
+        if late and self.machine.error is None:
+            await self._prepare(late, links)
         self.machine.start()
         if self.machine.error is None:
             for leg in self._legs:
@@ -157,8 +158,8 @@ class TransferRun:
                 value = await leg.verify(value)
             self._crc32c = value
 
-    async def _prepare(self, links: LinkTable) -> None:
-        self._preparation = asyncio.gather(*(leg.prepare(links) for leg in self._legs))
+    async def _prepare(self, legs: Sequence[LegRun], links: LinkTable) -> None:
+        self._preparation = asyncio.gather(*(leg.prepare(links) for leg in legs))
         try:
             await self._preparation
         except asyncio.CancelledError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from peermem.core.errors import InvalidField
@@ -55,6 +56,7 @@ def parse_transfer(name: str, field: str = "name") -> ChildName:
     return _parse_child(name, "transfers", field)
 
 
+@lru_cache(4096)  # the same few regions are named again and again; only valid, so short, names are kept
 def _parse_child(name: str, collection: str, field: str) -> ChildName:
     match = _CHILD_PATTERN.fullmatch(name)
     if not match or match[2] != collection:

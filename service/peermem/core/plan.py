@@ -90,6 +90,9 @@ def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKi
 
 def slices(ranges: Ranges, slice_bytes: int, slice_ranges: int) -> Iterator[Ranges]:
     """Cut `ranges` into pieces of at most `slice_bytes` bytes and `slice_ranges` pairs, in order."""
+    if ranges.total <= slice_bytes and len(ranges.lengths) <= slice_ranges:
+        yield ranges
+        return
     local: list[int] = []
     remote: list[int] = []
     lengths: list[int] = []

@@ -1,0 +1,25 @@
+"""Blocking work in a thread, for work on file descriptors and memory that has an owner.
+
+A caller that is cancelled waits for the work all the same: what the work uses must not be closed, and
+its descriptor's number not be used again, while the thread is at it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Return what `work` returns. Raises what it raises, and CancelledError after it is done."""
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        if not thread.cancelled():
+            thread.exception()  # the caller is gone; nobody else will ask for it
+        raise
