@@ -39,6 +39,14 @@ def test_without_an_attach_socket_nothing_is_mapped_or_handed_in(tmp_path: Path)
         assert "peermem-session" not in daemon.metadata[-1]
 
 
+def test_an_attach_socket_that_was_asked_for_must_be_there(tmp_path: Path) -> None:
+    with (
+        ScriptedDaemon(tmp_path, succeed) as daemon,
+        pytest.raises(errors.NodeUnreachable, match="attach socket"),
+    ):
+        peermem.connect(daemon.target, attach=str(tmp_path / "none.sock"))
+
+
 def test_a_lease_is_renewed_while_the_node_is_open(tmp_path: Path) -> None:
     with ScriptedDaemon(tmp_path, succeed) as daemon:
         with peermem.connect(daemon.target) as node:

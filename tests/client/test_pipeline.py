@@ -112,6 +112,15 @@ def test_news_make_the_attempts_start_over(ledger: Ledger[Flight]) -> None:
     assert ledger.broken(NodeUnreachable("gone")) == first
 
 
+def test_a_flight_lost_from_sight_is_not_taken_for_ended(ledger: Ledger[Flight]) -> None:
+    flight = start(ledger)
+    ledger.handle(event(flight.tag, transfer_pb2.TRANSFER_STATE_RUNNING, 10))
+    ledger.fail(NodeUnreachable("gone"))
+    for ask in (flight.info, flight.outcome):
+        with pytest.raises(NodeUnreachable):
+            ask()
+
+
 @pytest.mark.parametrize("fault", [NotSupported("no"), Internal("no")])
 def test_what_no_attempt_can_mend_fails_at_once(ledger: Ledger[Flight], fault: PeermemError) -> None:
     flight = start(ledger)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 import pytest
+
+from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable, ShuttingDown
+from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.fabric.base import Fabric, LinkClosed, LinkEnd, Opcode, Status
 from tests.fabric.support import (
     MIB,
     Clock,
@@ -17,10 +22,6 @@ from tests.fabric.support import (
     ranges_of,
     turns,
 )
-
-from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable, ShuttingDown
-from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
-from peermem.fabric.base import Fabric, LinkClosed, LinkEnd, Opcode, Status
 
 Factory = Callable[[Clock, Callable[[bytes], None]], AbstractAsyncContextManager[tuple[Fabric, Fabric]]]
 """Makes two started fabrics: one that initiates, and one that serves and reports lost links."""
@@ -55,9 +56,7 @@ class FabricConformance:
         assert open_sockets() == before
 
     @pytest.fixture
-    async def connection(
-        self, memories: object, fabrics: tuple[Fabric, Fabric]
-    ) -> AsyncIterator[Connection]:
+    async def connection(self, memories: object, fabrics: tuple[Fabric, Fabric]) -> AsyncIterator[Connection]:
         connection = await Connection(*fabrics).open()
         yield connection
         await connection.link.close()
@@ -176,7 +175,8 @@ class FabricConformance:
         local, remote = memories(BIG, 1), memories(BIG)
         posted = connection.post_all(Opcode.WRITE, local, key := connection.grant(remote))
         await connection.events.wait(posted[:1])
-        first = connection.target.revoke(key)
+        first = asyncio.create_task(connection.target.revoke(key))
+        await turns(1)
         await connection.target.revoke(key)
         written = remote.bytes()
         await first
@@ -305,9 +305,7 @@ class FabricConformance:
         with pytest.raises(LinkClosed):
             connection.post(Opcode.WRITE, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
 
-    async def test_posting_from_a_completion(
-        self, connection: Connection, memories: Callable[..., FileMemory]
-    ) -> None:
+    async def test_posting_from_a_completion(self, connection: Connection, memories: Callable[..., FileMemory]) -> None:
         memory, remote = memories(seed=1), memories()
         key = connection.grant(remote)
         record = connection.events.completed

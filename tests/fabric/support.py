@@ -17,7 +17,7 @@ from peermem.fabric.base import Completion, Fabric, Link, LinkEnd, Opcode, Statu
 from peermem.memory import Memory
 
 MIB = 1 << 20
-PATIENCE = 20.0
+PATIENCE = 10.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -171,7 +171,7 @@ def ranges_of(local: Sequence[int], remote: Sequence[int], lengths: Sequence[int
 async def eventually(condition: Callable[[], bool]) -> None:
     """Give the loop turns until a condition holds."""
     async with asyncio.timeout(PATIENCE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  what is waited for is not an event
             await asyncio.sleep(0.0005)
 
 

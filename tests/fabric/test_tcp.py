@@ -3,20 +3,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import pytest
-from tests.fabric.conformance import FabricConformance
-from tests.fabric.support import Clock
-
 from peermem.fabric.base import Fabric
 from peermem.fabric.tcp import TcpFabric
+from tests.fabric.conformance import FabricConformance
+from tests.fabric.support import Clock
 
 
 class TestTcpFabric(FabricConformance):
     @staticmethod
     @asynccontextmanager
-    async def make_fabrics(
-        clock: Clock, on_link_lost: Callable[[bytes], None]
-    ) -> AsyncIterator[tuple[Fabric, Fabric]]:
+    async def make_fabrics(clock: Clock, on_link_lost: Callable[[bytes], None]) -> AsyncIterator[tuple[Fabric, Fabric]]:
         initiator = TcpFabric("127.0.0.1:0")
         target = TcpFabric("127.0.0.1:0", clock=clock, on_link_lost=on_link_lost)
         await initiator.start()

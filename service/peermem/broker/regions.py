@@ -23,7 +23,6 @@ from peermem.device.base import Device, DeviceMemory
 from peermem.offload import in_thread
 from peermem.telemetry.metrics import LeaseEnd, Metrics
 
-
 _SMALL = 1 << 20
 """Bytes up to which memory is freed on the loop: 0.1 ms."""
 

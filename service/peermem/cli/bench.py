@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import click
@@ -154,13 +155,18 @@ def _place(settings: Settings, place: str, room: int, stack: ExitStack) -> peerm
     if len(parts) == 4 and parts[2] == "regions":
         return node.region(place)
     wanted = parts[3] if len(parts) == 4 else ""
-    device = next((device for device in node.devices() if device.size and wanted in ("", device.name)), None)
+    device = next(filter(partial(_serves, wanted), node.devices()), None)
     if device is None:
         raise DeviceNotFound(f"{node.name} has no device {wanted or 'with memory'}.", node=node.name, device=wanted)
     # Half of what is free, at most: the other region may come from the same device.
     return stack.enter_context(
         node.create_region(device=device.name, length=max(1, min(room, device.available // 2)), lease="10min")
     )
+
+
+def _serves(wanted: str, device: peermem.Device) -> bool:
+    """Return whether a region can be made on `device`, and it is the one that is wanted, if any."""
+    return device.name == wanted if wanted else device.kind != "adopted"
 
 
 def _echo(target: str, stack: ExitStack) -> Callable[[], object]:

@@ -37,8 +37,8 @@ class Settings:
         return self.connect(self.target)
 
     def connect(self, target: str | None) -> peermem.Node:
-        """Open a connection that is closed with the command; without a session, for the tool holds nothing."""
-        return self._open.enter_context(peermem.connect(target, attach=False, timeout=self.timeout))
+        """Open a connection that is closed with the command."""
+        return self._open.enter_context(peermem.connect(target, timeout=self.timeout))
 
     def at_owner(self, act: Callable[[peermem.Node], T]) -> T:
         """Return what `act` returns at the node; where that isn't the resource's own, at the one it names."""

@@ -3,6 +3,8 @@
 Rules of this file:
 
 * The channel repeats idempotent calls by itself, once, and finds a restarted daemon within a second.
+* A daemon whose host vanished is noticed within half a minute, so that no wait for a transfer is endless.
+* A daemon is reached directly: the proxy that a host has for the web plays no part.
 * The session token travels as metadata of each call and appears nowhere else.
 """
 
@@ -22,6 +24,10 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_http_proxy", 0),
 ]
 
 TIMEOUT = 30.0

@@ -76,8 +76,8 @@ class Flight:
         raise PeermemError.restore(error.reason, error.message, {**error.metadata, **metadata})
 
     def info(self) -> TransferInfo:
-        """Return the facts as last reported. Raises the reason where the transfer was refused."""
-        if self._latest is None:
+        """Return the facts as last reported. Raises the reason where the transfer was refused or is lost from sight."""
+        if self._fault is not None or self._latest is None:
             return self.outcome()
         return TransferInfo.from_proto(self._latest)
 

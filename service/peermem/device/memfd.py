@@ -4,252 +4,266 @@ Rules of this file:
 
 * Each region is a memory file of its own: its descriptor opens nothing of another region.
 * No job can shrink a file under the daemon: F_SEAL_SHRINK is set before anybody else sees an allocated
-  file, and on a handed-in one before it is used.
+  file, and on a handed-in one before its size is believed; F_SEAL_SEAL then keeps the seals as they are.
 * All pages exist before a region does: touching them can't fail for want of memory.
-* A BAR is page granular, so lengths count in whole pages; adopted memory counts in whole pages too.
+* A BAR is page granular: sizes are rounded down and lengths up to whole pages, of adopted memory too.
+* What takes long (making and freeing pages) may run in any thread; only small files are made on the
+  event loop.
+* A job that still maps an ended region keeps those pages alive by itself, outside of the device's size.
+  A file that is handed in twice makes two regions of the same bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import mmap
 import os
-import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from peermem.core.errors import DeviceFull, NotAdoptable, NotSupported
+from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSupported, PeermemError, ZeroLength
 from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
 
-_ALL_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since Linux 5.1
-
-
-class Budget:
-    """Bytes of a device that are given out, in whole pages."""
-
-    def __init__(self, name: str, size: int) -> None:
-        self.name = name
-        self.size = size
-        self.available = size
-
-    def take(self, length: int) -> int:
-        """Reserve `length` bytes; return what to give back. Raises DeviceFull."""
-        taken = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        if taken > self.available:
-            raise DeviceFull(
-                f"Device {self.name} has {format_size(self.available)} of {format_size(self.size)} left; "
-                f"{format_size(taken)} were asked for. Delete regions or use another device.",
-                device=self.name,
-                available=self.available,
-                wanted=taken,
-            )
-        self.available -= taken
-        return taken
-
-    def give_back(self, taken: int) -> None:
-        """End a reservation."""
-        self.available += taken
+_SEALED_READ_ONLY = fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE
+_SMALL = 1 << 20
+"""Bytes up to which making the pages takes less time than going to a thread and back, about 0.1 ms."""
 
 
 class MemfdMemory:
-    """One memory file; a `DeviceMemory`."""
+    """One memory file; a `DeviceMemory`. Usable from any thread."""
 
-    def __init__(self, fd: int, length: int, budget: Budget, taken: int) -> None:
-        """Owns `fd` and `taken` bytes of `budget`."""
+    def __init__(self, fd: int, length: int, give_back: Callable[[int], None]) -> None:
+        """Owns `fd`; `give_back` is called with `length` when the memory is gone."""
         self.length = length
         self._fd: int | None = fd
-        self._budget = budget
-        self._taken = taken
-        self._map: mmap.mmap | None = None
+        self._give_back = give_back
+        self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
         self._view: memoryview | None = None
 
     @property
     def fd(self) -> int | None:
-        """See Memory."""
+        """See Memory; None after `close`."""
         return self._fd
 
     def view(self) -> memoryview:
         """See Memory."""
-        if self._view is None:
-            if self._fd is None:
-                raise ValueError("the memory is closed")
-            self._map = mmap.mmap(self._fd, self.length)
-            self._view = memoryview(self._map)
-        return self._view
+        with self._lock:
+            if self._view is None:
+                if self._mapping is None:
+                    self._mapping = mmap.mmap(self._open_fd(), self.length)
+                self._view = memoryview(self._mapping)
+            return self._view
 
     def share(self) -> tuple[int, int]:
-        """See DeviceMemory."""
-        if self._fd is None:
-            raise ValueError("the memory is closed")
-        return self._fd, 0
+        """See DeviceMemory. Raises ValueError after `close`."""
+        return self._open_fd(), 0
 
     def close(self) -> None:
-        """See DeviceMemory. A slice of the view that is still alive keeps the mapping until it is gone."""
+        """See DeviceMemory. Frees 1 GiB in about 0.1 s.
+
+        Raises BufferError while somebody holds a slice of the view: then the fence was missed, all stays
+        as it is, and closing can be tried again.
+        """
+        with self._lock:
+            if self._fd is None:
+                return
+            if self._view is not None:
+                self._view.release()
+                self._view = None
+            if self._mapping is not None:
+                self._mapping.close()
+                self._mapping = None
+            os.close(self._fd)
+            self._fd = None
+        self._give_back(self.length)
+
+    def _open_fd(self) -> int:
         if self._fd is None:
-            return
-        os.close(self._fd)
-        self._fd = None
-        self._budget.give_back(self._taken)
-        if self._view is not None:
-            self._view.release()
-        self._view = self._map = None
+            raise ValueError("the memory is closed")
+        return self._fd
 
 
-class MemfdDevice:
-    """A stand-in BAR: gives out memory files until its size is used up."""
+class _FileDevice:
+    """What both kinds of device share: a number of bytes to give out, counted from any thread."""
+
+    path = Path.HOST
 
     def __init__(self, name: str, size: int) -> None:
-        """`size` in bytes."""
-        self._budget = Budget(name, size)
-
-    @property
-    def name(self) -> str:
-        """See Device."""
-        return self._budget.name
-
-    @property
-    def kind(self) -> str:
-        """See Device."""
-        return "memfd"
-
-    @property
-    def path(self) -> Path:
-        """See Device."""
-        return Path.HOST
-
-    @property
-    def size(self) -> int:
-        """See Device."""
-        return self._budget.size
+        self.name = name
+        self.size = size // mmap.PAGESIZE * mmap.PAGESIZE
+        self._available = self.size
+        self._lock = threading.Lock()
 
     @property
     def available(self) -> int:
         """See Device."""
-        return self._budget.available
+        return self._available
+
+    async def close(self) -> None:
+        """See Device. Holds nothing that its memory doesn't."""
+
+    def _take(self, length: int, fix: str) -> None:
+        """Count `length` bytes as given out. Raises DeviceFull, which ends with the sentence `fix`."""
+        pages = _whole_pages(length)
+        with self._lock:
+            if pages <= self._available:
+                self._available -= pages
+                return
+        raise DeviceFull(
+            f"Device {self.name} has {format_size(self._available)} of {format_size(self.size)} left; "
+            f"{format_size(length)} were asked for. {fix}",
+            device=self.name,
+            available=self._available,
+            wanted=length,
+        )
+
+    def _give_back(self, length: int) -> None:
+        with self._lock:
+            self._available += _whole_pages(length)
+
+    def _fault(self, error: OSError) -> PeermemError:
+        """Return what the kernel's refusal of a file or its pages means."""
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return LimitReached(
+                f"Device {self.name} can make no memory file: {error.strerror}. Raise the daemon's limit of open "
+                "files (LimitNOFILE), or delete regions.",
+                device=self.name,
+            )
+        return DeviceFull(
+            f"The host has too little memory for device {self.name}: {error.strerror}. Free some, raise the "
+            "daemon's memory limit, or configure a smaller device.",
+            device=self.name,
+        )
+
+
+class MemfdDevice(_FileDevice):
+    """A stand-in BAR: gives out memory files until its size is used up."""
+
+    kind = "memfd"
 
     async def allocate(self, length: int) -> DeviceMemory:
-        """See Device."""
-        taken = self._budget.take(length)
-        fd = -1
-        try:
-            fd = os.memfd_create(f"peermem-{self.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            await _populate(fd, length)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
-        except BaseException as error:
-            if fd >= 0:
-                os.close(fd)
-            self._budget.give_back(taken)
-            if isinstance(error, OSError):
-                raise DeviceFull(
-                    f"The host gives device {self.name} no {format_size(length)} of memory: {error.strerror}.",
-                    device=self.name,
-                ) from error
-            raise
-        return MemfdMemory(fd, length, self._budget, taken)
+        """See Device. Raises LimitReached when the daemon is out of descriptors."""
+        if length < 1:
+            raise ZeroLength(f"Device {self.name} gives out at least 1 byte.", device=self.name)
+        if length <= _SMALL:
+            return self._make(length)
+        return await _in_thread(lambda: self._make(length))
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
         """See Device."""
         os.close(fd)
-        raise NotSupported(f"Device {self.name} allocates; file descriptors are adopted without naming a device.")
+        raise NotSupported(f"Device {self.name} only allocates. Adopt a file descriptor without naming a device.")
 
-    async def close(self) -> None:
-        """See Device."""
+    def _make(self, length: int) -> MemfdMemory:
+        self._take(length, "Delete regions, or use another device.")
+        fd = None
+        try:
+            fd = os.memfd_create(f"peermem-{self.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.posix_fallocate(fd, 0, length)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            if fd is not None:
+                os.close(fd)
+            self._give_back(length)
+            raise self._fault(error) from error
+        return MemfdMemory(fd, length, self._give_back)
 
 
-class AdoptedMemory:
+class AdoptedMemory(_FileDevice):
     """Memory files that jobs handed in, up to a number of bytes."""
 
-    def __init__(self, name: str, limit: int) -> None:
-        """`limit` in bytes."""
-        self._budget = Budget(name, limit)
-
-    @property
-    def name(self) -> str:
-        """See Device."""
-        return self._budget.name
-
-    @property
-    def kind(self) -> str:
-        """See Device."""
-        return "adopted"
-
-    @property
-    def path(self) -> Path:
-        """See Device."""
-        return Path.HOST
-
-    @property
-    def size(self) -> int:
-        """See Device."""
-        return self._budget.size
-
-    @property
-    def available(self) -> int:
-        """See Device."""
-        return self._budget.available
+    kind = "adopted"
 
     async def allocate(self, length: int) -> DeviceMemory:
         """See Device."""
-        raise NotSupported(f"Device {self.name} holds handed-in memory only. Name another device.")
+        raise NotSupported(f"Device {self.name} holds only memory that jobs handed in. Name another device.")
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
-        """See Device."""
+        """See Device. `length` need not be whole pages."""
+        return await _in_thread(lambda: self._adopt(fd, length))
+
+    def _adopt(self, fd: int, length: int) -> MemfdMemory:
         try:
-            size = _check_adoptable(fd)
-            if length > size:
-                raise NotAdoptable(f"The file has {size} bytes, {length} were asked for.", size=size, wanted=length)
-            wanted = length or size
-            taken = self._budget.take(wanted)
+            wanted = _check_length(_check_file(fd), length)
+            self._take(wanted, "Delete adopted regions, or raise attach.adopt_limit.")
             try:
-                await _populate(fd, wanted)
-            except BaseException:
-                self._budget.give_back(taken)
-                raise
-        except OSError as error:
-            os.close(fd)
-            raise NotAdoptable(f"The file's memory can't be had: {error.strerror}.") from error
+                os.posix_fallocate(fd, 0, wanted)
+            except OSError as error:
+                self._give_back(wanted)
+                raise self._fault(error) from error
         except BaseException:
             os.close(fd)
             raise
-        return MemfdMemory(fd, wanted, self._budget, taken)
-
-    async def close(self) -> None:
-        """See Device."""
+        return MemfdMemory(fd, wanted, self._give_back)
 
 
-def _check_adoptable(fd: int) -> int:
-    """Return the file's size and seal it against shrinking. Raises NotAdoptable."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise NotAdoptable("The descriptor is no memory file. Make one with memfd_create and MFD_ALLOW_SEALING.")
+def _check_file(fd: int) -> int:
+    """Return the size of a file that is fit to be adopted, sealed for good. Raises NotAdoptable."""
     try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # of anything else, even fstat could wait for the job
     except OSError:
-        raise NotAdoptable("The descriptor is a file on a disk, no memory file. Use memfd_create.") from None
+        raise NotAdoptable(
+            "The file descriptor is no memory file. Make one with memfd_create and MFD_ALLOW_SEALING."
+        ) from None
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        raise NotAdoptable("The memory file is not open for reading and writing.")
-    if seals & (fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE):
-        raise NotAdoptable("The memory file is sealed against writing.")
+        raise NotAdoptable("The memory file is not open for reading and writing. Hand in one that is.")
+    with suppress(PermissionError):  # F_SEAL_SEAL is set already; what counts is which seals came before it
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if seals & _SEALED_READ_ONLY:
+        raise NotAdoptable("The memory file is sealed against writing. Hand in one without F_SEAL_WRITE.")
     if not seals & fcntl.F_SEAL_SHRINK:
-        if seals & fcntl.F_SEAL_SEAL:
-            raise NotAdoptable(
-                "The memory file could be shrunk under the daemon, and takes no seal. Make it with MFD_ALLOW_SEALING."
-            )
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    size = os.fstat(fd).st_size
+        raise NotAdoptable(
+            "The memory file can be shrunk and takes no seal against it. Make it with memfd_create and "
+            "MFD_ALLOW_SEALING, or set F_SEAL_SHRINK before F_SEAL_SEAL."
+        )
+    try:
+        os.pwrite(fd, b"", 0)
+    except OSError as error:  # EINVAL for huge pages (hugetlbfs), which have no write(2)
+        raise NotAdoptable(
+            f"The kernel can't write to the memory file ({error.strerror}). Make it without MFD_HUGETLB."
+        ) from error
+    return os.fstat(fd).st_size
+
+
+def _check_length(size: int, length: int) -> int:
+    """Return how many bytes of the file to adopt. Raises NotAdoptable."""
     if size == 0:
-        raise NotAdoptable("The memory file is empty. Give it a size with ftruncate first.")
-    return size
+        raise NotAdoptable("The memory file is empty. Give it a size with ftruncate before handing it in.")
+    if not 0 <= length <= size:
+        raise NotAdoptable(
+            f"The memory file has {size} bytes and {length} were asked for. Ask for at most its size.",
+            size=size,
+            wanted=length,
+        )
+    return length or size
 
 
-async def _populate(fd: int, length: int) -> None:
-    """Make all pages exist; in a thread where that takes long."""
-    if length <= 1 << 20:
-        os.posix_fallocate(fd, 0, length)
-    else:
-        await asyncio.to_thread(os.posix_fallocate, fd, 0, length)
+def _whole_pages(length: int) -> int:
+    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+async def _in_thread(make: Callable[[], MemfdMemory]) -> MemfdMemory:
+    """Return what `make` makes in a thread. If the caller gives up meanwhile, it is closed when it is made."""
+    making = asyncio.get_running_loop().run_in_executor(None, make)
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_discard)
+        raise
+
+
+def _discard(making: asyncio.Future[MemfdMemory]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()
 
 
 if TYPE_CHECKING:

@@ -76,9 +76,7 @@ class GrantTable:
         if keys is None:
             raise LinkNotFound("The link of the grant is not open here (any more). Open a new one.")
         if length < 1 or not inside((offset,), (length,), memory.length):
-            raise ValueError(
-                f"bytes {offset} to {offset + length} are not a range of a memory of {memory.length} bytes"
-            )
+            raise ValueError(f"bytes {offset} to {offset + length} are no range of a memory of {memory.length} bytes")
         rkey = secrets.randbits(64)
         while rkey in self._grants:
             rkey = secrets.randbits(64)

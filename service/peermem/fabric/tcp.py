@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ MAX_RAILS = 16
 """Connections of one link."""
 _BACKLOG = 256
 _ACCEPTS_PER_TURN = 16
-_ACCEPT_PAUSE = 1.0
+_ACCEPT_PAUSE = 0.2
 """Seconds without accepting after the process ran out of descriptors or memory."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _LIMITS = FabricLimits(slice_bytes=1 << 20, slice_ranges=512, window_bytes=16 << 20)
@@ -228,7 +229,12 @@ def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
 
 
 def _unreachable(address: str, error: Exception) -> NodeUnreachable:
-    cause = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
+    if isinstance(error, TimeoutError):
+        cause = "it did not answer in time"
+    elif isinstance(error, ConnectionError) and error.errno:
+        cause = os.strerror(error.errno).lower()
+    else:
+        cause = str(error)
     return NodeUnreachable(
         f"The tcp fabric at {address[:80]} can't be reached: {cause}. Check that the remote daemon runs and that "
         "its tcp.advertise address is right and not blocked.",

@@ -62,7 +62,7 @@ class Transfer(pipeline.Flight):
         """Cancel it and wait for the fence: afterwards no byte of it is written any more, anywhere.
 
         Returns the facts of the ended transfer, which may have succeeded before. Raises the reason
-        where it was refused, and Timeout as `wait` does.
+        where it was refused, NodeUnreachable where nobody can tell, and Timeout as `wait` does.
         """
         self._owner.cancel(self)
         await self._until(lambda: self.ended, timeout)
