@@ -81,10 +81,15 @@ def write(target: Memory, offset: int, data: bytes | bytearray | memoryview) -> 
 def crc32c(source: Memory, ranges: Iterable[tuple[int, int]], value: int = 0) -> int:
     """Return the CRC32C (Castagnoli, RFC 3720 B.4) of (offset, length) ranges in order, on top of `value`."""
     for offset, length in ranges:
+        _check(source, offset, length)
         for start in range(offset, offset + length, _SCRATCH):
-            piece = read(source, start, min(_SCRATCH, offset + length - start))
-            value = google_crc32c.extend(value, bytes(piece))
+            value = google_crc32c.extend(value, _piece(source, start, min(_SCRATCH, offset + length - start)))
     return value
+
+
+def _piece(source: Memory, offset: int, length: int) -> bytes:
+    piece = os.pread(source.fd, length, offset) if source.fd is not None else b""
+    return piece if len(piece) == length else bytes(read(source, offset, length))
 
 
 class _Scratch:

@@ -73,6 +73,9 @@ class LegRun:
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reused = False
+        """Whether the grant in use is older than the transfer."""
+        self._parked = False
+        """Whether nothing may be posted before the grant has been renewed."""
         self._renewal: asyncio.Task[None] | None = None
 
     async def prepare(self, links: LinkTable) -> None:
@@ -120,9 +123,10 @@ class LegRun:
         """See Worker."""
         now = self._host.clock()
         if not self.held.fresh(now):
-            self._renew(parked=not self.held.safe(now))
-            if not self.held.safe(now):
-                return None
+            self._parked |= not self.held.safe(now)
+            self._renew()
+        if self._parked:
+            return None
         piece = self._host.machine.take(self._index)
         if piece is None:
             self._host.check_drained()
@@ -140,25 +144,27 @@ class LegRun:
             machine.refused(self._index, request.ranges)
             if request.key is self.held.key:
                 self.link.forget_grant(self.leg.other, self._right, self._host.owner, self.held)
-            self._renew(parked=True)
+            self._parked = True
+            self._renew()
         else:
             flushed = status is Status.WR_FLUSH_ERR and self._opcode is Opcode.WRITE
             machine.broken(self._index, self._cause(status), flushed=flushed)
         self._host.check_drained()
 
-    def _renew(self, *, parked: bool) -> None:
+    def _renew(self) -> None:
         if self._renewal is None:
-            self._renewal = asyncio.get_running_loop().create_task(self._get_anew(parked))
+            self._renewal = asyncio.get_running_loop().create_task(self._get_anew())
             self._host.hold(self._renewal)
 
-    async def _get_anew(self, parked: bool) -> None:
+    async def _get_anew(self) -> None:
         try:
             await self._acquire()
             self._reused = False
         except PeermemError as error:
             self._host.fail(error)
         self._renewal = None
-        if parked:
+        if self._parked:
+            self._parked = False
             self.link.want(self)
 
     async def fence(self) -> None:
