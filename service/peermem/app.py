@@ -78,13 +78,17 @@ class App:
         await self._start_http()
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
+
+        def lost(link_id: bytes) -> None:
+            broker.serving.link_lost(link_id)
+
         tcp = TcpFabric(
             config.tcp.address,
             advertise=config.tcp.advertise,
             stall_timeout=config.tcp.stall_timeout,
-            on_link_lost=lambda link_id: broker.serving.link_lost(link_id),
+            on_link_lost=lost,
         )
-        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric()}
+        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric(on_link_lost=lost)}
         for fabric in fabrics.values():
             await fabric.start()
             self._stack.push_async_callback(fabric.close)

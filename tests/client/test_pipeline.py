@@ -4,7 +4,7 @@ import pytest
 
 from peermem.client.facts import TransferState
 from peermem.client.pipeline import Flight, Ledger
-from peermem.core.errors import Internal, NodeUnreachable, NotSupported, PeermemError, RegionNotFound
+from peermem.core.errors import Internal, NodeUnreachable, NotSupported, PeermemError, RegionNotFound, SessionNotFound
 from peermem.v1 import error_pb2, transfer_pb2
 
 from .daemon import event
@@ -104,6 +104,12 @@ def test_attempts_end(ledger: Ledger[Flight]) -> None:
         flight.outcome()
 
 
+@pytest.mark.parametrize("fault", [NodeUnreachable("gone"), Internal("ended while being written to")])
+def test_a_broken_call_is_worth_another(ledger: Ledger[Flight], fault: PeermemError) -> None:
+    start(ledger)
+    assert ledger.broken(fault) is not None
+
+
 def test_news_make_the_attempts_start_over(ledger: Ledger[Flight]) -> None:
     flight = start(ledger)
     first = ledger.broken(NodeUnreachable("gone"))
@@ -121,7 +127,7 @@ def test_a_flight_lost_from_sight_is_not_taken_for_ended(ledger: Ledger[Flight])
             ask()
 
 
-@pytest.mark.parametrize("fault", [NotSupported("no"), Internal("no")])
+@pytest.mark.parametrize("fault", [NotSupported("no"), SessionNotFound("no")])
 def test_what_no_attempt_can_mend_fails_at_once(ledger: Ledger[Flight], fault: PeermemError) -> None:
     flight = start(ledger)
     assert ledger.broken(fault) is None

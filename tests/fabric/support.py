@@ -31,7 +31,8 @@ class FileMemory:
         self._mapping = mmap.mmap(self.fd, length)
         self._view = memoryview(self._mapping)
         if seed is not None:
-            self._mapping[:] = random.Random(seed).randbytes(length)
+            block = random.Random(seed).randbytes(min(length, MIB - 1))
+            self._mapping[:] = (block * (length // len(block) + 1))[:length]
 
     def view(self) -> memoryview:
         return self._view
@@ -90,6 +91,7 @@ class Recorder:
     faults: list[str] = field(default_factory=list)
     ends: list[LinkEnd] = field(default_factory=list)
     posting: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def completed(self, completions: list[Completion]) -> None:
         if self.posting:
@@ -100,6 +102,7 @@ class Recorder:
             if completion.wr_id in self.statuses:
                 self.faults.append(f"{completion} came twice")
             self.statuses[completion.wr_id] = completion.status
+        self.news.set()
 
     def down(self, end: LinkEnd, cause: str) -> None:
         if self.posting:
@@ -108,7 +111,10 @@ class Recorder:
 
     async def wait(self, wr_ids: Iterable[int]) -> list[Status]:
         wanted = list(wr_ids)
-        await eventually(lambda: all(wr_id in self.statuses for wr_id in wanted))
+        async with asyncio.timeout(PATIENCE):
+            while not all(wr_id in self.statuses for wr_id in wanted):
+                self.news.clear()
+                await self.news.wait()
         return [self.statuses[wr_id] for wr_id in wanted]
 
 

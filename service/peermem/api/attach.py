@@ -47,7 +47,9 @@ _SEND_BUFFER = 16384
 _CREDENTIALS = struct.Struct("iII")
 _ACCEPT_PAUSE = 1.0
 """Seconds without accepting after the process ran out of descriptors or memory."""
-_END_WAIT = 1.0
+_STRANGERS = 64
+"""Connections beyond the limit of sessions, so that who comes too late is told so; the rest waits in the kernel."""
+_END_WAIT = 0.5
 """Seconds that `close` waits for connections whose end hangs."""
 
 
@@ -62,13 +64,12 @@ class AttachServer:
         node: str,
         *,
         mode: int = 0o666,
-        max_connections: int = 2048,
         hello_timeout: float = 5.0,
     ) -> None:
         """`map_region(name, subject)` returns a region's memory or raises PeermemError.
 
-        By `mode` any user may attach; what they may do is the policy's. At `max_connections` further jobs
-        wait in the kernel. Who has said no hello after `hello_timeout` seconds is dropped.
+        By `mode` any user may attach; what they may do is the policy's. Who has said no hello after
+        `hello_timeout` seconds is dropped.
         """
         self._path = Path(path)
         self._sessions = sessions
@@ -76,7 +77,7 @@ class AttachServer:
         self._node = node
         self._mode = mode
         self._hello_timeout = hello_timeout
-        self._places = asyncio.Semaphore(max_connections)
+        self._places = asyncio.Semaphore(sessions.max_sessions + _STRANGERS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
 
@@ -101,7 +102,8 @@ class AttachServer:
         listener, self._listener = self._listener, None
         for task in self._tasks:
             task.cancel()
-        await asyncio.wait(self._tasks, timeout=_END_WAIT)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_END_WAIT)
         listener.close()
         self._path.unlink(missing_ok=True)
 
@@ -118,24 +120,29 @@ class AttachServer:
                 log.warning("attach_accept_failed", cause=error.strerror)
                 await asyncio.sleep(_ACCEPT_PAUSE)
             else:
-                self._spawn(self._serve(connection))
+                self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
+        task = self._spawn(self._serve(connection))
+        task.add_done_callback(lambda _: connection.close())  # for a task that was cancelled before it began
 
     async def _serve(self, connection: socket.socket) -> None:
         job = _Job(connection, self._sessions, self._map_region, self._node)
         try:
             await job.serve(self._hello_timeout)
         except TimeoutError:
-            log.info("attach_without_hello", seconds=self._hello_timeout)
+            log.debug("attach_without_hello", seconds=self._hello_timeout)
         except OSError as error:
-            log.info("attach_dropped", cause=error.strerror)
+            log.debug("attach_dropped", cause=error.strerror)
         finally:
             await job.end()
             self._places.release()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 class _Packet(NamedTuple):
@@ -157,6 +164,7 @@ class _Job:
         self._map_region = map_region
         self._node = node
         self._session: Session | None = None
+        self._closing = close_apart([])
 
     async def serve(self, hello_timeout: float) -> None:
         """Answer until the job leaves or sends a malformed packet. Raises TimeoutError without a hello, OSError."""
@@ -166,10 +174,12 @@ class _Job:
                     patience.reschedule(None)
 
     async def end(self) -> None:
-        """End the session, then close the connection, which may hang."""
-        if self._session is not None:
-            self._sessions.close(self._session)
-        await close_apart([self._connection.detach()])
+        """End the session, then close the connection and wait for what hangs."""
+        try:
+            if self._session is not None:
+                self._sessions.close(self._session)
+        finally:
+            await asyncio.gather(self._closing, close_apart([self._connection.detach()]))
 
     async def _turn(self) -> bool:
         """Answer one packet; return whether the conversation goes on."""
@@ -179,7 +189,8 @@ class _Job:
             return self._answer(packet)
         finally:
             if packet.fds:
-                await close_apart(packet.fds)
+                self._closing = close_apart(packet.fds)
+                await asyncio.shield(self._closing)
 
     def _answer(self, packet: _Packet) -> bool:
         """Answer a packet; takes out of its `fds` what is kept. Raises OSError when the job can't be answered."""

@@ -7,7 +7,7 @@ from peermem.api.identity import on_behalf
 from peermem.broker.serving import Serving
 from peermem.core.errors import FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
-from peermem.core.types import LinkAttributes, Rights
+from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.v1 import link_pb2, link_pb2_grpc
 from peermem.wire import duration_to_proto, fabric_from_proto
 
@@ -25,8 +25,8 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
     async def OpenLink(self, request: link_pb2.OpenLinkRequest, context: Context) -> link_pb2.OpenLinkResponse:
         """See the contract."""
         fabric = fabric_from_proto(request.fabric)
-        if fabric is None:
-            raise FabricUnavailable("OpenLink needs a fabric.")
+        if fabric in (None, FabricKind.LOCAL):
+            raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
         if not 1 <= request.rails <= 16:
             raise InvalidField(f"rails {request.rails} must be 1 to 16.", field="rails")
         offer = LinkAttributes(fabric, min(request.rails, self._max_rails))
@@ -61,6 +61,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             address=granted.key.address,
             length=granted.key.length,
             ttl=duration_to_proto(granted.ttl),
+            region_uid=granted.region_uid,
         )
 
     async def ReleaseGrants(

@@ -8,11 +8,11 @@ from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.broker.broker import Broker
-from peermem.broker.regions import Region
+from peermem.broker.sessions import Session
 from peermem.core.errors import InvalidField
 from peermem.core.names import parse_region
 from peermem.core.policy import Action
-from peermem.core.region import RegionRequest
+from peermem.core.region import RegionFacts, RegionRequest
 from peermem.v1 import region_pb2, region_pb2_grpc
 from peermem.wire import labels_from_proto, lease_from_proto, lease_to_proto, region_to_proto
 
@@ -24,7 +24,7 @@ _MAX_PAGE = 1000
 class RegionService(region_pb2_grpc.RegionServiceServicer):
     """See protos/peermem/v1/region.proto."""
 
-    def __init__(self, broker: Broker, identity: Identity, created: Once[Region], deleted: Once[None]) -> None:
+    def __init__(self, broker: Broker, identity: Identity, created: Once[RegionFacts], deleted: Once[None]) -> None:
         """`created` and `deleted` remember the results of repeated requests."""
         self._broker = broker
         self._identity = identity
@@ -46,10 +46,13 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
             lease=lease_from_proto(request.lease),
         )
         content = request.SerializeToString(deterministic=True)
-        region = await self._created.run(
-            subject, request.request_id, content, lambda: self._broker.create_region(subject, session, wanted)
+        facts = await self._created.run(
+            subject, request.request_id, content, lambda: self._create(subject, session, wanted)
         )
-        return region_to_proto(region.facts)
+        return region_to_proto(facts)
+
+    async def _create(self, subject: str, session: Session | None, wanted: RegionRequest) -> RegionFacts:
+        return (await self._broker.create_region(subject, session, wanted)).facts
 
     async def GetRegion(self, request: region_pb2.GetRegionRequest, context: Context) -> region_pb2.Region:
         """See the contract."""

@@ -125,7 +125,8 @@ class Pipeline:
         self._subject = subject
         self._context = context
         self._running: dict[int, Transfer] = {}
-        self._starting: set[int] = set()
+        self._starting: dict[int, bool] = {}
+        """Tags whose transfer is about to start, and whether it has been cancelled already."""
         self._room = asyncio.Semaphore(_PIPELINE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writing = asyncio.Lock()
@@ -152,7 +153,7 @@ class Pipeline:
             raise InvalidField(f"Tag {message.tag} is in use on this pipeline.", field="tag")
         else:
             await self._room.acquire()
-            self._starting.add(message.tag)
+            self._starting[message.tag] = False
             task = asyncio.get_running_loop().create_task(self._carry(message.tag, message.create))
             self._tasks.add(task)
             task.add_done_callback(self._finished)
@@ -167,11 +168,12 @@ class Pipeline:
         try:
             transfer = await self._service.start(self._subject, request)
         except PeermemError as error:
-            self._starting.discard(tag)
+            del self._starting[tag]
             await self._send(transfer_pb2.PipelineTransfersResponse(tag=tag, error=error_to_proto(error)))
             return
         self._running[tag] = transfer
-        self._starting.discard(tag)
+        if self._starting.pop(tag):
+            self._cancel(tag)
         tick = _FIRST_TICK
         sent: TransferFacts | None = None
         while not await _ended_within(transfer, tick):
@@ -191,7 +193,9 @@ class Pipeline:
 
     def _cancel(self, tag: int) -> None:
         transfer = self._running.get(tag)
-        if transfer is not None:
+        if tag in self._starting:
+            self._starting[tag] = True
+        elif transfer is not None:
             name: ChildName = transfer.facts.name
             self._broker.policy.check(self._subject, Action.MANAGE, name, transfer.owner)
             transfer.fail(TransferCancelled(f"{name} was cancelled by {self._subject}.", transfer=name))

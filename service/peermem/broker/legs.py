@@ -3,8 +3,9 @@
 Rules of this file:
 
 * A grant is renewed while it still has time; a leg whose grant has too little left waits for the new one.
-* A grant from before the transfer that the far end refuses is got anew, once: its region may have been
-  made anew under the same name. Nothing of a refused slice was written, so it is posted again.
+* When the far end refuses a slice the grant is got anew, and what that raises is why. Nothing of the slice
+  was written, so it is posted again; it fails when it is refused again with nothing in place since.
+* All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
 """
 
@@ -26,12 +27,14 @@ from peermem.core.errors import (
     NodeUnreachable,
     OutOfRange,
     PeermemError,
+    RegionDeleted,
+    RegionNotFound,
     RegionRevoked,
     StaleEpoch,
 )
 from peermem.core.plan import Direction, Leg
 from peermem.core.transfer import TransferMachine
-from peermem.core.types import Path, Rights
+from peermem.core.types import Path, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
 
 
@@ -72,8 +75,12 @@ class LegRun:
         self._right = Rights.READ if pull else Rights.WRITE
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
-        self._reused = False
-        """Whether the grant in use is older than the transfer."""
+        self._kept = False
+        """Whether the first grant is older than the transfer, and its region perhaps gone already."""
+        self._landed_in: int | None = None
+        """The region, by its uid, in which bytes of this leg are in place."""
+        self._refused = False
+        """Whether the last answer of the far end was a refusal."""
         self._parked = False
         """Whether nothing may be posted before the grant has been renewed."""
         self._renewal: asyncio.Task[None] | None = None
@@ -83,7 +90,6 @@ class LegRun:
 
         Raises what they raise, and OutOfRange for ranges behind the end of the region at the far end.
         """
-        started = self._host.clock()
         self.link = await links.get(self.leg.other.node, self.leg.fabric)
         try:
             await self._acquire()
@@ -91,8 +97,6 @@ class LegRun:
             links.discard(self.link)
             self.link = await links.get(self.leg.other.node, self.leg.fabric)
             await self._acquire()
-        self._reused = self.held.acquired_at < started
-        self._check_reach()
 
     def prepare_at_once(self, links: LinkTable) -> bool:
         """Use a link and a grant from before; return whether there are such. Raises OutOfRange."""
@@ -100,24 +104,26 @@ class LegRun:
         held = link.kept_grant(self.leg.other, self._right, self._host.owner) if link else None
         if link is None or held is None:
             return False
-        self.link, self.held, self._reused = link, held, True
-        self._used.append(held)
-        self._check_reach()
+        self.link, self._kept = link, True
+        self._adopt(held)
         return True
 
-    def _check_reach(self) -> None:
+    async def _acquire(self) -> None:
+        self._adopt(await self.link.grant(self.leg.other, self._right, self._host.owner))
+
+    def _adopt(self, held: HeldGrant) -> None:
+        if self._landed_in not in (None, held.region_uid):
+            raise self._deleted()
         reach = max(map(add, self.leg.ranges.remote, self.leg.ranges.lengths))
-        if reach > self.held.key.length:
+        if reach > held.key.length:
             raise OutOfRange(
-                f"A segment reaches to byte {reach} of {self.leg.other}, which has {self.held.key.length} bytes.",
+                f"A segment reaches to byte {reach} of {self.leg.other}, which has {held.key.length} bytes.",
                 region=self.leg.other,
                 reach=reach,
-                length=self.held.key.length,
+                length=held.key.length,
             )
-
-    async def _acquire(self) -> None:
-        self.held = await self.link.grant(self.leg.other, self._right, self._host.owner)
-        self._used.append(self.held)
+        self.held = held
+        self._used.append(held)
 
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
@@ -140,16 +146,34 @@ class LegRun:
         if status is Status.SUCCESS:
             machine.completed(self._index, size)
             self._host.moved(self.leg, self.path, size)
-        elif status is Status.REM_ACCESS_ERR and (self._reused or request.key is not self.held.key):
+            self._landed(request.key)
+        elif status is Status.REM_ACCESS_ERR and not self._refused_again(request.key):
             machine.refused(self._index, request.ranges)
             if request.key is self.held.key:
                 self.link.forget_grant(self.leg.other, self._right, self._host.owner, self.held)
             self._parked = True
             self._renew()
+            self._refused = True
         else:
             flushed = status is Status.WR_FLUSH_ERR and self._opcode is Opcode.WRITE
             machine.broken(self._index, self._cause(status), flushed=flushed)
         self._host.check_drained()
+
+    def _refused_again(self, key: RemoteKey) -> bool:
+        """Whether the key is one that was got because of a refusal, and no bytes have landed since."""
+        return self._refused and self._renewal is None and key is self.held.key
+
+    def _landed(self, key: RemoteKey) -> None:
+        held = self.held
+        if key is not held.key:
+            held = next(used for used in self._used if used.key is key)
+        self._refused = False
+        self._landed_in = held.region_uid
+        if self._landed_in != self.held.region_uid:
+            self._host.fail(self._deleted())
+
+    def _deleted(self) -> RegionDeleted:
+        return RegionDeleted(f"{self.leg.other} was deleted while the transfer used it.", region=self.leg.other)
 
     def _renew(self) -> None:
         if self._renewal is None:
@@ -159,7 +183,9 @@ class LegRun:
     async def _get_anew(self) -> None:
         try:
             await self._acquire()
-            self._reused = False
+        except RegionNotFound as error:
+            was_there = self._landed_in is not None or not self._kept
+            self._host.fail(self._deleted() if was_there else error)
         except PeermemError as error:
             self._host.fail(error)
         self._renewal = None
@@ -204,8 +230,8 @@ class LegRun:
             return RegionRevoked(f"{other}: its memory can't be accessed any more.", region=other)
         if status is Status.REM_ACCESS_ERR:
             return GrantRefused(
-                f"nodes/{other.node} refused access to {other}, because its grant ended during the transfer: "
-                "the region was deleted or revoked there.",
+                f"nodes/{other.node} refused access to {other} again under a new grant. Try again, and look at "
+                "that daemon's log.",
                 region=other,
             )
         if status is Status.WR_FLUSH_ERR:

@@ -35,6 +35,8 @@ class HeldGrant:
     acquired_at: float
     """By the monotonic clock, before the request was sent."""
     ttl: float
+    region_uid: int
+    """Tells the region from others of the same name."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -125,7 +127,7 @@ class OutboundLink:
         region, right, subject = wanted
         before = self._clock()
         granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject)
-        held = HeldGrant(granted.grant_id, granted.key, before, granted.ttl)
+        held = HeldGrant(granted.grant_id, granted.key, before, granted.ttl, granted.region_uid)
         self._grants[wanted] = held
         return held
 

@@ -11,6 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Protocol
@@ -52,6 +53,8 @@ class Region:
     ) -> None:
         """`session` is the token of the session that the region's lease is tied to, or empty."""
         self.name = name
+        self.uid = secrets.randbits(64)
+        """Another one for each region, also of the same name."""
         self.device = device
         self.memory = memory
         self.owner = owner

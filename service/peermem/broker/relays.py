@@ -70,6 +70,7 @@ class Relay:
             state = State.CANCELLED if isinstance(self._wish, TransferCancelled) else State.FAILED
             self.facts = replace(self.facts, state=state, error=self._wish)
         self.facts = replace(self.facts, duration=time.monotonic() - self._began)
+        self._request = TransferRequest(())  # who remembers an ended transfer needs its facts only
         self.ended.set()
 
     def fail(self, error: PeermemError) -> None:

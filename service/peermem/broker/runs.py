@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -71,9 +71,10 @@ class TransferRun:
         self._created_at = time.time()
         self._began = self.clock()
         self._duration: float | None = None
+        self._last: TransferFacts | None = None
         self._crc32c: int | None = None
         self._drained = asyncio.Event()
-        self._preparation: asyncio.Future[list[None]] | None = None
+        self._waiting: asyncio.Future[Any] | None = None
         self._helpers: set[asyncio.Task[None]] = set()
         self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         self._regions = regions
@@ -87,6 +88,8 @@ class TransferRun:
     @property
     def facts(self) -> TransferFacts:
         """See Transfer."""
+        if self._last is not None:
+            return self._last
         first = self._legs[0].leg
         return TransferFacts(
             name=self.name,
@@ -125,8 +128,8 @@ class TransferRun:
     def fail(self, error: PeermemError) -> None:
         """See Transfer."""
         self.machine.fail(error)
-        if self._preparation is not None:
-            self._preparation.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         self.check_drained()
 
     def check_drained(self) -> None:
@@ -146,27 +149,31 @@ class TransferRun:
     async def _work(self, links: LinkTable) -> None:
         late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
         if late and self.machine.error is None:
-            await self._prepare(late, links)
+            await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in late)))
         self.machine.start()
         if self.machine.error is None:
             for leg in self._legs:
                 leg.link.want(leg)
             await self._drained.wait()
         if self._request.checksum and self.machine.error is None:
-            value = 0
-            for leg in self._legs:
-                value = await leg.verify(value)
-            self._crc32c = value
+            await self._unless_failed(asyncio.ensure_future(self._verify()))
 
-    async def _prepare(self, legs: Sequence[LegRun], links: LinkTable) -> None:
-        self._preparation = asyncio.gather(*(leg.prepare(links) for leg in legs))
+    async def _verify(self) -> None:
+        value = 0
+        for leg in self._legs:
+            value = await leg.verify(value)
+        self._crc32c = value
+
+    async def _unless_failed(self, work: asyncio.Future[Any]) -> None:
+        """Wait for `work`, but break it off when the transfer fails meanwhile."""
+        self._waiting = work
         try:
-            await self._preparation
+            await work
         except asyncio.CancelledError:
             if self.machine.error is None:
                 raise
         finally:
-            self._preparation = None
+            self._waiting = None
 
     async def _drained_and_fenced(self) -> None:
         self.check_drained()
@@ -178,6 +185,8 @@ class TransferRun:
         self._duration = self.clock() - self._began
         for region in self._regions.values():
             region.users.discard(self)
+        self._last = self.facts
+        self._legs, self._regions, self._request = [], {}, TransferRequest(())  # who remembers it needs its facts only
         self.ended.set()
 
     def _time_out(self) -> None:

@@ -132,7 +132,7 @@ class Serving:
         self._grants[grant.grant_id] = grant
         self._by_region.setdefault(region, set()).add(grant.grant_id)
         link.grants.add(grant.grant_id)
-        return GrantedKey(grant.grant_id, key, self._ttl)
+        return GrantedKey(grant.grant_id, key, self._ttl, region.uid)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""

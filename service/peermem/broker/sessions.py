@@ -45,7 +45,7 @@ class SessionTable:
     """All open sessions. Used on the event loop only."""
 
     def __init__(self, max_sessions: int) -> None:
-        self._max_sessions = max_sessions
+        self.max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
         self._handed_in: dict[str, tuple[Session, int]] = {}
         self._on_close: list[Callable[[Session], None]] = []
@@ -59,11 +59,10 @@ class SessionTable:
 
     def open(self, subject: str, pid: int) -> Session:
         """Open a session. Raises LimitReached."""
-        if len(self._sessions) >= self._max_sessions:
+        if len(self._sessions) >= self.max_sessions:
             raise LimitReached(
-                f"This node has {self._max_sessions} sessions open, its limit. End a job, or raise "
-                "attach.max_sessions.",
-                limit=self._max_sessions,
+                f"This node has {self.max_sessions} sessions open, its limit. End a job, or raise attach.max_sessions.",
+                limit=self.max_sessions,
             )
         session = Session(subject, pid)
         self._sessions[session.token] = session

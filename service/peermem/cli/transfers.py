@@ -15,6 +15,7 @@ import peermem
 from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
+from peermem.client.requests import request_id
 from peermem.client.segments import Operand
 from peermem.core.types import FabricKind
 from peermem.core.units import format_duration, format_size
@@ -39,13 +40,17 @@ def transfer(
     """
     if isinstance(src, str) and isinstance(dst, str):
         src = settings.at_owner(partial(peermem.Node.region, name=src))  # its length counts for both
-    asked = settings.node.transfer(src, dst, checksum=checksum, fabric=fabric, timeout=deadline)
+    ask = partial(
+        settings.node.transfer, src, dst, checksum=checksum, fabric=fabric, timeout=deadline, request_id=request_id()
+    )
     try:
+        asked = ask()
         with output.Meter("transfer", settings.json) as meter:
             for progress in asked:
                 meter.show(progress.bytes_done, progress.bytes_total, progress.rate)
     except KeyboardInterrupt:
-        asked.cancel(settings.timeout)
+        # Asking again means the same transfer, wherever in asking the interrupt came.
+        ask().cancel(settings.timeout)
         raise
     _print(settings, asked.wait())
 

@@ -22,6 +22,9 @@ from peermem.v1 import transfer_pb2
 _BACKOFF = (0.05, 0.2, 0.8, 2.0)
 """Seconds before each attempt to open the pipeline again; the daemon may be restarting."""
 
+_MENDABLE = (NodeUnreachable, Internal)
+"""Faults of a call after which another may work: gRPC says INTERNAL when a call ends while it is being written to."""
+
 
 class Flight:
     """One transfer as its pipeline knows it."""
@@ -152,7 +155,7 @@ class Ledger(Generic[F]):
         """
         if not self._flights:
             return None
-        if isinstance(fault, NodeUnreachable) and self._breaks < len(_BACKOFF):
+        if isinstance(fault, _MENDABLE) and self._breaks < len(_BACKOFF):
             self._breaks += 1
             return _BACKOFF[self._breaks - 1]
         self.fail(fault)

@@ -110,6 +110,7 @@ class TransferMachine:
         """Enter the final state; call when drained, fenced and verified. Returns it."""
         if not self.drained:
             raise AssertionError(f"a transfer can't end while {self._in_flight} slices are in flight")
+        self._work = [None] * len(self._work)
         if self.error is None:
             self.state = State.SUCCEEDED
         else:

@@ -16,7 +16,6 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import mmap
 import os
@@ -25,7 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSupported, PeermemError, ZeroLength
+from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSupported, ZeroLength
 from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
@@ -110,6 +109,27 @@ class _FileDevice:
     async def close(self) -> None:
         """See Device. Holds nothing that its memory doesn't."""
 
+    def _fill(self, fd: int, length: int, fix: str) -> MemfdMemory:
+        """Return memory of a file's first `length` bytes, with all its pages. Owns `fd`, also when it raises.
+
+        Raises DeviceFull; where the device is, its message ends with `fix`.
+        """
+        try:
+            self._take(length, fix)
+            try:
+                os.posix_fallocate(fd, 0, length)
+            except OSError as error:
+                self._give_back(length)
+                raise DeviceFull(
+                    f"The host has too little memory for {format_size(length)} of device {self.name}: "
+                    f"{error.strerror}. Free some, raise the daemon's memory limit, or configure a smaller device.",
+                    device=self.name,
+                ) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return MemfdMemory(fd, length, self._give_back)
+
     def _take(self, length: int, fix: str) -> None:
         """Count `length` bytes as given out. Raises DeviceFull, which ends with the sentence `fix`."""
         pages = _whole_pages(length)
@@ -128,20 +148,6 @@ class _FileDevice:
     def _give_back(self, length: int) -> None:
         with self._lock:
             self._available += _whole_pages(length)
-
-    def _fault(self, error: OSError) -> PeermemError:
-        """Return what the kernel's refusal of a file or its pages means."""
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return LimitReached(
-                f"Device {self.name} can make no memory file: {error.strerror}. Raise the daemon's limit of open "
-                "files (LimitNOFILE), or delete regions.",
-                device=self.name,
-            )
-        return DeviceFull(
-            f"The host has too little memory for device {self.name}: {error.strerror}. Free some, raise the "
-            "daemon's memory limit, or configure a smaller device.",
-            device=self.name,
-        )
 
 
 class MemfdDevice(_FileDevice):
@@ -163,18 +169,17 @@ class MemfdDevice(_FileDevice):
         raise NotSupported(f"Device {self.name} only allocates. Adopt a file descriptor without naming a device.")
 
     def _make(self, length: int) -> MemfdMemory:
-        self._take(length, "Delete regions, or use another device.")
-        fd = None
         try:
             fd = os.memfd_create(f"peermem-{self.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.posix_fallocate(fd, 0, length)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except OSError as error:
-            if fd is not None:
-                os.close(fd)
-            self._give_back(length)
-            raise self._fault(error) from error
-        return MemfdMemory(fd, length, self._give_back)
+            raise LimitReached(
+                f"Device {self.name} can make no memory file: {error.strerror}. Raise the daemon's limit of open "
+                "files (LimitNOFILE), or delete regions.",
+                device=self.name,
+            ) from error
+        memory = self._fill(fd, length, "Delete regions, or use another device.")
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return memory
 
 
 class AdoptedMemory(_FileDevice):
@@ -193,16 +198,10 @@ class AdoptedMemory(_FileDevice):
     def _adopt(self, fd: int, length: int) -> MemfdMemory:
         try:
             wanted = _check_length(_check_file(fd), length)
-            self._take(wanted, "Delete adopted regions, or raise attach.adopt_limit.")
-            try:
-                os.posix_fallocate(fd, 0, wanted)
-            except OSError as error:
-                self._give_back(wanted)
-                raise self._fault(error) from error
         except BaseException:
             os.close(fd)
             raise
-        return MemfdMemory(fd, wanted, self._give_back)
+        return self._fill(fd, wanted, "Delete adopted regions, or raise attach.adopt_limit.")
 
 
 def _check_file(fd: int) -> int:

@@ -28,7 +28,7 @@ from peermem.core.errors import MalformedMessage
 from peermem.fabric.base import Opcode, Status
 
 VERSION = 1
-MAX_RANGES = 4096
+MAX_RANGES = 1024
 """Pairs of ranges of one request."""
 MAX_TOTAL = 64 << 20
 """Payload bytes of one request."""

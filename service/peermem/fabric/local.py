@@ -39,9 +39,10 @@ _INLINE_RANGES = 64
 """What is copied on the loop, at most: some tens of microseconds."""
 _TURN_BYTES = 1 << 20
 """Bytes copied on the loop before it turns."""
+_REQUEST_BYTES = 16 << 10
+"""What the handling of one request counts towards a turn."""
 _PIECE = 1 << 20
 """Bytes between two looks at whether to go on: a fraction of a millisecond."""
-_CONNECT_TIMEOUT = 10.0
 _LIMITS = FabricLimits(slice_bytes=4 << 20, slice_ranges=1024, window_bytes=32 << 20)
 _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
 
@@ -53,12 +54,14 @@ class LocalFabric:
         self,
         workers: int = 2,
         *,
+        connect_timeout: float = 10.0,
         clock: Clock = time.monotonic,
         on_link_lost: Callable[[bytes], None] = lambda _: None,
     ) -> None:
-        """`workers` threads copy; `clock` is what grants expire by; `on_link_lost` gets the ids of accepted
-        links that were closed from their initiating end."""
+        """`workers` threads copy. What was accepted has to be connected within `connect_timeout` seconds. `clock` is
+        what grants expire by. `on_link_lost` gets the ids of accepted links that end from their initiating end."""
         self._grants = GrantTable(clock)
+        self._connect_timeout = connect_timeout
         self._on_link_lost = on_link_lost
         self._copier = _Copier(workers)
         self._reserved: dict[bytes, asyncio.TimerHandle] = {}
@@ -97,7 +100,7 @@ class LocalFabric:
         for link_id, link in list(self._links.items()):
             self._forget(link_id)
             await link.close()
-        self._copier.close()
+        await self._copier.close()
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> LocalLink:
         """See Fabric."""
@@ -122,7 +125,7 @@ class LocalFabric:
             )
         link_id = secrets.token_bytes(16)
         self._grants.open_link(link_id)
-        self._reserved[link_id] = asyncio.get_running_loop().call_later(_CONNECT_TIMEOUT, self._time_out, link_id)
+        self._reserved[link_id] = asyncio.get_running_loop().call_later(self._connect_timeout, self._time_out, link_id)
         return LinkAttributes(FabricKind.LOCAL, 1, link_id)
 
     async def hang_up(self, link_id: bytes) -> None:
@@ -178,11 +181,11 @@ class LocalLink:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[WorkRequest] = deque()
         self._turn_due = False
-        self.closed = False
+        self._closed = False
 
     def post(self, request: WorkRequest) -> None:
         """See Link."""
-        if self.closed:
+        if self._closed:
             raise LinkClosed
         self._waiting.append(request)
         self._have_a_turn()
@@ -195,14 +198,14 @@ class LocalLink:
 
     async def hung_up(self) -> None:
         """The accepted end was closed: end, and tell so."""
-        ended_here = not self.closed
+        ended_here = not self._closed
         self._end()
         await self._copier.settled(self._id)
         if ended_here:
             self._events.down(LinkEnd.REMOTE_CLOSED, "its accepting end was closed")
 
     def _end(self) -> None:
-        self.closed = True
+        self._closed = True
         flushed = [Completion(request.wr_id, Status.WR_FLUSH_ERR) for request in self._waiting]
         self._waiting.clear()
         if flushed:
@@ -219,7 +222,7 @@ class LocalLink:
         completions: list[Completion] = []
         while self._waiting and budget > 0:
             request = self._waiting.popleft()
-            budget -= max(request.ranges.total, _PIECE // 64)
+            budget -= _REQUEST_BYTES + min(request.ranges.total, _INLINE_BYTES)
             status = self._begin(request)
             if status is not None:
                 completions.append(Completion(request.wr_id, status))
@@ -251,7 +254,7 @@ class LocalLink:
         ranges = request.ranges
         for local, remote, length in zip(ranges.local, ranges.remote, ranges.lengths, strict=True):
             for done in range(0, length, _PIECE):
-                if self.closed:
+                if self._closed:
                     return Status.WR_FLUSH_ERR
                 if not grant.usable():
                     return Status.REM_ACCESS_ERR
@@ -287,8 +290,10 @@ class _Copier:
         if copying:
             await asyncio.wait(copying)
 
-    def close(self) -> None:
-        """End the threads; they are idle by now."""
+    async def close(self) -> None:
+        """End the threads, once they are idle."""
+        if self._copying:
+            await asyncio.wait(list(self._copying))
         self._threads.shutdown()
 
 

@@ -20,8 +20,9 @@ from peermem.memory import Memory
 _FILLER = 256 << 10
 _DROPPED = memoryview(bytearray(_FILLER))
 _ZEROS = memoryview(bytes(_FILLER))
-_MAX_BUFFERS = min(os.sysconf("SC_IOV_MAX"), 1024) - 8
-"""Buffers of one system call, less some for the blocks that go with a payload."""
+MAX_BLOCKS = 64
+"""Blocks that may go with a payload into one system call."""
+_MAX_SLICES = min(os.sysconf("SC_IOV_MAX"), 1024) - MAX_BLOCKS
 
 
 class Bytes(Protocol):
@@ -135,7 +136,7 @@ class Payload:
     def _slices(self, view: memoryview, limit: int) -> list[memoryview]:
         slices: list[memoryview] = []
         into = self._into
-        for index in range(self._index, min(self._index + _MAX_BUFFERS, len(self._lengths))):
+        for index in range(self._index, min(self._index + _MAX_SLICES, len(self._lengths))):
             start = self._base + self._offsets[index] + into
             size = self._lengths[index] - into
             if size >= limit:

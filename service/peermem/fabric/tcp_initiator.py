@@ -72,15 +72,16 @@ class TcpLink:
         self._watchdog: asyncio.TimerHandle | None = None
         self._finished: list[Completion] = []
         self._rails = [_Rail(self, sock) for sock in socks]
-        self.closed = False
+        self._closed = False
 
     def post(self, request: WorkRequest) -> None:
         """See Link. Raises ValueError for what no frame can carry, such as more than `frames.MAX_TOTAL` bytes."""
-        if self.closed:
+        if self._closed:
             raise LinkClosed
         ranges = request.ranges
         if not inside(ranges.local, ranges.lengths, request.memory.length):
-            self._loop.call_soon(self._refuse, Completion(request.wr_id, Status.LOC_PROT_ERR))
+            self.finish(Completion(request.wr_id, Status.LOC_PROT_ERR))
+            self._loop.call_soon(self.report)
             return
         min(self._rails, key=_load).post(request)
         if self._watchdog is None:
@@ -88,11 +89,11 @@ class TcpLink:
 
     async def close(self) -> None:
         """See Link."""
-        if not self.closed:
+        if not self._closed:
             self._end()
 
     def finish(self, completion: Completion) -> None:
-        """A rail's request ended; to be reported at the end of the turn."""
+        """A request ended; it is told of by the next `report`."""
         self._finished.append(completion)
 
     def report(self) -> None:
@@ -103,21 +104,18 @@ class TcpLink:
 
     def go_down(self, end: LinkEnd, cause: str) -> None:
         """End the link, because it can't go on."""
-        if not self.closed:
+        if not self._closed:
             self._end()
             self._events.down(end, cause)
 
     def _end(self) -> None:
-        self.closed = True
+        self._closed = True
         self._on_end(self)
         if self._watchdog is not None:
             self._watchdog.cancel()
         for rail in self._rails:
             rail.flush()
         self.report()
-
-    def _refuse(self, completion: Completion) -> None:
-        self._events.completed([completion])
 
     def _look(self) -> None:
         """Find a rail on which nothing has moved for too long, while it has work."""

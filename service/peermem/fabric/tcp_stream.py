@@ -19,18 +19,24 @@ from typing import Protocol
 
 from peermem.core.errors import MalformedMessage
 from peermem.fabric.base import LinkEnd
-from peermem.fabric.payload import Block, Bytes, Payload
+from peermem.fabric.payload import MAX_BLOCKS, Block, Bytes, Payload
 
 _TURN_BYTES = 2 << 20
 _FRAME_BYTES = 16 << 10
 """What the handling of one read item counts towards a turn, so that a turn of tiny frames is as short."""
 _CALL_BYTES = 512 << 10
 """Bytes of one system call, at most."""
-_MAX_BLOCKS = 64
 _LINGER_NONE = struct.pack("ii", 1, 0)
 _CLOSED_BY_REMOTE = {errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED}
 _SILENT = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+_OPTIONS = (
+    (socket.TCP_NODELAY, 1),
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
+"""A host that vanished is noticed within a minute, whether or not something was on its way to it."""
 
 
 class StreamOwner(Protocol):
@@ -50,8 +56,8 @@ class Stream:
     """A connected socket, owned until `close`."""
 
     def __init__(self, sock: socket.socket, owner: StreamOwner, first: Bytes, max_backlog: int | None = None) -> None:
-        """`first` is what is read first. While more than `max_backlog` items wait to be sent, nothing is read."""
-        prepare(sock)
+        """`sock` has been prepared. `first` is what is read first. While more than `max_backlog` blocks and ranges
+        wait to be sent, nothing is read."""
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._owner = owner
@@ -60,7 +66,7 @@ class Stream:
         self._max_backlog = max_backlog
         self._backlog = 0
         self._reading = self._writing = self._in_turn = self._failed = False
-        self.closed = False
+        self._closed = False
         self.moved_at = self._loop.time()
         """When a byte moved last, by the loop's clock."""
         self._watch()
@@ -76,9 +82,9 @@ class Stream:
 
     def close(self) -> None:
         """End the connection. Closing twice is no error."""
-        if self.closed:
+        if self._closed:
             return
-        self.closed = True
+        self._closed = True
         self._watch()
         self._outgoing.clear()
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
@@ -96,13 +102,13 @@ class Stream:
             self._lose(LinkEnd.BROKEN, f"the remote side sent bytes that are not of the protocol: {error.message}")
         finally:
             self._in_turn = False
-        if not self.closed:
+        if not self._closed:
             self._flush()
             self._owner.turn_ended()
 
     def _read_turn(self) -> None:
         budget = _TURN_BYTES
-        while budget > 0 and not self.closed and not self._full:
+        while budget > 0 and not self._closed and not self._full:
             count = self._receive(self._incoming)
             if count == 0:
                 self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
@@ -145,7 +151,7 @@ class Stream:
             if isinstance(item, Payload):
                 payload = item
                 break
-            if len(buffers) == _MAX_BLOCKS:
+            if len(buffers) == MAX_BLOCKS:
                 break
         try:
             sent = self._sock.sendmsg(buffers)
@@ -177,14 +183,14 @@ class Stream:
 
     def _watch(self) -> None:
         """Ask the loop for what is of use now."""
-        reading = not self.closed and not self._failed and not self._full
+        reading = not self._closed and not self._failed and not self._full
         if reading != self._reading:
             self._reading = reading
             if reading:
                 self._loop.add_reader(self._sock, self._readable)
             else:
                 self._loop.remove_reader(self._sock)
-        writing = bool(self._outgoing) and not self.closed and not self._failed
+        writing = bool(self._outgoing) and not self._closed and not self._failed
         if writing != self._writing:
             self._writing = writing
             if writing:
@@ -204,7 +210,7 @@ class Stream:
         self._loop.call_soon(self._lose, end, f"the connection failed: {error.strerror}")
 
     def _lose(self, end: LinkEnd, cause: str) -> None:
-        if not self.closed:
+        if not self._closed:
             self.close()
             self._owner.lost(end, cause)
 
@@ -212,7 +218,6 @@ class Stream:
 def prepare(sock: socket.socket) -> None:
     """Set a TCP socket's options. Buffer sizes are left to the kernel, which measures."""
     sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
+    for option, value in _OPTIONS:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -26,10 +26,10 @@ from peermem.fabric import frames
 from peermem.fabric.base import LinkEnd, Opcode, Status
 from peermem.fabric.grants import Grant, GrantTable
 from peermem.fabric.payload import Block, Bytes, Payload
-from peermem.fabric.tcp_stream import Stream
+from peermem.fabric.tcp_stream import Stream, prepare
 
-_CONNECT_TIMEOUT = 10.0
-"""Seconds from `accept` until all rails must be there."""
+_CONNECT_TIME = 2
+"""Handshake timeouts from `accept` until all rails must be there."""
 _MAX_BACKLOG = 8192
 """Answers and ranges of answers that may wait on one rail before it takes no more requests."""
 _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
@@ -67,7 +67,7 @@ class Target:
     def accept(self, rails: int) -> tuple[bytes, bytes]:
         """Make ready for a link; return its id and the secret that each of its rails has to show."""
         link_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
-        timer = asyncio.get_running_loop().call_later(_CONNECT_TIMEOUT, self._lose, link_id)
+        timer = asyncio.get_running_loop().call_later(_CONNECT_TIME * self._handshake_timeout, self._lose, link_id)
         self._links[link_id] = _AcceptedLink(link_id, secret, rails, timer)
         self._grants.open_link(link_id)
         return link_id, secret
@@ -90,7 +90,11 @@ class Target:
             self._drop(rail)
 
     def connected(self, sock: socket.socket) -> None:
-        """A connection came in; it may wait for its hello. The one that waits longest gives way to too many."""
+        """A connection came in; it may wait for its hello. The one that waits longest gives way to too many.
+
+        Raises OSError when it is gone already; it is the caller's then.
+        """
+        prepare(sock)
         if len(self._pending) >= self._max_pending:
             self._reject(next(iter(self._pending)))
         rail = _Rail(self, self._grants, sock)

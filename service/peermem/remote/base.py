@@ -32,6 +32,8 @@ class GrantedKey:
     key: RemoteKey = field(repr=False)
     ttl: float
     """Seconds from the answer to its end."""
+    region_uid: int
+    """Tells the region from others that have, had or will have its name."""
 
 
 class GrantSource(Protocol):

@@ -111,7 +111,7 @@ class GrpcRemoteNode:
         )
         grant = await self._call(self._links.AcquireGrant(request, timeout=_DEADLINE))
         key = RemoteKey(grant.rkey, grant.address, grant.length)
-        return GrantedKey(grant.grant_id, key, grant.ttl.ToNanoseconds() / 1e9)
+        return GrantedKey(grant.grant_id, key, grant.ttl.ToNanoseconds() / 1e9, grant.region_uid)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from peermem.v1 import transfer_pb2 as peermem_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/link.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19peermem/v1/transfer.proto\"a\n\x0fOpenLinkRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x03 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\r\n\x05rails\x18\x04 \x01(\r\"b\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12\r\n\x05rails\x18\x05 \x01(\r\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\"\x13\n\x11\x43loseLinkResponse\"x\n\x13\x41\x63quireGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\x12\x0f\n\x07subject\x18\x05 \x01(\t\"p\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\x04\x12\x0c\n\x04rkey\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x14ReleaseGrantsRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x11\n\tgrant_ids\x18\x02 \x03(\x04\"\x17\n\x15ReleaseGrantsResponse\"g\n\x0f\x43hecksumRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\x12\x0f\n\x07initial\x18\x05 \x01(\x07\"\"\n\x10\x43hecksumResponse\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07*?\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x0e\n\nRIGHT_READ\x10\x01\x12\x0f\n\x0bRIGHT_WRITE\x10\x02\x32\xff\x02\n\x0bLinkService\x12\x45\n\x08OpenLink\x12\x1b.peermem.v1.OpenLinkRequest\x1a\x1c.peermem.v1.OpenLinkResponse\x12H\n\tCloseLink\x12\x1c.peermem.v1.CloseLinkRequest\x1a\x1d.peermem.v1.CloseLinkResponse\x12\x42\n\x0c\x41\x63quireGrant\x12\x1f.peermem.v1.AcquireGrantRequest\x1a\x11.peermem.v1.Grant\x12T\n\rReleaseGrants\x12 .peermem.v1.ReleaseGrantsRequest\x1a!.peermem.v1.ReleaseGrantsResponse\x12\x45\n\x08\x43hecksum\x12\x1b.peermem.v1.ChecksumRequest\x1a\x1c.peermem.v1.ChecksumResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/link.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19peermem/v1/transfer.proto\"a\n\x0fOpenLinkRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x03 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\r\n\x05rails\x18\x04 \x01(\r\"b\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12\r\n\x05rails\x18\x05 \x01(\r\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\"\x13\n\x11\x43loseLinkResponse\"x\n\x13\x41\x63quireGrantRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\x12\x0f\n\x07subject\x18\x05 \x01(\t\"\x84\x01\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\x04\x12\x0c\n\x04rkey\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nregion_uid\x18\x06 \x01(\x06\":\n\x14ReleaseGrantsRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x11\n\tgrant_ids\x18\x02 \x03(\x04\"\x17\n\x15ReleaseGrantsResponse\"g\n\x0f\x43hecksumRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\x12\x0f\n\x07initial\x18\x05 \x01(\x07\"\"\n\x10\x43hecksumResponse\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07*?\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x0e\n\nRIGHT_READ\x10\x01\x12\x0f\n\x0bRIGHT_WRITE\x10\x02\x32\xff\x02\n\x0bLinkService\x12\x45\n\x08OpenLink\x12\x1b.peermem.v1.OpenLinkRequest\x1a\x1c.peermem.v1.OpenLinkResponse\x12H\n\tCloseLink\x12\x1c.peermem.v1.CloseLinkRequest\x1a\x1d.peermem.v1.CloseLinkResponse\x12\x42\n\x0c\x41\x63quireGrant\x12\x1f.peermem.v1.AcquireGrantRequest\x1a\x11.peermem.v1.Grant\x12T\n\rReleaseGrants\x12 .peermem.v1.ReleaseGrantsRequest\x1a!.peermem.v1.ReleaseGrantsResponse\x12\x45\n\x08\x43hecksum\x12\x1b.peermem.v1.ChecksumRequest\x1a\x1c.peermem.v1.ChecksumResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peermem.v1.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RIGHT']._serialized_start=815
-  _globals['_RIGHT']._serialized_end=878
+  _globals['_RIGHT']._serialized_start=836
+  _globals['_RIGHT']._serialized_end=899
   _globals['_OPENLINKREQUEST']._serialized_start=96
   _globals['_OPENLINKREQUEST']._serialized_end=193
   _globals['_OPENLINKRESPONSE']._serialized_start=195
@@ -45,16 +45,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSELINKRESPONSE']._serialized_end=351
   _globals['_ACQUIREGRANTREQUEST']._serialized_start=353
   _globals['_ACQUIREGRANTREQUEST']._serialized_end=473
-  _globals['_GRANT']._serialized_start=475
-  _globals['_GRANT']._serialized_end=587
-  _globals['_RELEASEGRANTSREQUEST']._serialized_start=589
-  _globals['_RELEASEGRANTSREQUEST']._serialized_end=647
-  _globals['_RELEASEGRANTSRESPONSE']._serialized_start=649
-  _globals['_RELEASEGRANTSRESPONSE']._serialized_end=672
-  _globals['_CHECKSUMREQUEST']._serialized_start=674
-  _globals['_CHECKSUMREQUEST']._serialized_end=777
-  _globals['_CHECKSUMRESPONSE']._serialized_start=779
-  _globals['_CHECKSUMRESPONSE']._serialized_end=813
-  _globals['_LINKSERVICE']._serialized_start=881
-  _globals['_LINKSERVICE']._serialized_end=1264
+  _globals['_GRANT']._serialized_start=476
+  _globals['_GRANT']._serialized_end=608
+  _globals['_RELEASEGRANTSREQUEST']._serialized_start=610
+  _globals['_RELEASEGRANTSREQUEST']._serialized_end=668
+  _globals['_RELEASEGRANTSRESPONSE']._serialized_start=670
+  _globals['_RELEASEGRANTSRESPONSE']._serialized_end=693
+  _globals['_CHECKSUMREQUEST']._serialized_start=695
+  _globals['_CHECKSUMREQUEST']._serialized_end=798
+  _globals['_CHECKSUMRESPONSE']._serialized_start=800
+  _globals['_CHECKSUMRESPONSE']._serialized_end=834
+  _globals['_LINKSERVICE']._serialized_start=902
+  _globals['_LINKSERVICE']._serialized_end=1285
 # @@protoc_insertion_point(module_scope)

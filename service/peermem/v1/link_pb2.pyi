@@ -207,6 +207,7 @@ class Grant(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    REGION_UID_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.int
     """Names the grant in later calls."""
     rkey: _builtins.int
@@ -215,6 +216,8 @@ class Grant(_message.Message):
     """Address of the region's first byte as the fabric counts it."""
     length: _builtins.int
     """Bytes."""
+    region_uid: _builtins.int
+    """Tells the region from others that had or will have its name: a transfer's bytes go to one of them."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Time from now to the grant's end."""
@@ -227,10 +230,11 @@ class Grant(_message.Message):
         address: _builtins.int = ...,
         length: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        region_uid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grant_id", b"grant_id", "length", b"length", "rkey", b"rkey", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grant_id", b"grant_id", "length", b"length", "region_uid", b"region_uid", "rkey", b"rkey", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,41 @@
+"""File descriptors for tests: make them, count them, and wait for their end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+
+
+def open_files() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def memory_file(length: int, flags: int = os.MFD_ALLOW_SEALING) -> int:
+    """Return a memory file such as a job would hand in."""
+    fd = os.memfd_create("job", flags | os.MFD_CLOEXEC)
+    os.ftruncate(fd, length)
+    return fd
+
+
+def lingering_socket() -> tuple[int, socket.socket]:
+    """Return a descriptor whose last close hangs until the socket that is also returned is closed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        end, _ = listener.accept()
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    sender.setblocking(False)
+    while select.select([], [sender], [], 0.05)[1]:  # until nothing more fits
+        sender.send(bytes(1 << 16))
+    return sender.detach(), end
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds; fail after 10 seconds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for is not an event
+            await asyncio.sleep(0.001)
