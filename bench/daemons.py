@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
@@ -40,6 +41,8 @@ class Daemon:
             f'[http]\naddress = "{self.http}"\n[tcp]\naddress = "{self.tcp}"\n'
             f"[directory.nodes]\n{directory}\n"
         )
+        self.environ: Mapping[str, str] = {}
+        """Settings on top of the file's, as PEERMEM_... variables."""
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +59,7 @@ class Daemon:
                 [sys.executable, "-m", "peermem", "--config", str(self.config)],
                 stdout=log,
                 stderr=log,
-                env=environ,
+                env=environ | dict(self.environ),
             )
 
     def ready(self, timeout: float = 30.0) -> None:
@@ -90,8 +93,13 @@ class Daemon:
 
 
 @contextmanager
-def daemons(folder: Path, nodes: Sequence[str] = ("a", "b"), extra: str = "") -> Iterator[dict[str, Daemon]]:
-    """Run one daemon per node, each of which knows the others; `extra` is TOML for the top of each file."""
+def daemons(
+    folder: Path, nodes: Sequence[str] = ("a", "b"), extra: str = "", environ: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[dict[str, Daemon]]:
+    """Run one daemon per node, each of which knows the others.
+
+    `extra` is TOML for the top of each file; `environ` are settings as PEERMEM_... variables.
+    """
     ports = iter(_free_ports(3 * len(nodes)))
     mine = {node: [next(ports) for _ in range(3)] for node in nodes}
     started = {}
@@ -99,6 +107,7 @@ def daemons(folder: Path, nodes: Sequence[str] = ("a", "b"), extra: str = "") ->
         for node in nodes:
             others = {name: f"127.0.0.1:{mine[name][0]}" for name in nodes if name != node}
             started[node] = Daemon(node, folder / node, mine[node], others, extra)
+            started[node].environ = environ
             started[node].start()
         for daemon in started.values():
             daemon.ready()

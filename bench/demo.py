@@ -55,7 +55,8 @@ COUNTER = "peermem_transfer_bytes_total{"
 
 def move(nodes: dict[str, Daemon], path: Path, data: bytes) -> bool:
     wanted = hashlib.sha256(data).hexdigest()
-    print(f"{path}, {format_size(len(data))}, SHA-256 {wanted[:16]}…")
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    print(f"{shown}, {format_size(len(data))}, SHA-256 {wanted[:16]}…")
     with (
         peermem.connect(nodes["a"].target) as a,
         peermem.connect(nodes["b"].target) as b,
