@@ -1,18 +1,31 @@
-"""File descriptors for tests: make them, count them, and wait for their end."""
+"""File descriptors for tests: make them, count and limit them, and wait for their end."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def open_files() -> int:
     """Return how many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def limited(which: int, soft: int) -> Iterator[None]:
+    """Lower a limit of this process (resource.RLIMIT_...) for a while."""
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
 
 
 def memory_file(length: int, flags: int = os.MFD_ALLOW_SEALING) -> int:

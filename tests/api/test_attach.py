@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -30,7 +31,7 @@ from peermem.core.errors import (
 )
 from peermem.v1 import attach_pb2
 from tests.api.attaching import HAND_IN, HELLO, LENGTH, MAP, ME, REGION, Node, Raw, quiet_node, serving
-from tests.descriptors import lingering_socket, memory_file, open_files, until
+from tests.descriptors import limited, lingering_socket, memory_file, open_files, until
 
 
 @pytest.fixture
@@ -314,6 +315,18 @@ class TestHostileJobs:
                 os.close(fd)
                 assert await job.answer() is not None
         end.close()
+
+    async def test_a_daemon_without_descriptors_pauses_and_then_serves(self, served: Node) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as early, capture_logs() as logs:
+            early.setblocking(False)
+            with limited(resource.RLIMIT_NOFILE, 3):
+                early.connect(served.path)
+                await until(lambda: bool(logs))
+            assert [(entry["event"], entry["cause"]) for entry in logs] == [
+                ("attach_accept_failed", "Too many open files")
+            ]
+            early.send(HELLO)
+            await until(lambda: len(served.sessions) == 1)
 
     async def test_connections_beyond_the_limit_wait_and_are_served_later(self, node: Node) -> None:
         node.sessions = SessionTable(1)

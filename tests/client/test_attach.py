@@ -111,13 +111,14 @@ def test_no_daemon(tmp_path: Path) -> None:
         Attachment.open(str(tmp_path / ("x" * 200)))
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may open every socket")
 def test_a_socket_of_others(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         path = tmp_path / "attach.sock"
         listener.bind(str(path))
         listener.listen()
         path.chmod(0)
+        if os.access(path, os.W_OK):
+            pytest.skip("this user may open every socket")
         with pytest.raises(AccessDenied, match="may not open"):
             Attachment.open(str(path))
 

@@ -16,7 +16,7 @@ from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSuppo
 from peermem.core.types import Path
 from peermem.device.base import Device, DeviceMemory
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
-from tests.descriptors import memory_file, open_files, until
+from tests.descriptors import limited, memory_file, open_files, until
 from tests.device.conformance import PAGE, DeviceConformance
 
 MIB = 1 << 20
@@ -318,20 +318,6 @@ async def test_a_file_that_is_not_fit_is_refused_with_the_cause_and_closed(make:
     with pytest.raises(NotAdoptable, match=cause):
         await device.adopt(make(), 0)
     assert device.available == device.size
-
-
-class limited:
-    """Lower a limit of this process for a while."""
-
-    def __init__(self, which: int, soft: int) -> None:
-        self._which, self._soft = which, soft
-
-    def __enter__(self) -> None:
-        self._before = resource.getrlimit(self._which)
-        resource.setrlimit(self._which, (self._soft, self._before[1]))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(self._which, self._before)
 
 
 def mappings() -> str:
