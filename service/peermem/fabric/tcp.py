@@ -23,6 +23,7 @@ from peermem.fabric import frames
 from peermem.fabric.base import Exchange, FabricLimits, LinkEvents
 from peermem.fabric.grants import Clock, GrantTable
 from peermem.fabric.tcp_initiator import TcpLink, dial
+from peermem.fabric.tcp_stream import Pace
 from peermem.fabric.tcp_target import Target
 from peermem.memory import Memory
 
@@ -63,7 +64,8 @@ class TcpFabric:
         self._stall_timeout = stall_timeout
         self._handshake_timeout = handshake_timeout
         self._grants = GrantTable(clock)
-        self._target = Target(self._grants, handshake_timeout, max_pending, on_link_lost)
+        self._pace = Pace()
+        self._target = Target(self._grants, self._pace, handshake_timeout, max_pending, on_link_lost)
         self._listener: socket.socket | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._links: set[TcpLink] = set()
@@ -122,7 +124,7 @@ class TcpFabric:
         try:
             async with asyncio.timeout(self._handshake_timeout):
                 await self._dial(answer, rails, socks)
-            link = TcpLink(socks, events, self._stall_timeout, self._links.discard)
+            link = TcpLink(socks, events, self._pace, self._stall_timeout, self._links.discard)
         except BaseException as error:
             for sock in socks:
                 sock.close()

@@ -19,7 +19,7 @@ from peermem.fabric import frames
 from peermem.fabric.base import Completion, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
 from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
-from peermem.fabric.tcp_stream import Stream, prepare
+from peermem.fabric.tcp_stream import Pace, Stream, prepare
 
 
 async def dial(host: str, port: int, hello: bytes) -> socket.socket:
@@ -62,6 +62,7 @@ class TcpLink:
         self,
         socks: list[socket.socket],
         events: LinkEvents,
+        pace: Pace,
         stall_timeout: float,
         on_end: Callable[[TcpLink], None],
     ) -> None:
@@ -71,7 +72,7 @@ class TcpLink:
         self._stall_timeout = stall_timeout
         self._watchdog: asyncio.TimerHandle | None = None
         self._finished: list[Completion] = []
-        self._rails = [_Rail(self, sock) for sock in socks]
+        self._rails = [_Rail(self, sock, pace) for sock in socks]
         self._closed = False
 
     def post(self, request: WorkRequest) -> None:
@@ -134,7 +135,7 @@ class TcpLink:
 class _Rail:
     """One connection of a link; a `StreamOwner`."""
 
-    def __init__(self, link: TcpLink, sock: socket.socket) -> None:
+    def __init__(self, link: TcpLink, sock: socket.socket, pace: Pace) -> None:
         self.load = 0
         """Bytes of requests that have not ended."""
         self._link = link
@@ -142,7 +143,7 @@ class _Rail:
         self._pending: deque[tuple[WorkRequest, Payload]] = deque()
         self._response = Block(bytearray(frames.RESPONSE_SIZE))
         self._receiving_data = False
-        self.stream = Stream(sock, self, self._response)
+        self.stream = Stream(sock, self, pace, self._response)
 
     def post(self, request: WorkRequest) -> None:
         ranges = request.ranges

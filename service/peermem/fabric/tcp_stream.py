@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* Nothing blocks, and one callback moves at most about a turn's bytes and frames, so that the loop turns.
+* Nothing blocks, and all streams of a fabric together move at most about so many bytes and frames in one turn
+  of the loop (`Pace`): a call of the control plane takes a few turns, however many streams are busy.
 * `lost` is called at most once, from the event loop, never from inside `send`; not after `close`.
 * `close` throws away what is still queued here and in the kernel: nothing of it goes out afterwards.
 * At most one payload goes into a system call, so that a fault of memory is known to be that payload's.
@@ -22,6 +23,7 @@ from peermem.fabric.base import LinkEnd
 from peermem.fabric.payload import MAX_BLOCKS, Block, Bytes, Payload
 
 _TURN_BYTES = 2 << 20
+"""About half a millisecond of the kernel's copying."""
 _FRAME_BYTES = 16 << 10
 """What the handling of one read item counts towards a turn, so that a turn of tiny frames is as short."""
 _CALL_BYTES = 512 << 10
@@ -52,12 +54,40 @@ class StreamOwner(Protocol):
         """The connection ended by itself; the stream is closed already. `cause` is a clause for people."""
 
 
+class Pace:
+    """What the streams that share it may still move before the loop turns. Who comes too late has its turn in the
+    next one, since the selector reports it again."""
+
+    def __init__(self) -> None:
+        self._left = _TURN_BYTES
+        self._renewing = False
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing may be moved any more in this turn."""
+        return self._left <= 0
+
+    def spend(self, count: int) -> None:
+        """Some bytes were moved."""
+        self._left -= count
+        if not self._renewing:
+            self._renewing = True
+            asyncio.get_running_loop().call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._left = _TURN_BYTES
+        self._renewing = False
+
+
 class Stream:
     """A connected socket, owned until `close`."""
 
-    def __init__(self, sock: socket.socket, owner: StreamOwner, first: Bytes, max_backlog: int | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, owner: StreamOwner, pace: Pace, first: Bytes, max_backlog: int | None = None
+    ) -> None:
         """`sock` has been prepared. `first` is what is read first. While more than `max_backlog` blocks and ranges
         wait to be sent, nothing is read."""
+        self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._owner = owner
@@ -107,17 +137,16 @@ class Stream:
             self._owner.turn_ended()
 
     def _read_turn(self) -> None:
-        budget = _TURN_BYTES
-        while budget > 0 and not self._closed and not self._full:
+        while not self._pace.spent and not self._closed and not self._full:
             count = self._receive(self._incoming)
             if count == 0:
                 self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
                 return
             self.moved_at = self._loop.time()
-            budget -= count
+            self._pace.spend(count)
             self._incoming.advance(count)
             if self._incoming.left == 0:
-                budget -= _FRAME_BYTES
+                self._pace.spend(_FRAME_BYTES)
                 self._incoming = self._owner.filled()
 
     def _receive(self, into: Bytes) -> int:
@@ -133,10 +162,9 @@ class Stream:
         return self._receive(into)
 
     def _flush(self) -> None:
-        budget = _TURN_BYTES
         try:
-            while self._outgoing and budget > 0 and not self._failed:
-                budget -= self._send_some()
+            while self._outgoing and not self._pace.spent and not self._failed:
+                self._pace.spend(self._send_some())
         except BlockingIOError:
             pass
         except OSError as error:

@@ -26,7 +26,7 @@ from peermem.fabric import frames
 from peermem.fabric.base import LinkEnd, Opcode, Status
 from peermem.fabric.grants import Grant, GrantTable
 from peermem.fabric.payload import Block, Bytes, Payload
-from peermem.fabric.tcp_stream import Stream, prepare
+from peermem.fabric.tcp_stream import Pace, Stream, prepare
 
 _CONNECT_TIME = 2
 """Handshake timeouts from `accept` until all rails must be there."""
@@ -49,12 +49,18 @@ class Target:
     """Accepted links of one fabric and the connections that want to be theirs."""
 
     def __init__(
-        self, grants: GrantTable, handshake_timeout: float, max_pending: int, on_link_lost: Callable[[bytes], None]
+        self,
+        grants: GrantTable,
+        pace: Pace,
+        handshake_timeout: float,
+        max_pending: int,
+        on_link_lost: Callable[[bytes], None],
     ) -> None:
         """`on_link_lost` is told of links that end by themselves, after their grants ended."""
         self.rejected = 0
         """Connections dropped before they belonged to a link."""
         self._grants = grants
+        self._pace = pace
         self._handshake_timeout = handshake_timeout
         self._max_pending = max_pending
         self._on_link_lost = on_link_lost
@@ -97,7 +103,7 @@ class Target:
         prepare(sock)
         if len(self._pending) >= self._max_pending:
             self._reject(next(iter(self._pending)))
-        rail = _Rail(self, self._grants, sock)
+        rail = _Rail(self, self._grants, sock, self._pace)
         self._pending[rail] = asyncio.get_running_loop().call_later(self._handshake_timeout, self._reject, rail)
 
     def admit(self, rail: _Rail, hello: frames.Hello) -> bytes | None:
@@ -137,14 +143,14 @@ class Target:
 class _Rail:
     """One incoming connection; a `StreamOwner`. `_next` is what to do with what is being read."""
 
-    def __init__(self, target: Target, grants: GrantTable, sock: socket.socket) -> None:
+    def __init__(self, target: Target, grants: GrantTable, sock: socket.socket, pace: Pace) -> None:
         self.link_id: bytes | None = None
         self._target = target
         self._grants = grants
         self._block = Block(bytearray(frames.HELLO_SIZE))
         self._head = Block(bytearray(frames.HEAD_SIZE))
         self._next: Callable[[], Bytes] = self._on_hello
-        self._stream = Stream(sock, self, self._block, _MAX_BACKLOG)
+        self._stream = Stream(sock, self, pace, self._block, _MAX_BACKLOG)
 
     def close(self) -> None:
         self._stream.close()
