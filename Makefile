@@ -35,7 +35,7 @@ demo: $(READY) ## Move a file between two nodes and compare it (FILE=path)
 test: $(READY) ## Run the tests (ARGS="-k tcp" goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## Run the comparisons (ARGS goes to it)
+bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
 
 check: $(READY) ## Run every check of the code, all of them even if one fails

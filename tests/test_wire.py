@@ -89,7 +89,7 @@ def test_a_request_crosses_the_wire() -> None:
 @pytest.mark.parametrize(
     ("message", "kind", "says"),
     [
-        (transfer_pb2.CreateTransferRequest(), InvalidField, "segments is empty"),
+        (transfer_pb2.CreateTransferRequest(), InvalidField, "1 to 1024 lists, not 0"),
         (transfer_pb2.CreateTransferRequest(segments=[transfer_pb2.SegmentList()]), InvalidField, "segments.source"),
         (
             transfer_pb2.CreateTransferRequest(
@@ -103,12 +103,12 @@ def test_a_request_crosses_the_wire() -> None:
         (
             transfer_pb2.CreateTransferRequest(segments=[ranges(list(range(LIMIT + 1)), [], [])]),
             InvalidField,
-            "at most 1000",
+            "above the 1000",
         ),
         (
             transfer_pb2.CreateTransferRequest(segments=[ranges(list(range(600)), list(range(600)), [1])] * 2),
             InvalidField,
-            "at most 1000",
+            "above the 400",
         ),
         (
             transfer_pb2.CreateTransferRequest(segments=[ranges([0], [0], [1])], timeout=Duration(seconds=-1)),
@@ -176,3 +176,35 @@ def test_small_things() -> None:
     assert fabric_from_proto(transfer_pb2.FABRIC_UNSPECIFIED) is None
     with pytest.raises(InvalidField, match=r"wait of 2 s"):
         duration_from_proto(Duration(seconds=2), "wait", 0, 1)
+
+
+def test_what_is_left_of_the_limit_goes_from_list_to_list() -> None:
+    stride = transfer_pb2.Strided(source_stride=16, destination_stride=16, length=8, count=600)
+    entry = transfer_pb2.SegmentList(source="nodes/a/regions/x", destination="nodes/b/regions/y", strided=stride)
+    with pytest.raises(InvalidField, match="above the 400"):
+        transfer_request_from_proto(transfer_pb2.CreateTransferRequest(segments=[entry] * 2), LIMIT)
+    with pytest.raises(InvalidField, match="1 to 1024 lists, not 1025"):
+        transfer_request_from_proto(transfer_pb2.CreateTransferRequest(segments=[ranges([0], [0], [1])] * 1025), LIMIT)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ranges([0, 1 << 63], [0, 1 << 63], [1 << 63]),
+        ranges([0], [1 << 63], [1]),
+        transfer_pb2.SegmentList(
+            source="nodes/a/regions/x",
+            destination="nodes/b/regions/y",
+            strided=transfer_pb2.Strided(source_stride=1 << 63, destination_stride=1 << 63, length=1 << 63, count=2),
+        ),
+    ],
+)
+def test_bytes_that_no_memory_has_are_refused(entry: transfer_pb2.SegmentList) -> None:
+    with pytest.raises(OutOfRange, match="no region has"):
+        transfer_request_from_proto(transfer_pb2.CreateTransferRequest(segments=[entry]), LIMIT)
+
+
+def test_nor_may_the_lists_together_have_them() -> None:
+    message = transfer_pb2.CreateTransferRequest(segments=[ranges([0], [0], [1 << 62])] * 2)
+    with pytest.raises(OutOfRange):
+        transfer_request_from_proto(message, LIMIT)

@@ -11,9 +11,10 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 
 import structlog
@@ -27,8 +28,9 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Services, grpc_methods
 from peermem.api.transfers import TransferService
-from peermem.broker.broker import Broker, Settings
+from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
+from peermem.broker.settings import Settings
 from peermem.config import Config
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED
@@ -89,8 +91,8 @@ class App:
             on_link_lost=lost,
         )
         fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric(on_link_lost=lost)}
-        for fabric in fabrics.values():
-            await fabric.start()
+        for kind, fabric in fabrics.items():
+            await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
         broker = self._broker(directory, fabrics, sessions)
@@ -113,7 +115,7 @@ class App:
     async def _start_http(self) -> None:
         if self.config.http.address:
             server = HttpServer(self.config.http.address, self.metrics, self._health)
-            await server.start()
+            await _listening("HTTP", server.address, server.start())
             self._stack.push_async_callback(server.close)
             log.info("http_listening", address=server.address)
 
@@ -129,6 +131,7 @@ class App:
             rails=config.tcp.rails,
             max_regions=config.region.max_regions,
             max_running=config.transfer.max_running,
+            max_segments=config.transfer.max_segments,
             keep_ended=config.transfer.keep_ended,
             keep_ended_for=config.transfer.keep_ended_for,
             grant_ttl=config.transfer.grant_ttl,
@@ -183,6 +186,14 @@ class App:
 
 _CALLS_GRACE = 1.0
 """Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
+
+
+async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
+    try:
+        await start
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{what} can't listen on {address}: {cause}. Free it, or configure another address.") from error
 
 
 def _address(directory: Directory, node: str) -> str:

@@ -131,4 +131,7 @@ def _read_file(fd: int, offset: int, into: memoryview) -> None:
 def _write_file(fd: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
-        done += os.pwritev(fd, [data[done:]], offset + done)
+        count = os.pwritev(fd, [data[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"the file took {done} of {len(data)} bytes")
+        done += count

@@ -17,11 +17,14 @@ from peermem.core.errors import InvalidField, PeermemError
 from peermem.core.names import parse_node, parse_region, parse_transfer
 from peermem.core.node import DeviceFacts, NicPort, NodeFacts
 from peermem.core.plan import Direction
-from peermem.core.segments import SegmentList, Stride, check_count, columns, strided
+from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import error_pb2, node_pb2, region_pb2, transfer_pb2
 
 T = TypeVar("T")
+
+MAX_LISTS = 1024
+"""Segment lists of one transfer."""
 
 FABRICS = {
     FabricKind.VERBS: transfer_pb2.FABRIC_VERBS,
@@ -117,11 +120,18 @@ def region_to_proto(facts: core_region.RegionFacts) -> region_pb2.Region:
 def transfer_request_from_proto(
     message: transfer_pb2.CreateTransferRequest, max_segments: int
 ) -> core_transfer.TransferRequest:
-    """Return what is asked for. Raises InvalidField, ZeroLength, SegmentsMismatch, SegmentsOverlap."""
-    if not message.segments:
-        raise InvalidField("segments is empty: say what to move.", field="segments")
-    lists = [_list_from_proto(entry, max_segments) for entry in message.segments]
-    check_count(sum(len(entry.lengths) for entry in lists), max_segments)
+    """Return what is asked for.
+
+    Raises InvalidField, ZeroLength, SegmentsMismatch, SegmentsOverlap, OutOfRange.
+    """
+    if not 1 <= len(message.segments) <= MAX_LISTS:
+        raise InvalidField(f"segments must hold 1 to {MAX_LISTS} lists, not {len(message.segments)}.", field="segments")
+    lists: list[SegmentList] = []
+    left = max_segments
+    for entry in message.segments:
+        lists.append(_list_from_proto(entry, left))
+        left -= len(lists[-1].lengths)
+    check_possible(sum(entry.total for entry in lists))
     timeout = None
     if message.HasField("timeout"):
         timeout = duration_from_proto(message.timeout, "timeout", 0.001, 7 * 86400.0)
@@ -246,7 +256,7 @@ def _list_from_proto(message: transfer_pb2.SegmentList, limit: int) -> SegmentLi
     destination = parse_region(message.destination, "segments.destination")
     if message.HasField("ranges"):
         ranges = message.ranges
-        check_count(len(ranges.source_offsets), limit)
+        check_count(max(map(len, (ranges.source_offsets, ranges.destination_offsets, ranges.lengths))), limit)
         return columns(
             source,
             destination,
@@ -280,8 +290,8 @@ def labels_from_proto(labels: Sequence[tuple[str, str]]) -> dict[str, str]:
     if len(labels) > 16:
         raise InvalidField(f"{len(labels)} labels are given; a region has at most 16.", field="labels")
     for key, value in labels:
-        if not 1 <= len(key) <= 63 or len(value) > 63:
+        if not 1 <= len(key.encode()) <= 63 or len(value.encode()) > 63:
             raise InvalidField(
-                f"Label {key[:80]!r} must have a key of 1 to 63 and a value of at most 63 characters.", field="labels"
+                f"Label {key[:80]!r} must have a key of 1 to 63 and a value of at most 63 bytes.", field="labels"
             )
     return dict(labels)

@@ -49,7 +49,7 @@ def mapped(offset: int, length: int) -> bytes:
 def nothing_stays_open() -> Iterator[None]:
     before = open_files()
     yield
-    assert open_files() == before
+    assert open_files() <= before  # fewer, when gRPC lets go of an earlier test's
 
 
 @pytest.fixture

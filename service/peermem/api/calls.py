@@ -5,6 +5,7 @@ Rules of this file:
 * A handler raises PeermemError; here it becomes a status with ErrorInfo. Anything else is a defect: it
   is logged with an id, and the caller gets INTERNAL with that id and nothing of the inside.
 * Every call is counted under its code, also one that the client broke off.
+* Bytes that are no message are the caller's fault, not a defect: whoever looks at them raises MalformedMessage.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from peermem.api.status import to_grpc
-from peermem.core.errors import Internal, PeermemError
+from peermem.core.errors import Internal, MalformedMessage, PeermemError
 from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -51,7 +53,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: Handler = make(
             self._wrap(inner, service, method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return wrapped
@@ -96,6 +98,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(to_grpc(Internal(text, error_id=error_id)))
         finally:
             self._metrics.grpc_handled(service, method, code, time.perf_counter() - began)
+
+
+class _Malformed:
+    """What a handler gets in place of a message that could not be decoded."""
+
+    def __getattr__(self, name: str) -> object:
+        raise MalformedMessage("The request's bytes are no message of this call.")
+
+
+def _decoder(decode: Callable[[bytes], object] | None) -> Callable[[bytes], object] | None:
+    def decoded(data: bytes) -> object:
+        assert decode is not None
+        try:
+            return decode(data)
+        except DecodeError:
+            return _Malformed()
+
+    return decoded if decode is not None else None
 
 
 _KINDS = {

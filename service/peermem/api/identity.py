@@ -33,6 +33,10 @@ class Identity:
         token = _value(context, SESSION_KEY)
         return self._sessions.find(token) if token else None
 
+    def relayed(self, context: Context) -> bool:
+        """Whether another daemon hands on what a client asked it for."""
+        return bool(_value(context, ON_BEHALF_KEY))
+
     def subject(self, context: Context) -> str:
         """Return who is calling. Raises SessionNotFound, InvalidField."""
         session = self.session(context)

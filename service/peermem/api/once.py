@@ -17,6 +17,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 from peermem.core.errors import InvalidField, RequestIdReused
@@ -74,8 +75,7 @@ class Once(Generic[T]):
     def _settled(self, key: tuple[str, str], result: asyncio.Future[T]) -> None:
         if result.cancelled() or result.exception() is not None:
             del self._entries[key]
-        while len(self._entries) > self._keep:
-            oldest, entry = next(iter(self._entries.items()))
-            if not entry.result.done():
-                break
-            del self._entries[oldest]
+        if len(self._entries) > self._keep:
+            ended = (known for known, entry in self._entries.items() if entry.result.done())
+            for oldest in list(islice(ended, len(self._entries) - self._keep)):
+                del self._entries[oldest]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import Session
-from peermem.core.errors import InvalidField
+from peermem.core.errors import InvalidField, LimitReached
 from peermem.core.names import parse_region
 from peermem.core.policy import Action
 from peermem.core.region import RegionFacts, RegionRequest
 from peermem.v1 import region_pb2, region_pb2_grpc
 from peermem.wire import labels_from_proto, lease_from_proto, lease_to_proto, region_to_proto
 
-_CHUNK = 256 << 10
+_CHUNK = 64 << 10
+_MAX_STREAMS = 256
+"""Streams of bytes at the same time: gRPC keeps about two chunks for each that is not read."""
 _MAX_CHUNK = 1 << 20
 _MAX_PAGE = 1000
 
@@ -30,6 +33,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         self._identity = identity
         self._created = created
         self._deleted = deleted
+        self._streams = 0
 
     async def CreateRegion(self, request: region_pb2.CreateRegionRequest, context: Context) -> region_pb2.Region:
         """See the contract."""
@@ -103,7 +107,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         name = parse_region(request.name)
         length = request.length or max(0, self._broker.region(name).memory.length - request.offset)
         subject = self._identity.subject(context)
-        with self._broker.use_region(subject, name, Action.READ, request.offset, length) as use:
+        with self._stream(), self._broker.use_region(subject, name, Action.READ, request.offset, length) as use:
             for done in range(0, length, _CHUNK):
                 data = await use.read(request.offset + done, min(_CHUNK, length - done))
                 yield region_pb2.ReadRegionResponse(data=data)
@@ -118,7 +122,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         if first is None:
             raise InvalidField("WriteRegion needs a first message that names the region.", field="name")
         name, offset, data = parse_region(first.name), first.offset, first.data
-        with self._broker.use_region(subject, name, Action.WRITE, offset, len(data)) as use:
+        with self._stream(), self._broker.use_region(subject, name, Action.WRITE, offset, len(data)) as use:
             while True:
                 if len(data) > _MAX_CHUNK:
                     raise InvalidField(f"data has {len(data)} bytes; a chunk has at most {_MAX_CHUNK}.", field="data")
@@ -129,6 +133,16 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
                 if message is None:
                     return region_pb2.WriteRegionResponse(length=offset - first.offset)
                 data = message.data
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        if self._streams >= _MAX_STREAMS:
+            raise LimitReached(f"{_MAX_STREAMS} streams of bytes are open, the limit. Close some.", limit=_MAX_STREAMS)
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
 
 def page_size(asked: int) -> int:

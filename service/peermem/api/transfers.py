@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
+import structlog
 
 from peermem.api.calls import Context
 from peermem.api.identity import Identity
@@ -21,12 +22,14 @@ from peermem.api.once import Once
 from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.runs import Transfer
-from peermem.core.errors import InvalidField, PeermemError, TransferCancelled
+from peermem.core.errors import Internal, InvalidField, PeermemError, TransferCancelled
 from peermem.core.names import ChildName, parse_transfer
 from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts
 from peermem.v1 import transfer_pb2, transfer_pb2_grpc
 from peermem.wire import duration_from_proto, error_to_proto, transfer_request_from_proto, transfer_to_proto
+
+log = structlog.get_logger(__name__)
 
 _TICK = 0.1
 """Seconds between two reports of progress."""
@@ -51,7 +54,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
     ) -> transfer_pb2.Transfer:
         """See the contract."""
         wait = duration_from_proto(request.wait, "wait", 0.0, _MAX_WAIT) if request.HasField("wait") else 0.0
-        transfer = await self.start(self._identity.subject(context), request)
+        transfer = await self.start(self._identity.subject(context), request, relayed=self._identity.relayed(context))
         if wait and not transfer.ended.is_set():
             await _ended_within(transfer, wait)
         return transfer_to_proto(transfer.facts)
@@ -75,6 +78,8 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
             if seen:
                 page.append(facts)
             seen = seen or facts.name.id == request.page_token
+        if not seen:
+            raise InvalidField("page_token is of a transfer that is forgotten by now: start anew.", field="page_token")
         return transfer_pb2.ListTransfersResponse(transfers=[transfer_to_proto(entry) for entry in page])
 
     async def CancelTransfer(
@@ -104,15 +109,17 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """See the contract."""
         await Pipeline(self, self._broker, self._identity.subject(context), context).serve()
 
-    async def start(self, subject: str, request: transfer_pb2.CreateTransferRequest) -> Transfer:
+    async def start(
+        self, subject: str, request: transfer_pb2.CreateTransferRequest, *, relayed: bool = False
+    ) -> Transfer:
         """Start the transfer, or return the one that this request started before. Raises PeermemError."""
         wanted = transfer_request_from_proto(request, self._max_segments)
         if not request.request_id:
-            return await self._broker.create_transfer(subject, wanted)
+            return await self._broker.create_transfer(subject, wanted, relayed=relayed)
         request.ClearField("wait")  # how long the caller waits is not part of what is asked for
         content = request.SerializeToString(deterministic=True)
         return await self._created.run(
-            subject, request.request_id, content, lambda: self._broker.create_transfer(subject, wanted)
+            subject, request.request_id, content, lambda: self._broker.create_transfer(subject, wanted, relayed=relayed)
         )
 
 
@@ -168,9 +175,13 @@ class Pipeline:
         try:
             transfer = await self._service.start(self._subject, request)
         except PeermemError as error:
-            del self._starting[tag]
-            await self._send(transfer_pb2.PipelineTransfersResponse(tag=tag, error=error_to_proto(error)))
+            await self._refuse(tag, error)
             return
+        except Exception:
+            log.exception("pipeline_defect", tag=tag)
+            await self._refuse(tag, Internal("The transfer met a defect of the daemon; its log has the details."))
+            return
+        del request  # it may be large, and the transfer long
         self._running[tag] = transfer
         if self._starting.pop(tag):
             self._cancel(tag)
@@ -183,6 +194,10 @@ class Pipeline:
                 await self._report(tag, sent)
         del self._running[tag]
         await self._report(tag, transfer.facts)
+
+    async def _refuse(self, tag: int, error: PeermemError) -> None:
+        del self._starting[tag]
+        await self._send(transfer_pb2.PipelineTransfersResponse(tag=tag, error=error_to_proto(error)))
 
     async def _report(self, tag: int, facts: TransferFacts) -> None:
         await self._send(transfer_pb2.PipelineTransfersResponse(tag=tag, transfer=transfer_to_proto(facts)))

@@ -10,7 +10,8 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Self, TypeVar
 
 from peermem import memory
@@ -24,6 +25,8 @@ _INLINE = 64 << 10
 """Bytes that are copied on the loop: tens of microseconds."""
 _PIECE = 8 << 20
 """Bytes between two looks at whether the region is to end."""
+_RANGE_COST = 8192
+"""What a range costs at least, in bytes: microseconds of Python."""
 
 
 class Use:
@@ -76,17 +79,11 @@ class Use:
         """Write bytes into the region. Raises RegionDeleted, RegionRevoked."""
         await self._touch(len(data), lambda: memory.write(self.region.memory, offset, data))
 
-    async def crc32c(self, ranges: Sequence[tuple[int, int]], value: int = 0) -> int:
-        """Return the CRC32C of (offset, length) ranges in order. Raises RegionDeleted, RegionRevoked."""
-        if sum(length for _, length in ranges) <= _INLINE:
-            return await self._touch(0, lambda: memory.crc32c(self.region.memory, ranges, value))
-        for offset, length in ranges:
-            for start in range(offset, offset + length, _PIECE):
-                value = await self._crc32c_piece(start, min(_PIECE, offset + length - start), value)
+    async def crc32c(self, offsets: Sequence[int], lengths: Sequence[int], value: int = 0) -> int:
+        """Return the CRC32C of ranges in order, on top of `value`. Raises RegionDeleted, RegionRevoked."""
+        for batch, size in _batches(offsets, lengths):
+            value = await self._touch(size, partial(memory.crc32c, self.region.memory, batch, value))
         return value
-
-    async def _crc32c_piece(self, offset: int, length: int, value: int) -> int:
-        return await self._touch(length, lambda: memory.crc32c(self.region.memory, [(offset, length)], value))
 
     async def _touch(self, length: int, action: Callable[[], T]) -> T:
         if self._error is not None:
@@ -105,10 +102,23 @@ class Use:
                 self._end()
 
 
-async def checksum(region: Region, ranges: Sequence[tuple[int, int]], initial: int) -> int:
-    """Return the CRC32C of (offset, length) ranges of a region in order, on top of `initial`.
-
-    Raises RegionDeleted, RegionRevoked.
-    """
+async def checksum(region: Region, offsets: Sequence[int], lengths: Sequence[int], initial: int) -> int:
+    """Return the CRC32C of ranges of a region in order, on top of `initial`. Raises RegionDeleted, RegionRevoked."""
     with Use(region) as use:
-        return await use.crc32c(ranges, initial)
+        return await use.crc32c(offsets, lengths, initial)
+
+
+def _batches(offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """Cut ranges into batches of so many bytes and ranges at most; yield each with what it costs, in bytes."""
+    batch: list[tuple[int, int]] = []
+    cost = 0
+    for offset, length in zip(offsets, lengths, strict=True):
+        for start in range(offset, offset + length, _PIECE):
+            size = min(_PIECE, offset + length - start)
+            if batch and cost + size > _PIECE:
+                yield batch, cost
+                batch, cost = [], 0
+            batch.append((start, size))
+            cost += max(size, _RANGE_COST)
+    if batch:
+        yield batch, cost

@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* Every call names its subject; the policy is asked for each region and transfer of this node.
+* The policy is asked before bytes of a region are touched and before anything is managed; names and facts of
+  regions and transfers are for whoever reaches the daemon.
 * A call that fails leaves nothing behind: no name reserved, no memory given out, no descriptor open.
 * Draining refuses new work, lets the running work end within its grace, then fails it.
 """
@@ -14,7 +15,9 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+
+import structlog
 
 from peermem.broker.access import Use
 from peermem.broker.links import LinkTable
@@ -23,6 +26,7 @@ from peermem.broker.relays import Relay
 from peermem.broker.runs import Transfer, TransferRun
 from peermem.broker.serving import OwnNode, Serving
 from peermem.broker.sessions import Session, SessionTable
+from peermem.broker.settings import Settings
 from peermem.broker.transfers import TransferTable
 from peermem.core.errors import (
     DeviceNotFound,
@@ -37,10 +41,9 @@ from peermem.core.errors import (
 )
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED, DeviceFacts, NodeFacts
-from peermem.core.plan import Leg, executing_node, legs
+from peermem.core.plan import Leg, plan_transfer
 from peermem.core.policy import Action, Policy
 from peermem.core.region import Lease, RegionRequest
-from peermem.core.segments import check_disjoint
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.core.version import VERSION
@@ -50,22 +53,10 @@ from peermem.fabric.base import Fabric
 from peermem.remote.base import GrantSource, Remotes
 from peermem.telemetry.metrics import Metrics
 
+log = structlog.get_logger(__name__)
+
 _BIG = 4096
 """Segments from which planning is done in a thread: milliseconds of work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the configuration says about the broker; times in seconds."""
-
-    node: str
-    rails: int
-    max_regions: int
-    max_running: int
-    keep_ended: int
-    keep_ended_for: float
-    grant_ttl: float
-    link_idle: float
 
 
 class Broker:
@@ -95,11 +86,13 @@ class Broker:
         self.policy = policy
         self._metrics = metrics
         self._draining = False
+        self._grant_ttl = settings.grant_ttl
         self._tasks: set[asyncio.Task[None]] = set()
         self.regions = RegionTable(settings.node, settings.max_regions, self._revoke_grants, metrics)
         self.transfers = TransferTable(
             settings.node,
             max_running=settings.max_running,
+            max_weight=settings.max_segments * _HEAVY,
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
@@ -204,31 +197,35 @@ class Broker:
 
     # transfers
 
-    async def create_transfer(self, subject: str, request: TransferRequest) -> Transfer:
-        """Start a transfer, here or on the node that has to run it. Raises as TransferService.CreateTransfer."""
+    async def create_transfer(self, subject: str, request: TransferRequest, *, relayed: bool) -> Transfer:
+        """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
+
+        Raises as TransferService.CreateTransfer.
+        """
         self._check_open()
-        self.transfers.check_room()
-        if sum(len(entry.lengths) for entry in request.lists) > _BIG:
-            node, parts = await asyncio.to_thread(self._plan, request)
+        self.transfers.check_room(request.weight)
+        plan = partial(plan_transfer, request.lists, self.node, self.fabrics.keys(), request.fabric)
+        if request.weight > _BIG:
+            node, parts = await asyncio.to_thread(plan)
             self._check_open()
+            self.transfers.check_room(request.weight)
         else:
-            node, parts = self._plan(request)
+            node, parts = plan()
         regions = self._local_regions(subject, request)
         name = ChildName(self.node, "transfers", f"t-{secrets.token_hex(6)}")
+        if node != self.node and relayed:
+            raise WrongNode(
+                f"nodes/{self.node} was asked by another node to run a transfer of nodes/{node}. Correct the address "
+                "of that node in the other one's directory.",
+                node=node,
+            )
         if node != self.node:
             relay = Relay(name, node, self._remotes.get(node), request, subject)
-            self._begin(name, relay, relay.drive())
+            self._begin(name, relay, request.weight, relay.drive())
             return relay
         run = TransferRun(name, request, parts, regions, subject, lambda kind: self.fabrics[kind].limits, self._moved)
-        self._begin(name, run, run.drive(self.links))
+        self._begin(name, run, request.weight, run.drive(self.links))
         return run
-
-    def _plan(self, request: TransferRequest) -> tuple[str, list[Leg]]:
-        check_disjoint(request.lists)
-        node = executing_node(request.lists, self.node)
-        if node != self.node:
-            return node, []
-        return node, legs(request.lists, self.node, self.fabrics.keys(), request.fabric)
 
     def _local_regions(self, subject: str, request: TransferRequest) -> dict[ChildName, Region]:
         regions: dict[ChildName, Region] = {}
@@ -243,8 +240,8 @@ class Broker:
                     self._remotes.get(name.node)  # an unknown node is refused at once
         return regions
 
-    def _begin(self, name: ChildName, transfer: Transfer, drive: Coroutine[None, None, None]) -> None:
-        self.transfers.add(name, transfer)
+    def _begin(self, name: ChildName, transfer: Transfer, weight: int, drive: Coroutine[None, None, None]) -> None:
+        self.transfers.add(name, transfer, weight)
         self._spawn(self._drive(name, drive))
 
     async def _drive(self, name: ChildName, drive: Coroutine[None, None, None]) -> None:
@@ -333,13 +330,21 @@ class Broker:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task_defect", exc_info=error)
 
     async def tend(self) -> None:
         """Close idle links, for as long as the daemon runs."""
         while True:
             await asyncio.sleep(_TEND)
-            self.links.close_idle()
+            try:
+                self.links.tend()
+            except Exception:
+                log.exception("tend_defect")
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for running transfers to end, then fail them."""
@@ -350,9 +355,19 @@ class Broker:
                 await asyncio.gather(*waits)
         except TimeoutError:
             error = ShuttingDown(f"nodes/{self.node} is shutting down and its grace time of {grace:g} s is over.")
-            for transfer in self.transfers.running():
+            running = list(self.transfers.running())
+            for transfer in running:
                 transfer.fail(error)
-            await asyncio.gather(*(transfer.ended.wait() for transfer in self.transfers.running()))
+            await self.links.close()  # what is on the way to a node that stands still comes back now
+            await self._await_fences(running)
+
+    async def _await_fences(self, running: Sequence[Transfer]) -> None:
+        """Wait for failed transfers to end, but no longer than any grant lives: after that nothing is written."""
+        try:
+            async with asyncio.timeout(self._grant_ttl + _MARGIN):
+                await asyncio.gather(*(transfer.ended.wait() for transfer in running))
+        except TimeoutError:
+            log.error("transfers_did_not_end", count=sum(not transfer.ended.is_set() for transfer in running))
 
     async def close(self) -> None:
         """End regions, links, grants and devices in that order; `drain` has ended the transfers."""
@@ -360,10 +375,13 @@ class Broker:
         await self.regions.close(ShuttingDown(f"nodes/{self.node} is shutting down."))
         await self.links.close()
         await self.serving.close()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._remotes.close()
         for device in self.devices.values():
             await device.close()
 
 
 _TEND = 5.0
+_HEAVY = 8
+"""Transfers with as many segments as one may have that may run at the same time: each keeps about 15 MB."""
+_MARGIN = 5.0

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from operator import add
 from typing import Protocol
 
+import structlog
+
 from peermem.broker.access import checksum
 from peermem.broker.links import HeldGrant, LinkTable, OutboundLink
 from peermem.broker.regions import Region
@@ -36,6 +38,8 @@ from peermem.core.plan import Direction, Leg
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import Path, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
+
+log = structlog.get_logger(__name__)
 
 
 class LegHost(Protocol):
@@ -75,6 +79,7 @@ class LegRun:
         self._right = Rights.READ if pull else Rights.WRITE
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
+        self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
         self._kept = False
         """Whether the first grant is older than the transfer, and its region perhaps gone already."""
         self._landed_in: int | None = None
@@ -104,6 +109,9 @@ class LegRun:
         held = link.kept_grant(self.leg.other, self._right, self._host.owner) if link else None
         if link is None or held is None:
             return False
+        if self._reach > held.key.length:  # the region may have been made anew, and larger
+            link.forget_grant(self.leg.other, self._right, self._host.owner, held)
+            return False
         self.link, self._kept = link, True
         self._adopt(held)
         return True
@@ -114,19 +122,22 @@ class LegRun:
     def _adopt(self, held: HeldGrant) -> None:
         if self._landed_in not in (None, held.region_uid):
             raise self._deleted()
-        reach = max(map(add, self.leg.ranges.remote, self.leg.ranges.lengths))
-        if reach > held.key.length:
+        if self._reach > held.key.length:
             raise OutOfRange(
-                f"A segment reaches to byte {reach} of {self.leg.other}, which has {held.key.length} bytes.",
+                f"A segment reaches to byte {self._reach} of {self.leg.other}, which has {held.key.length} bytes.",
                 region=self.leg.other,
-                reach=reach,
+                reach=self._reach,
                 length=held.key.length,
             )
         self.held = held
-        self._used.append(held)
+        now = self._host.clock()
+        self._used = [*(used for used in self._used if now < used.over_at), held]
 
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
+        if self._host.machine.error is not None:
+            self._host.check_drained()
+            return None
         now = self._host.clock()
         if not self.held.fresh(now):
             self._parked |= not self.held.safe(now)
@@ -144,7 +155,7 @@ class LegRun:
         machine = self._host.machine
         size = request.ranges.total
         if status is Status.SUCCESS:
-            machine.completed(self._index, size)
+            machine.completed(size)
             self._host.moved(self.leg, self.path, size)
             self._landed(request.key)
         elif status is Status.REM_ACCESS_ERR and not self._refused_again(request.key):
@@ -166,7 +177,7 @@ class LegRun:
     def _landed(self, key: RemoteKey) -> None:
         held = self.held
         if key is not held.key:
-            held = next(used for used in self._used if used.key is key)
+            held = next((used for used in self._used if used.key is key), held)
         self._refused = False
         self._landed_in = held.region_uid
         if self._landed_in != self.held.region_uid:
@@ -188,6 +199,9 @@ class LegRun:
             self._host.fail(self._deleted() if was_there else error)
         except PeermemError as error:
             self._host.fail(error)
+        except Exception:
+            log.exception("renewal_defect", region=str(self.leg.other))
+            self._host.fail(Internal(f"Renewing the grant on {self.leg.other} met a defect; the log has the details."))
         self._renewal = None
         if self._parked:
             self._parked = False
@@ -205,7 +219,7 @@ class LegRun:
         """
         ranges = self.leg.ranges
         here, there = await asyncio.gather(
-            checksum(self._region, list(zip(ranges.local, ranges.lengths, strict=True)), initial),
+            checksum(self._region, ranges.local, ranges.lengths, initial),
             self._remote_checksum(initial),
         )
         if here != there:

@@ -17,11 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
+
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.names import ChildName
 from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.remote.base import GrantSource
+
+log = structlog.get_logger(__name__)
 
 Clock = Callable[[], float]
 
@@ -33,7 +37,9 @@ class HeldGrant:
     grant_id: int
     key: RemoteKey = field(repr=False)
     acquired_at: float
-    """By the monotonic clock, before the request was sent."""
+    """By the monotonic clock, before the request was sent: its time is over at `ttl` from here, or later."""
+    over_at: float
+    """By the same clock: by now its time is over at the far end, whose count began before its answer came."""
     ttl: float
     region_uid: int
     """Tells the region from others of the same name."""
@@ -76,7 +82,7 @@ class OutboundLink:
         self._acquiring: dict[tuple[ChildName, Rights, str], asyncio.Task[HeldGrant]] = {}
         self._turns: deque[Worker] = deque()
         self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
-        self._bytes = 0
+        self._load = 0
         self._next_id = 0
 
     async def open(self, rails: int) -> None:
@@ -123,11 +129,17 @@ class OutboundLink:
         if self._grants.get(wanted) is refused:
             del self._grants[wanted]
 
+    def forget_old_grants(self) -> None:
+        """Keep only grants that are good for new work."""
+        now = self._clock()
+        self._grants = {wanted: held for wanted, held in self._grants.items() if held.fresh(now)}
+
     async def _acquire(self, wanted: tuple[ChildName, Rights, str]) -> HeldGrant:
         region, right, subject = wanted
         before = self._clock()
         granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject)
-        held = HeldGrant(granted.grant_id, granted.key, before, granted.ttl, granted.region_uid)
+        over_at = self._clock() + granted.ttl + _CLOCK_SLACK
+        held = HeldGrant(granted.grant_id, granted.key, before, over_at, granted.ttl, granted.region_uid)
         self._grants[wanted] = held
         return held
 
@@ -138,12 +150,14 @@ class OutboundLink:
             async with asyncio.timeout(_FENCE_TIMEOUT):
                 await self.source.release_grants(self._link_id, [held.grant_id])
                 return
-        except NodeUnreachable:
-            if dead:
+        except NodeUnreachable as error:
+            if dead and error.metadata.get("code") == "UNAVAILABLE":
                 return
         except (TimeoutError, PeermemError):
             pass
-        await asyncio.sleep(max(0.0, held.acquired_at + held.ttl + _CLOCK_SLACK - self._clock()))
+        except Exception:
+            log.exception("fence_defect", node=self.node)
+        await asyncio.sleep(max(0.0, held.over_at - self._clock()))
 
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
@@ -157,7 +171,7 @@ class OutboundLink:
     def _fill(self) -> None:
         link = self._link
         window = self.fabric.limits.window_bytes
-        while self._turns and self._bytes < window:
+        while self._turns and self._load < window:
             worker = self._turns.popleft()
             self._next_id += 1
             request = worker.next_request(self._next_id)
@@ -165,7 +179,7 @@ class OutboundLink:
                 continue
             self._turns.append(worker)
             self._outstanding[request.wr_id] = (worker, request)
-            self._bytes += request.ranges.total
+            self._load += _cost(request)
             try:
                 if link is None or self.down_cause is not None:
                     raise LinkClosed
@@ -174,11 +188,18 @@ class OutboundLink:
                 asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
 
     def completed(self, completions: list[Completion]) -> None:
-        """See LinkEvents."""
+        """See LinkEvents. What was flushed is passed on when the link has said why (`down`)."""
+        flushed = [completion for completion in completions if completion.status is Status.WR_FLUSH_ERR]
+        if flushed:
+            asyncio.get_running_loop().call_soon(self._pass_on, flushed)
+            completions = [completion for completion in completions if completion.status is not Status.WR_FLUSH_ERR]
+        self._pass_on(completions)
+
+    def _pass_on(self, completions: list[Completion]) -> None:
         self.used_at = self._clock()
         for completion in completions:
             worker, request = self._outstanding.pop(completion.wr_id)
-            self._bytes -= request.ranges.total
+            self._load -= _cost(request)
             worker.completed(request, completion.status)
         self._fill()
 
@@ -201,6 +222,13 @@ class OutboundLink:
 
 _FENCE_TIMEOUT = 2.0
 _CLOCK_SLACK = 1.0
+"""Seconds that two monotonic clocks may part by within a grant's time."""
+_RANGE_COST = 4096
+"""What a range counts towards the window at least: tiny ranges cost time, not bytes."""
+
+
+def _cost(request: WorkRequest) -> int:
+    return max(request.ranges.total, _RANGE_COST * len(request.ranges.lengths))
 
 
 class LinkTable:
@@ -270,10 +298,11 @@ class LinkTable:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
-    def close_idle(self) -> None:
-        """Close the links that had nothing to do for the idle time; call now and then."""
+    def tend(self) -> None:
+        """Close the links that had nothing to do for the idle time, forget grants that are old; call now and then."""
         limit = self._clock() - self._idle
         for link in list(self._links.values()):
+            link.forget_old_grants()
             if link.idle and link.used_at < limit:
                 self.discard(link)
 

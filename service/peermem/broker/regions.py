@@ -16,6 +16,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Protocol
 
+import structlog
+
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
@@ -24,8 +26,12 @@ from peermem.device.base import Device, DeviceMemory
 from peermem.offload import in_thread
 from peermem.telemetry.metrics import LeaseEnd, Metrics
 
-_SMALL = 1 << 20
-"""Bytes up to which memory is freed on the loop: 0.1 ms."""
+log = structlog.get_logger(__name__)
+
+_SMALL = 64 << 10
+"""Bytes up to which memory is freed on the loop: microseconds."""
+_AT_ONCE = 64
+"""Regions of a session that end in one turn of the loop."""
 
 
 class RegionUser(Protocol):
@@ -171,24 +177,36 @@ class RegionTable:
     def start_end(self, region: Region, error: PeermemError) -> asyncio.Task[None]:
         """Begin to end a region for this reason; the task is done when it is gone."""
         if region.end is None:
-            region.advance(Event.DELETE)
+            if region.state is not State.DRAINING:
+                region.advance(Event.DELETE)
             region.end = asyncio.get_running_loop().create_task(self._end(region, error))
         return region.end
 
     async def end_session(self, session: str) -> None:
         """End all regions that only this session held."""
-        ends = []
-        for region in self._by_session.pop(session, set()):
-            self._metrics.lease_ended(LeaseEnd.CLIENT_EXIT)
-            error = RegionDeleted(f"{region.name} ended with the job that made it.", region=region.name)
-            ends.append(self.start_end(region, error))
-        await asyncio.gather(*ends)
+        held = list(self._by_session.pop(session, ()))
+        for some in range(0, len(held), _AT_ONCE):
+            ends = []
+            for region in held[some : some + _AT_ONCE]:
+                self._metrics.lease_ended(LeaseEnd.CLIENT_EXIT)
+                error = RegionDeleted(f"{region.name} ended with the job that made it.", region=region.name)
+                ends.append(self.start_end(region, error))
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def close(self, error: PeermemError) -> None:
         """End all regions."""
-        await asyncio.gather(*(self.start_end(region, error) for region in list(self._regions.values())))
+        ends = [self.start_end(region, error) for region in list(self._regions.values())]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     async def _end(self, region: Region, error: PeermemError) -> None:
+        try:
+            await self._end_in_order(region, error)
+        except BaseException:
+            region.end = None  # the next deletion tries again
+            log.exception("region_end_defect", region=str(region.name))
+            raise
+
+    async def _end_in_order(self, region: Region, error: PeermemError) -> None:
         if region.timer is not None:
             region.timer.cancel()
         for user in list(region.users):

@@ -14,11 +14,15 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from peermem.core.errors import NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
+import structlog
+
+from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.transfer import State, TransferFacts, TransferRequest
 from peermem.remote.base import RemoteNode
+
+log = structlog.get_logger(__name__)
 
 _PATIENCE = 10.0
 """Seconds without contact after which the transfer is given up."""
@@ -53,12 +57,11 @@ class Relay:
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._began = time.monotonic()
-        self._contact = self._began
 
     async def drive(self) -> None:
         """Carry the transfer to its end; never raises."""
         try:
-            facts = await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
+            facts = await self._create()
             self._there = facts.name
             self._take(facts)
             if self._wish is not None:
@@ -66,6 +69,14 @@ class Relay:
             await self._follow(facts.name)
         except PeermemError as error:
             self.facts = replace(self.facts, state=State.FAILED, error=error)
+        except Exception:
+            log.exception("relay_defect", transfer=str(self.facts.name))
+            defect = Internal(f"{self.facts.name} met a defect of the daemon; its log has the details.")
+            self.facts = replace(self.facts, state=State.FAILED, error=defect)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         if self._wish is not None and self.facts.state is State.CANCELLED:
             state = State.CANCELLED if isinstance(self._wish, TransferCancelled) else State.FAILED
             self.facts = replace(self.facts, state=state, error=self._wish)
@@ -80,28 +91,53 @@ class Relay:
             if self._there is not None:
                 self._cancel_there(self._there)
 
+    async def _create(self) -> TransferFacts:
+        """Start it there. Asked again it is the same transfer, so a request without an answer is repeated."""
+        began = time.monotonic()
+        while True:
+            try:
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
+            except NodeUnreachable as error:
+                if error.metadata.get("code") != "DEADLINE_EXCEEDED":
+                    raise
+                if self._wish is not None or time.monotonic() - began > _PATIENCE:
+                    raise self._lost(error) from error
+
+    def _lost(self, error: NodeUnreachable) -> NodeUnreachable:
+        there = f"{self._there}" if self._there else "the transfer that it was asked for"
+        return NodeUnreachable(
+            f"Contact to nodes/{self._node} is lost: {error.message} If that daemon lives, {there} may go on there.",
+            node=self._node,
+            executed_by=self._there or "",
+        )
+
     async def _follow(self, name: ChildName) -> None:
-        while not self.facts.state.ended:
+        lost_at: float | None = None
+        while True:
+            cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
                 async for facts in self._remote.watch_transfer(name):
+                    lost_at = None
                     self._take(facts)
             except TransferNotFound:
                 raise NodeUnreachable(
-                    f"nodes/{self._node}, which ran {self.facts.name}, was restarted; the transfer ended with it.",
+                    f"nodes/{self._node} does not know {name} any more: it was restarted, or the transfer ended too "
+                    "long ago. What came of it is not known.",
                     node=self._node,
+                    executed_by=name,
                 ) from None
             except NodeUnreachable as error:
-                if time.monotonic() - self._contact > _PATIENCE:
-                    raise NodeUnreachable(
-                        f"Contact to nodes/{self._node}, which runs {name}, is lost: {error.message} "
-                        "If that daemon lives, the transfer may go on there.",
-                        node=self._node,
-                        executed_by=name,
-                    ) from error
-                await asyncio.sleep(_RETRY)
+                cause = error
+            if self.facts.state.ended:
+                return
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > _PATIENCE:
+                raise self._lost(cause)
+            await asyncio.sleep(_RETRY)
+            if self._wish is not None:
+                self._cancel_there(name)
 
     def _take(self, facts: TransferFacts) -> None:
-        self._contact = time.monotonic()
         self.facts = replace(
             self.facts,
             state=facts.state,
@@ -113,8 +149,9 @@ class Relay:
         )
 
     def _cancel_there(self, name: ChildName) -> None:
-        self._cancelling = asyncio.get_running_loop().create_task(self._cancel(name))
+        if self._cancelling is None or self._cancelling.done():
+            self._cancelling = asyncio.get_running_loop().create_task(self._cancel(name))
 
     async def _cancel(self, name: ChildName) -> None:
-        with suppress(PeermemError):  # the outcome, or the loss of contact, is seen by _follow
+        with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
             await self._remote.cancel_transfer(name, self.owner)

@@ -116,14 +116,16 @@ class TransferRun:
             await self._work(links)
         except PeermemError as error:
             self.machine.fail(error)
-        except Exception:
+        except BaseException:
             log.exception("transfer_defect", transfer=str(self.name))
             self.machine.fail(Internal(f"{self.name} met a defect of the daemon; its log has the details."))
         finally:
-            await self._drained_and_fenced()
-            if timer is not None:
-                timer.cancel()
-            self._end()
+            try:
+                await self._drained_and_fenced()
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._end()
 
     def fail(self, error: PeermemError) -> None:
         """See Transfer."""

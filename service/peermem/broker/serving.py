@@ -15,6 +15,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import TYPE_CHECKING
 
 from peermem.broker.access import checksum
@@ -31,12 +32,15 @@ from peermem.core.errors import (
 )
 from peermem.core.names import ChildName
 from peermem.core.policy import Action, Policy
+from peermem.core.segments import check_count
 from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import Fabric
 from peermem.remote.base import GrantedKey, GrantSource, OpenedLink
 
-MAX_LINKS, MAX_GRANTS = 4096, 262_144
-"""Bounds of what remote nodes may open here."""
+MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
+"""Bounds of what remote nodes may open here, and of the ranges of one checksum."""
+_AT_ONCE = 256
+"""Grants that are ended in one turn of the loop."""
 
 
 @dataclass(slots=True)
@@ -124,8 +128,10 @@ class Serving:
         region.check_usable()
         action = Action.WRITE if right is Rights.WRITE else Action.READ
         self._policy.check(subject, action, region.name, region.owner)
-        if len(self._grants) >= MAX_GRANTS:
-            raise LimitReached(f"This node has {MAX_GRANTS} grants open, its limit.", limit=MAX_GRANTS)
+        if len(link.grants) >= MAX_GRANTS_OF_LINK:
+            raise LimitReached(
+                f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
+            )
         key = link.fabric.grant(link_id, region.memory, 0, region.memory.length, right, self._ttl)
         grant = _Grant(secrets.randbits(63) | 1, region, right, link_id, key, link.fabric)
         grant.timer = asyncio.get_running_loop().call_later(self._ttl, self._expire, grant.grant_id)
@@ -144,29 +150,32 @@ class Serving:
     async def revoke_region(self, region: Region) -> None:
         """End all grants on a region; afterwards no byte of it moves under them."""
         grants = [self._grants[grant_id] for grant_id in self._by_region.get(region, ())]
-        await asyncio.gather(*(self._end(grant) for grant in grants))
+        for index, grant in enumerate(grants):
+            await self._end(grant)
+            if index % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:
         """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange,
-        SegmentsMismatch, RegionDeleted."""
+        SegmentsMismatch, InvalidField, RegionDeleted."""
         grant = self._grants.get(grant_id)
         if grant is None or grant.link_id != link_id:
             raise GrantRefused("The grant to checksum under has ended.")
         length = grant.region.memory.length
         if len(offsets) != len(lengths):
             raise SegmentsMismatch(f"{len(offsets)} offsets and {len(lengths)} lengths were given to checksum.")
-        ranges = list(zip(offsets, lengths, strict=True))
-        if any(offset + size > length for offset, size in ranges):
+        check_count(len(offsets), MAX_CHECKED)
+        if offsets and max(map(add, offsets, lengths)) > length:
             raise OutOfRange(f"A range to checksum is outside {grant.region.name} of {length} bytes.")
-        return await checksum(grant.region, ranges, initial)
+        return await checksum(grant.region, offsets, lengths, initial)
 
     async def close(self) -> None:
         """End all links and grants and accept no more."""
         self._closed = True
         await asyncio.gather(*(self.close_link(link_id) for link_id in list(self._links)))
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _link(self, link_id: bytes, epoch: str) -> _AcceptedLink:
         if epoch != self.epoch:

@@ -23,17 +23,20 @@ class TransferTable:
         node: str,
         *,
         max_running: int,
+        max_weight: int,
         keep_ended: int,
         keep_ended_for: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`keep_ended_for` is in seconds."""
+        """`max_weight` bounds the ranges of all running transfers together; `keep_ended_for` is in seconds."""
         self._node = node
         self._max_running = max_running
         self._keep = keep_ended
         self._keep_for = keep_ended_for
         self._clock = clock
-        self._running: dict[str, Transfer] = {}
+        self._max_weight = max_weight
+        self._weight = 0
+        self._running: dict[str, tuple[Transfer, int]] = {}
         self._ended: OrderedDict[str, tuple[float, TransferFacts]] = OrderedDict()
 
     @property
@@ -43,23 +46,32 @@ class TransferTable:
 
     def running(self) -> Iterator[Transfer]:
         """Iterate over those that have not ended."""
-        return iter(list(self._running.values()))
+        return iter([transfer for transfer, _ in self._running.values()])
 
-    def check_room(self) -> None:
-        """Raise LimitReached when as many transfers run as may."""
+    def check_room(self, weight: int) -> None:
+        """Raise LimitReached when as many transfers run as may, or with as many ranges."""
+        if self._weight + weight > self._max_weight and self._running:
+            raise LimitReached(
+                f"nodes/{self._node} runs transfers of {self._weight} segments; with {weight} more it would be above "
+                f"its limit of {self._max_weight}. Wait for some to end.",
+                limit=self._max_weight,
+            )
         if len(self._running) >= self._max_running:
             raise LimitReached(
                 f"nodes/{self._node} runs {self._max_running} transfers, its limit. Wait for some to end.",
                 limit=self._max_running,
             )
 
-    def add(self, name: ChildName, transfer: Transfer) -> None:
-        """Enter a transfer that starts."""
-        self._running[name.id] = transfer
+    def add(self, name: ChildName, transfer: Transfer, weight: int) -> None:
+        """Enter a transfer that starts, with the number of its ranges."""
+        self._running[name.id] = transfer, weight
+        self._weight += weight
 
     def ended(self, name: ChildName) -> TransferFacts:
         """Move a transfer to the ended ones and return its facts."""
-        facts = self._running.pop(name.id).facts
+        transfer, weight = self._running.pop(name.id)
+        facts = transfer.facts
+        self._weight -= weight
         now = self._clock()
         self._ended[name.id] = (now, facts)
         while len(self._ended) > self._keep or next(iter(self._ended.values()))[0] < now - self._keep_for:
@@ -68,7 +80,8 @@ class TransferTable:
 
     def find_running(self, name: ChildName) -> Transfer | None:
         """Return a transfer that has not ended, or None."""
-        return self._running.get(name.id) if name.node == self._node else None
+        found = self._running.get(name.id) if name.node == self._node else None
+        return found[0] if found else None
 
     def facts(self, name: ChildName) -> TransferFacts:
         """Return a transfer as it stands or ended. Raises TransferNotFound."""
@@ -84,7 +97,7 @@ class TransferTable:
 
     def newest(self, *, running_only: bool) -> Iterator[TransferFacts]:
         """Iterate over the transfers, newest first."""
-        for transfer in reversed(list(self._running.values())):
+        for transfer, _ in reversed(list(self._running.values())):
             yield transfer.facts
         if not running_only:
             for _, facts in reversed(list(self._ended.values())):

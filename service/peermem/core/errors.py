@@ -98,7 +98,7 @@ class WrongNode(PeermemError, code=Code.INVALID_ARGUMENT):
 
 
 class MalformedMessage(PeermemError, code=Code.INVALID_ARGUMENT):
-    """Bytes on the attach socket or a fabric port are not of the protocol."""
+    """Bytes on the attach socket, a fabric port or in a gRPC request are not of the protocol."""
 
 
 class RegionNotFound(PeermemError, code=Code.NOT_FOUND):

@@ -17,7 +17,7 @@ from enum import Enum
 
 from peermem.core.errors import FabricUnavailable, NoCommonNode
 from peermem.core.names import ChildName
-from peermem.core.segments import SegmentList, merged
+from peermem.core.segments import SegmentList, check_disjoint, merged
 from peermem.core.types import FabricKind, Ranges
 
 
@@ -41,6 +41,18 @@ class Leg:
     fabric: FabricKind
     ranges: Ranges
     """`local` offsets are in `local`, `remote` offsets in `other`."""
+
+
+def plan_transfer(
+    lists: Sequence[SegmentList], here: str, served: Collection[FabricKind], wanted: FabricKind | None
+) -> tuple[str, list[Leg]]:
+    """Return the node that runs the transfer, and its legs if that is this one.
+
+    Raises SegmentsOverlap, NoCommonNode, FabricUnavailable.
+    """
+    check_disjoint(lists)
+    node = executing_node(lists, here)
+    return node, legs(lists, here, served, wanted) if node == here else []
 
 
 def executing_node(lists: Sequence[SegmentList], here: str) -> str:

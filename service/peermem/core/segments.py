@@ -12,7 +12,7 @@ Rules of this file:
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import add, le
@@ -36,11 +36,6 @@ class SegmentList:
     total: int
     """Bytes."""
 
-    @property
-    def reach(self) -> tuple[int, int]:
-        """First byte behind the last source range and behind the last destination range."""
-        return _reach(self.source_offsets, self.lengths), _reach(self.destination_offsets, self.lengths)
-
     def check_inside(self, name: ChildName, length: int) -> None:
         """Raise OutOfRange unless all ranges on the region `name` of `length` bytes are inside it."""
         for region, offsets in ((self.source, self.source_offsets), (self.destination, self.destination_offsets)):
@@ -63,7 +58,8 @@ def columns(
 ) -> SegmentList:
     """Return the list of any ranges; a single length stands for all.
 
-    Raises SegmentsMismatch when the columns differ in length, ZeroLength for an empty segment or list.
+    Raises SegmentsMismatch when the columns differ in length, ZeroLength for an empty segment or list,
+    OutOfRange for bytes that no memory can have.
     """
     count = len(source_offsets)
     if len(lengths) == 1 and count > 1:
@@ -78,7 +74,9 @@ def columns(
         )
     if count == 0 or min(lengths) == 0:
         raise ZeroLength(f"A segment from {source} to {destination} has no bytes; leave it out.")
-    return SegmentList(source, destination, source_offsets, destination_offsets, lengths, count, sum(lengths))
+    total = sum(lengths)
+    check_possible(max(total, _reach(source_offsets, lengths), _reach(destination_offsets, lengths)))
+    return SegmentList(source, destination, source_offsets, destination_offsets, lengths, count, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +93,11 @@ def strided(
     """Return the list of `count` ranges of `length` bytes at regular distances.
 
     Ranges that touch on both sides become one. Raises ZeroLength, InvalidField for more than `limit`
-    segments, SegmentsOverlap when the destinations overlap.
+    segments, SegmentsOverlap when the destinations overlap, OutOfRange for bytes that no memory can have.
     """
     if length == 0 or count == 0:
         raise ZeroLength(f"The strided list from {source} to {destination} has no bytes.")
+    check_possible(max(read.start + read.step * count, write.start + write.step * count) + length * count)
     if count > 1 and write.step < length:
         raise SegmentsOverlap(
             f"The strided list to {destination} has a destination stride of {write.step} bytes "
@@ -113,13 +112,22 @@ def strided(
     return SegmentList(source, destination, sources, targets, (length,) * count, count, length * count)
 
 
-def check_count(count: int, limit: int) -> None:
-    """Raise InvalidField when a transfer of `count` separate segments is above the daemon's limit."""
-    if count > limit:
+def check_possible(reach: int) -> None:
+    """Raise OutOfRange when a number of bytes is more than any memory has: offsets and sums fit 63 bits."""
+    if reach >= _TOO_FAR:
+        raise OutOfRange(f"The segments reach to byte {reach}, which no region has.", reach=reach)
+
+
+_TOO_FAR = 1 << 63
+
+
+def check_count(count: int, room: int) -> None:
+    """Raise InvalidField when a list of `count` separate segments is more than a transfer may (still) have."""
+    if count > room:
         raise InvalidField(
-            f"The transfer has {count} segments; this node takes at most {limit}. Split it.",
+            f"A list of {count} segments is above the {room} that this node lets the transfer have. Split it.",
             field="segments",
-            limit=limit,
+            limit=room,
         )
 
 
@@ -127,13 +135,20 @@ def check_disjoint(lists: Sequence[SegmentList]) -> None:
     """Raise SegmentsOverlap when a destination overlaps another destination or a source in the same region."""
     if len(lists) == 1 and lists[0].source != lists[0].destination and _ascending(lists[0]):
         return
-    for region in {entry.destination for entry in lists}:
-        writes = sorted(_intervals(lists, region, "destination"))
+    written: dict[ChildName, list[tuple[int, int]]] = {}
+    for entry in lists:
+        written.setdefault(entry.destination, []).extend(_intervals(entry.destination_offsets, entry.lengths))
+    read: dict[ChildName, list[tuple[int, int]]] = {}
+    for entry in lists:
+        if entry.source in written:
+            read.setdefault(entry.source, []).extend(_intervals(entry.source_offsets, entry.lengths))
+    for region, writes in written.items():
+        writes.sort()
         for (_, end), (start, _) in pairwise(writes):
             if start < end:
                 raise SegmentsOverlap(f"Two destinations overlap at byte {start} of {region}.", region=region)
         starts = [start for start, _ in writes]
-        for start, end in _intervals(lists, region, "source"):
+        for start, end in read.get(region, ()):
             before = bisect_right(starts, end - 1) - 1
             if before >= 0 and writes[before][1] > start:
                 raise SegmentsOverlap(
@@ -174,9 +189,5 @@ def _reach(offsets: Sequence[int], lengths: Sequence[int]) -> int:
     return reach
 
 
-def _intervals(lists: Iterable[SegmentList], region: ChildName, side: str) -> Iterator[tuple[int, int]]:
-    for entry in lists:
-        if side == "source" and entry.source == region:
-            yield from zip(entry.source_offsets, map(add, entry.source_offsets, entry.lengths), strict=True)
-        if side == "destination" and entry.destination == region:
-            yield from zip(entry.destination_offsets, map(add, entry.destination_offsets, entry.lengths), strict=True)
+def _intervals(offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(offsets, map(add, offsets, lengths), strict=True)

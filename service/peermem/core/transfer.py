@@ -53,7 +53,7 @@ class TransferMachine:
         self.unfenced: set[int] = set()
         """Legs that need a fence at the far end before the transfer may end."""
         self._work: list[Iterator[Ranges] | None] = list(work)
-        self._in_flight: dict[int, int] = {}
+        self._in_flight = 0
         self._left = len(work)
 
     def start(self) -> None:
@@ -71,24 +71,24 @@ class TransferMachine:
             self._work[leg] = None
             self._left -= 1
         else:
-            self._in_flight[leg] = self._in_flight.get(leg, 0) + 1
+            self._in_flight += 1
         return piece
 
-    def completed(self, leg: int, size: int) -> None:
+    def completed(self, size: int) -> None:
         """A slice of `size` bytes is in place."""
-        self._in_flight[leg] -= 1
+        self._in_flight -= 1
         self.done += size
 
     def broken(self, leg: int, error: PeermemError, *, flushed: bool) -> None:
         """A slice failed; `flushed` when its bytes may land late unless the far end is fenced."""
-        self._in_flight[leg] -= 1
+        self._in_flight -= 1
         if flushed:
             self.unfenced.add(leg)
         self.fail(error)
 
     def refused(self, leg: int, ranges: Ranges) -> None:
-        """The far end refused a slice before it wrote any of it: it will be taken again."""
-        self._in_flight[leg] -= 1
+        """The far end refused a slice, or the rest of it: it will be taken again, which does no harm twice."""
+        self._in_flight -= 1
         work = self._work[leg]
         if work is None:
             self._left += 1
@@ -103,8 +103,7 @@ class TransferMachine:
     @property
     def drained(self) -> bool:
         """Whether nothing is in flight and nothing will be."""
-        idle = not any(self._in_flight.values())
-        return idle and (self.error is not None or (self.state is State.RUNNING and self._left == 0))
+        return self._in_flight == 0 and (self.error is not None or (self.state is State.RUNNING and self._left == 0))
 
     def finish(self) -> State:
         """Enter the final state; call when drained, fenced and verified. Returns it."""
@@ -133,6 +132,11 @@ class TransferRequest:
     def total(self) -> int:
         """Bytes to move."""
         return sum(entry.total for entry in self.lists)
+
+    @property
+    def weight(self) -> int:
+        """Ranges that are kept for it: what it costs in time and memory."""
+        return sum(len(entry.lengths) for entry in self.lists)
 
     @property
     def segment_count(self) -> int:

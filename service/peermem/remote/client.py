@@ -6,18 +6,23 @@ Rules of this file:
   NodeUnreachable.
 * Every call has a deadline; a daemon that does not answer is unreachable.
 * Connections are made on first use, kept alive by pings, and shared.
+* A call to a daemon that was not there before tries again at once: gRPC's pause between two attempts
+  would refuse calls to a daemon that has come back.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from peermem.core.errors import DOMAIN, NodeUnreachable, PeermemError
+from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.policy import ANONYMOUS
@@ -25,7 +30,7 @@ from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import LinkAttributes, RemoteKey, Rights
 from peermem.remote.base import GrantedKey, OpenedLink, RemoteNode, Remotes
 from peermem.v1 import link_pb2, link_pb2_grpc, node_pb2, node_pb2_grpc, transfer_pb2, transfer_pb2_grpc
-from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
+from peermem.wire import FABRICS, duration_from_proto, node_from_proto, transfer_from_proto, transfer_request_to_proto
 
 T = TypeVar("T")
 
@@ -38,10 +43,11 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new channel to the same address inherits the pause
 )
 
 
@@ -70,6 +76,24 @@ class GrpcRemotes:
         self._nodes.clear()
 
 
+class _Connection:
+    """A channel and its stubs."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.links = link_pb2_grpc.LinkServiceStub(self._channel)
+        self.transfers = transfer_pb2_grpc.TransferServiceStub(self._channel)
+        self.nodes = node_pb2_grpc.NodeServiceStub(self._channel)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the last attempt to connect failed and the next is put off, so that nothing runs on it."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
 class GrpcRemoteNode:
     """One other daemon."""
 
@@ -78,17 +102,25 @@ class GrpcRemoteNode:
         self._node = node
         self._here = here
         self._epoch = epoch
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._links = link_pb2_grpc.LinkServiceStub(self._channel)
-        self._transfers = transfer_pb2_grpc.TransferServiceStub(self._channel)
-        self._nodes = node_pb2_grpc.NodeServiceStub(self._channel)
+        self._closing: set[asyncio.Task[None]] = set()
+        self._connection = _Connection(address)
+
+    @property
+    def _now(self) -> _Connection:
+        """The connection to make a call on."""
+        if self._connection.pauses:
+            closing = asyncio.get_running_loop().create_task(self._connection.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._connection = _Connection(self.address)
+        return self._connection
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """See GrantSource."""
         request = link_pb2.OpenLinkRequest(
             node=f"nodes/{self._here}", epoch=self._epoch, fabric=FABRICS[offer.fabric], rails=offer.rails
         )
-        answer = await self._call(self._links.OpenLink(request, timeout=_DEADLINE))
+        answer = await self._call(self._now.links.OpenLink(request, timeout=_DEADLINE))
         attributes = LinkAttributes(
             offer.fabric, answer.rails, link_id=answer.link_id, address=answer.address, secret=answer.secret
         )
@@ -96,7 +128,7 @@ class GrpcRemoteNode:
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
-        await self._call(self._links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+        await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
 
     async def acquire_grant(
         self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
@@ -109,14 +141,16 @@ class GrpcRemoteNode:
             right=link_pb2.RIGHT_WRITE if right is Rights.WRITE else link_pb2.RIGHT_READ,
             subject=self._on_behalf(subject),
         )
-        grant = await self._call(self._links.AcquireGrant(request, timeout=_DEADLINE))
+        grant = await self._call(self._now.links.AcquireGrant(request, timeout=_DEADLINE))
         key = RemoteKey(grant.rkey, grant.address, grant.length)
-        return GrantedKey(grant.grant_id, key, grant.ttl.ToNanoseconds() / 1e9, grant.region_uid)
+        with self._faults():
+            ttl = duration_from_proto(grant.ttl, "grant.ttl", 0.1, 3600.0)
+        return GrantedKey(grant.grant_id, key, ttl, grant.region_uid)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
         request = link_pb2.ReleaseGrantsRequest(link_id=link_id, grant_ids=grant_ids)
-        await self._call(self._links.ReleaseGrants(request, timeout=_DEADLINE))
+        await self._call(self._now.links.ReleaseGrants(request, timeout=_DEADLINE))
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
@@ -125,23 +159,24 @@ class GrpcRemoteNode:
         request = link_pb2.ChecksumRequest(
             link_id=link_id, grant_id=grant_id, offsets=offsets, lengths=lengths, initial=initial
         )
-        answer = await self._call(self._links.Checksum(request, timeout=_SLOW_DEADLINE))
+        answer = await self._call(self._now.links.Checksum(request, timeout=_SLOW_DEADLINE))
         return answer.crc32c
 
     async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
         """See RemoteNode."""
         message = transfer_request_to_proto(request, request_id)
-        call = self._transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=self._metadata(subject))
-        return transfer_from_proto(await self._call(call))
+        call = self._now.transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=self._metadata(subject))
+        answer = await self._call(call)
+        with self._faults():
+            return transfer_from_proto(answer)
 
     async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
         """See RemoteNode."""
-        call = self._transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
+        call = self._now.transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
         try:
-            async for message in call:
-                yield transfer_from_proto(message)
-        except grpc.aio.AioRpcError as error:
-            raise self._fault(error) from None
+            with self._faults():
+                async for message in call:
+                    yield transfer_from_proto(message)
         finally:
             call.cancel()
 
@@ -149,31 +184,53 @@ class GrpcRemoteNode:
         """See RemoteNode."""
         request = transfer_pb2.CancelTransferRequest(name=str(name))
         metadata = self._metadata(subject)
-        await self._call(self._transfers.CancelTransfer(request, timeout=_SLOW_DEADLINE, metadata=metadata))
+        await self._call(self._now.transfers.CancelTransfer(request, timeout=_SLOW_DEADLINE, metadata=metadata))
 
     async def node_facts(self) -> NodeFacts:
         """See RemoteNode."""
-        return node_from_proto(await self._call(self._nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE)))
+        message = await self._call(self._now.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE))
+        with self._faults():
+            return node_from_proto(message)
 
     async def close(self) -> None:
         """See RemoteNode."""
-        await self._channel.close()
+        await asyncio.gather(self._connection.close(), *self._closing)
 
     async def _call(self, call: Awaitable[T]) -> T:
-        try:
+        with self._faults():
             return await call
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turn what gRPC raises, and what is wrong with an answer, into PeermemError."""
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             raise self._fault(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # not this task but the call was cancelled: its connection was replaced
+            raise self._unreachable("UNAVAILABLE", "the connection was given up") from None
+        except (DecodeError, ValueError, InvalidField) as error:
+            raise self._unreachable("INTERNAL", f"its answer makes no sense: {error}") from None
 
     def _fault(self, error: grpc.aio.AioRpcError) -> PeermemError:
         described = _described(error)
         if described is not None:
             return described
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return LimitReached(f"nodes/{self._node} at {self.address} refused the call: {error.details()}.")
+        return self._unreachable(error.code().name, error.details() or "no details")
+
+    def _unreachable(self, code: str, cause: str) -> NodeUnreachable:
         return NodeUnreachable(
             f"The daemon of nodes/{self._node} at {self.address} did not answer "
-            f"({error.code().name}: {error.details()}). Check that it runs and that the address is right.",
+            f"({code}: {cause}). Check that it runs and that the address is right.",
             node=self._node,
             address=self.address,
+            code=code,
         )
 
     def _on_behalf(self, subject: str) -> str:

@@ -96,7 +96,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_NOT_SUPPORTED: _ErrorReason.ValueType  # 34
     """UNIMPLEMENTED: the daemon has no such call or feature."""
     ERROR_REASON_MALFORMED_MESSAGE: _ErrorReason.ValueType  # 35
-    """INVALID_ARGUMENT: bytes on the attach socket or a fabric port are not of the protocol."""
+    """INVALID_ARGUMENT: bytes on the attach socket, a fabric port or in a gRPC request are not of the
+    protocol.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -174,7 +176,9 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 33
 ERROR_REASON_NOT_SUPPORTED: ErrorReason.ValueType  # 34
 """UNIMPLEMENTED: the daemon has no such call or feature."""
 ERROR_REASON_MALFORMED_MESSAGE: ErrorReason.ValueType  # 35
-"""INVALID_ARGUMENT: bytes on the attach socket or a fabric port are not of the protocol."""
+"""INVALID_ARGUMENT: bytes on the attach socket, a fabric port or in a gRPC request are not of the
+protocol.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

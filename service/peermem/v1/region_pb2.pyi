@@ -196,7 +196,7 @@ class Region(_message.Message):
     """Where it is in its life."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free labels of the owner: at most 16, keys of 1 to 63 and values of 0 to 63 characters."""
+        """Free labels of the owner: at most 16, keys of 1 to 63 and values of 0 to 63 bytes of UTF-8."""
 
     @_builtins.property
     def lease(self) -> Global___Lease:
@@ -538,7 +538,7 @@ class ReadRegionResponse(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The next bytes, at most 256 KiB."""
+    """The next bytes, at most 64 KiB."""
     def __init__(
         self,
         *,

@@ -118,7 +118,7 @@ class RegionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadRegion(self, request, context):
-        """Streams bytes of a region in chunks of at most 256 KiB, for tools and tests. Errors:
+        """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
         REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -53,7 +53,7 @@ class RegionServiceStub:
     REGION_NOT_FOUND, LEASE_NOT_RENEWABLE, ACCESS_DENIED, WRONG_NODE.
     """
     ReadRegion: _grpc.UnaryStreamMultiCallable[_region_pb2.ReadRegionRequest, _region_pb2.ReadRegionResponse]
-    """Streams bytes of a region in chunks of at most 256 KiB, for tools and tests. Errors:
+    """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
     REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
     """
     WriteRegion: _grpc.StreamUnaryMultiCallable[_region_pb2.WriteRegionRequest, _region_pb2.WriteRegionResponse]
@@ -86,7 +86,7 @@ class RegionServiceAsyncStub(RegionServiceStub):
     REGION_NOT_FOUND, LEASE_NOT_RENEWABLE, ACCESS_DENIED, WRONG_NODE.
     """
     ReadRegion: _aio.UnaryStreamMultiCallable[_region_pb2.ReadRegionRequest, _region_pb2.ReadRegionResponse]  # type: ignore[assignment]
-    """Streams bytes of a region in chunks of at most 256 KiB, for tools and tests. Errors:
+    """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
     REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
     """
     WriteRegion: _aio.StreamUnaryMultiCallable[_region_pb2.WriteRegionRequest, _region_pb2.WriteRegionResponse]  # type: ignore[assignment]
@@ -152,7 +152,7 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _region_pb2.ReadRegionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_region_pb2.ReadRegionResponse], _abc.AsyncIterator[_region_pb2.ReadRegionResponse]]:
-        """Streams bytes of a region in chunks of at most 256 KiB, for tools and tests. Errors:
+        """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
         REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
         """
 

@@ -353,7 +353,7 @@ class CreateTransferRequest(_message.Message):
     """Insist on a fabric; unspecified: the daemon chooses."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentList]:
-        """What to move, at least one list; no destination may overlap another destination or a source."""
+        """What to move, 1 to 1024 lists; no destination may overlap another destination or a source."""
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:

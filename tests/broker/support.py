@@ -1,0 +1,61 @@
+"""Short words for the requests of broker tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from peermem.broker.regions import Region
+from peermem.broker.runs import Transfer
+from peermem.core.errors import PeermemError
+from peermem.core.policy import ANONYMOUS
+from peermem.core.region import Lease, RegionRequest
+from peermem.core.segments import SegmentList, columns
+from peermem.core.transfer import State, TransferFacts, TransferRequest
+from peermem.core.types import FabricKind
+from tests.doubles import PATIENCE, Host
+
+
+async def region(host: Host, length: int, name: str = "", lease: Lease | None = None, data: bytes = b"") -> Region:
+    """Make a region of nobody's, with `data` at its start."""
+    made = await host.broker.create_region(ANONYMOUS, None, RegionRequest(name, length, "bar0", "", {}, lease))
+    if data:
+        made.memory.view()[: len(data)] = data
+    return made
+
+
+def whole(source: Region, destination: Region) -> SegmentList:
+    """The list that copies all of `source` to the start of `destination`."""
+    return columns(source.name, destination.name, (0,), (0,), (source.memory.length,))
+
+
+async def start(
+    host: Host,
+    *lists: SegmentList,
+    timeout: float | None = None,
+    checksum: bool = False,
+    fabric: FabricKind | None = None,
+    subject: str = ANONYMOUS,
+) -> Transfer:
+    return await host.broker.create_transfer(subject, TransferRequest(lists, timeout, checksum, fabric), relayed=False)
+
+
+async def outcome(transfer: Transfer) -> TransferFacts:
+    async with asyncio.timeout(PATIENCE):
+        await transfer.ended.wait()
+    return transfer.facts
+
+
+async def failure(transfer: Transfer) -> PeermemError:
+    """Wait for a transfer that must fail, and return why it did."""
+    facts = await outcome(transfer)
+    assert facts.state is State.FAILED
+    assert facts.error is not None
+    return facts.error
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Give the loop turns until a condition holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  what is waited for is not an event
+            await asyncio.sleep(0.001)

@@ -1,0 +1,337 @@
+"""Real parts that fail, wait or vanish on cue, and brokers made of them that meet in one process.
+
+Rules of this file:
+
+* Nothing here pretends: bytes move through real fabrics into real memory files.
+* Each double wraps the real part and is exactly it until a test gives the cue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peermem.broker.broker import Broker
+from peermem.broker.sessions import SessionTable
+from peermem.broker.settings import Settings
+from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
+from peermem.core.names import ChildName
+from peermem.core.node import ADOPTED, NodeFacts
+from peermem.core.policy import OwnerPolicy
+from peermem.core.transfer import TransferFacts, TransferRequest
+from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
+from peermem.device.base import Device, DeviceMemory
+from peermem.device.memfd import AdoptedMemory, MemfdDevice
+from peermem.directory.base import NodeEntry
+from peermem.directory.static import StaticDirectory
+from peermem.fabric.base import Completion, Exchange, Fabric, FabricLimits, Link, LinkEvents, Status, WorkRequest
+from peermem.fabric.local import LocalFabric
+from peermem.fabric.tcp import TcpFabric
+from peermem.memory import Memory
+from peermem.remote.base import GrantedKey, OpenedLink, RemoteNode, Remotes
+from peermem.telemetry.metrics import Metrics
+
+MIB = 1 << 20
+PATIENCE = 20.0
+
+
+class FragileMemory:
+    """Memory that its device can lose."""
+
+    def __init__(self, inner: DeviceMemory, device: FragileDevice) -> None:
+        self.length = inner.length
+        self._inner = inner
+        self._device = device
+
+    @property
+    def fd(self) -> int | None:
+        self._device.touch()
+        return self._inner.fd
+
+    def view(self) -> memoryview:
+        self._device.touch()
+        return self._inner.view()
+
+    def share(self) -> tuple[int, int]:
+        if not self._device.mappable:
+            raise NotMappable("The kernel gives no file descriptor for this memory.")
+        return self._inner.share()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class FragileDevice(MemfdDevice):
+    """A device whose memory can vanish, can't always be mapped, and whose touch can take long in a thread."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        self.vanished = False
+        self.mappable = True
+        self.slow: threading.Event | None = None
+        """Threads that touch memory wait for it."""
+        self.touched = threading.Event()
+        """A thread waits."""
+
+    async def allocate(self, length: int) -> DeviceMemory:
+        return FragileMemory(await super().allocate(length), self)
+
+    def touch(self) -> None:
+        if self.vanished:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        if self.slow is not None and threading.current_thread() is not threading.main_thread():
+            self.touched.set()
+            self.slow.wait(PATIENCE)
+
+
+class CuedLink:
+    """A link that holds posts back while its fabric says so."""
+
+    def __init__(self, fabric: CuedFabric, link: Link, events: LinkEvents) -> None:
+        self._fabric = fabric
+        self._link = link
+        self._events = events
+        self.held: list[WorkRequest] = []
+
+    def post(self, request: WorkRequest) -> None:
+        if self._fabric.hold:
+            self.held.append(request)
+        else:
+            self._run(request)
+
+    def _run(self, request: WorkRequest) -> None:
+        status = self._fabric.statuses.pop(0) if self._fabric.statuses else None
+        if status is None:
+            self._link.post(request)
+        else:
+            asyncio.get_running_loop().call_soon(self._events.completed, [Completion(request.wr_id, status)])
+
+    def let_go(self, count: int | None = None) -> None:
+        """Run the first `count` requests that were held back, or all."""
+        free, self.held = self.held[:count], self.held[len(self.held[:count]) :]
+        for request in free:
+            self._run(request)
+
+    async def close(self) -> None:
+        held, self.held = self.held, []
+        if held:
+            self._events.completed([Completion(request.wr_id, Status.WR_FLUSH_ERR) for request in held])
+        await self._link.close()
+
+
+class CuedFabric:
+    """A fabric whose links hold requests back, or end them with a given status without running them."""
+
+    def __init__(self, inner: Fabric) -> None:
+        self.hold = False
+        self.statuses: list[Status] = []
+        """What the next requests end with."""
+        self.defect: Exception | None = None
+        """Raised by `connect`."""
+        self.links: list[CuedLink] = []
+        self._inner = inner
+
+    @property
+    def kind(self) -> FabricKind:
+        return self._inner.kind
+
+    @property
+    def limits(self) -> FabricLimits:
+        return self._inner.limits
+
+    async def start(self) -> None:
+        await self._inner.start()
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
+        if self.defect is not None:
+            raise self.defect
+        link = CuedLink(self, await self._inner.connect(exchange, events, rails), events)
+        self.links.append(link)
+        return link
+
+    def let_go(self) -> None:
+        """Run what was held back, and hold nothing back any more."""
+        self.hold = False
+        for link in self.links:
+            link.let_go()
+
+    @property
+    def held(self) -> int:
+        """Requests that are held back."""
+        return sum(len(link.held) for link in self.links)
+
+    def accept(self, offer: LinkAttributes) -> LinkAttributes:
+        return self._inner.accept(offer)
+
+    async def hang_up(self, link_id: bytes) -> None:
+        await self._inner.hang_up(link_id)
+
+    def grant(self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float) -> RemoteKey:
+        return self._inner.grant(link_id, memory, offset, length, rights, ttl)
+
+    async def revoke(self, key: RemoteKey) -> None:
+        await self._inner.revoke(key)
+
+
+@dataclass
+class Cues:
+    """What calls to another daemon do instead of reaching it, by the method's name."""
+
+    faults: dict[str, PeermemError] = field(default_factory=dict)
+    """Raised by each such call while it is here."""
+    once: dict[str, PeermemError] = field(default_factory=dict)
+    """Raised by the next such call."""
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    """Waited for by each such call while it is here."""
+    calls: list[str] = field(default_factory=list)
+
+    async def pass_through(self, method: str) -> None:
+        self.calls.append(method)
+        if method in self.gates:
+            await self.gates[method].wait()
+        if method in self.once:
+            raise self.once.pop(method)
+        if method in self.faults:
+            raise self.faults[method]
+
+
+class DirectRemote:
+    """Another broker of this process, called without gRPC between; a `RemoteNode`."""
+
+    def __init__(self, broker: Broker, here: str, cues: Cues) -> None:
+        self.cues = cues
+        self._broker = broker
+        self._here = here
+
+    async def open_link(self, offer: LinkAttributes) -> OpenedLink:
+        await self.cues.pass_through("open_link")
+        return self._broker.serving.open_link(self._here, offer)
+
+    async def close_link(self, link_id: bytes) -> None:
+        await self.cues.pass_through("close_link")
+        await self._broker.serving.close_link(link_id)
+
+    async def acquire_grant(
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+    ) -> GrantedKey:
+        await self.cues.pass_through("acquire_grant")
+        return self._broker.serving.acquire(link_id, epoch, region, right, subject)
+
+    async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        await self.cues.pass_through("release_grants")
+        await self._broker.serving.release(link_id, grant_ids)
+
+    async def checksum(
+        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
+    ) -> int:
+        await self.cues.pass_through("checksum")
+        return await self._broker.serving.checksum(link_id, grant_id, offsets, lengths, initial)
+
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+        await self.cues.pass_through("create_transfer")
+        return (await self._broker.create_transfer(subject, request, relayed=True)).facts
+
+    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+        await self.cues.pass_through("watch_transfer")
+        running = self._broker.transfers.find_running(name)
+        yield self._broker.transfer(name)
+        if running is not None:
+            await running.ended.wait()
+            yield running.facts
+
+    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+        await self.cues.pass_through("cancel_transfer")
+        await self._broker.cancel_transfer(subject, name)
+
+    async def node_facts(self) -> NodeFacts:
+        await self.cues.pass_through("node_facts")
+        return self._broker.node_facts()
+
+    async def close(self) -> None:
+        pass
+
+
+class DirectRemotes:
+    """The brokers of this process; a `Remotes`."""
+
+    def __init__(self, here: str, brokers: Mapping[str, Broker], cues: Cues) -> None:
+        self._here = here
+        self._brokers = brokers
+        self._cues = cues
+
+    def get(self, node: str) -> RemoteNode:
+        if node not in self._brokers:
+            raise NodeNotFound(f"nodes/{node} is not in the directory.", node=node)
+        return DirectRemote(self._brokers[node], self._here, self._cues)
+
+    async def close(self) -> None:
+        pass
+
+
+class Host:
+    """One broker and its parts."""
+
+    def __init__(self, node: str, brokers: dict[str, Broker], **settings: float) -> None:
+        self.node = node
+        self.cues = Cues()
+        """For what this node asks of the others."""
+        self.device = FragileDevice("bar0", 64 * MIB)
+        self.sessions = SessionTable(max_sessions=16)
+        self.local = CuedFabric(LocalFabric())
+        self.tcp = CuedFabric(
+            TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
+        )
+        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
+        devices: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB)}
+        self.directory = StaticDirectory({node: f"{node}.test:1"})
+        self.broker = Broker(
+            _settings(node, settings),
+            f"epoch-{node}",
+            devices,
+            fabrics,
+            DirectRemotes(node, brokers, self.cues),
+            self.directory,
+            OwnerPolicy(),
+            self.sessions,
+            Metrics("0"),
+        )
+        brokers[node] = self.broker
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Start the fabrics; the stack ends all in the daemon's order."""
+        for fabric in (self.tcp, self.local):
+            await fabric.start()
+            stack.push_async_callback(fabric.close)
+        await self.directory.join(NodeEntry(self.node, f"{self.node}.test:1"))
+        stack.push_async_callback(self.broker.close)
+        stack.push_async_callback(self.broker.drain, 0.0)
+
+
+def _settings(node: str, changes: Mapping[str, float]) -> Settings:
+    return Settings(
+        node=node,
+        rails=1,
+        max_regions=int(changes.get("max_regions", 64)),
+        max_running=int(changes.get("max_running", 16)),
+        max_segments=int(changes.get("max_segments", 131_072)),
+        keep_ended=int(changes.get("keep_ended", 16)),
+        keep_ended_for=changes.get("keep_ended_for", 60.0),
+        grant_ttl=changes.get("grant_ttl", 30.0),
+        link_idle=changes.get("link_idle", 60.0),
+    )
+
+
+if TYPE_CHECKING:
+    _fabric: type[Fabric] = CuedFabric
+    _remote: type[RemoteNode] = DirectRemote
+    _remotes: type[Remotes] = DirectRemotes
+    _memory: type[DeviceMemory] = FragileMemory

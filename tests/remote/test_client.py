@@ -1,0 +1,169 @@
+"""Another daemon over gRPC: a whole daemon in this process, and ports where nothing, or nonsense, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from peermem.app import App
+from peermem.config import Attach, Config, Device, DeviceSize, Grpc, Http, ListenAddress, Name, SocketPath, Tcp
+from peermem.core import errors
+from peermem.core.names import ChildName
+from peermem.core.policy import ANONYMOUS
+from peermem.core.segments import columns
+from peermem.core.transfer import TransferRequest
+from peermem.core.types import FabricKind, LinkAttributes, Rights
+from peermem.remote.client import GrpcRemotes
+
+HERE = "a"
+NOWHERE = ChildName("b", "regions", "nowhere")
+
+
+def config(node: str, grpc_port: int, socket_path: str | None = None) -> Config:
+    return Config(
+        node=Name(node),
+        grpc=Grpc(
+            socket=SocketPath(socket_path) if socket_path else None, address=ListenAddress(f"127.0.0.1:{grpc_port}")
+        ),
+        attach=Attach(socket=None),
+        http=Http(address=None),
+        tcp=Tcp(address=ListenAddress("127.0.0.1:0")),
+        devices=(Device(Name("bar0"), DeviceSize("1MiB")),),
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Other:
+    """Node b, which can be started and stopped."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.app: App | None = None
+
+    async def start(self) -> None:
+        self.app = App(config("b", self.port))
+        await self.app.start()
+
+    async def stop(self) -> None:
+        if self.app is not None:
+            await self.app.stop()
+            self.app = None
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[Other]:
+    other = Other()
+    yield other
+    await other.stop()
+
+
+@pytest.fixture
+async def remotes(other: Other) -> AsyncIterator[GrpcRemotes]:
+    def address(node: str) -> str:
+        if node != "b":
+            raise errors.NodeNotFound("The directory does not know it.", node=node)
+        return other.address
+
+    remotes = GrpcRemotes(HERE, "epoch-of-a", address)
+    yield remotes
+    await remotes.close()
+
+
+OFFER = LinkAttributes(FabricKind.TCP, 2)
+
+
+async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other, remotes: GrpcRemotes) -> None:
+    await other.start()
+    b = remotes.get("b")
+    assert remotes.get("b") is b, "connections are shared"
+    facts = await b.node_facts()
+    assert (facts.node, facts.link_count, facts.fabrics) == ("b", 0, (FabricKind.TCP, FabricKind.LOCAL))
+    opened = await b.open_link(OFFER)
+    link = opened.attributes
+    assert (opened.epoch, link.rails, len(link.link_id), len(link.secret)) == (facts.epoch, 2, 16, 32)
+    assert (await b.node_facts()).link_count == 1
+    with pytest.raises(errors.RegionNotFound) as caught:
+        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, "uid:7")
+    assert caught.value.metadata["region"] == str(NOWHERE)
+    with pytest.raises(errors.StaleEpoch):
+        await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS)
+    with pytest.raises(errors.LinkNotFound):
+        await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS)
+    with pytest.raises(errors.GrantRefused):
+        await b.checksum(link.link_id, 1, [0], [1], 0)
+    with pytest.raises(errors.FabricUnavailable):
+        await b.open_link(LinkAttributes(FabricKind.VERBS, 1))
+    await b.release_grants(link.link_id, [1, 2, 3])
+    await b.close_link(link.link_id)
+    await b.close_link(link.link_id)
+    assert (await b.node_facts()).link_count == 0
+
+
+async def test_transfers_are_started_watched_and_cancelled_for_their_client(other: Other, remotes: GrpcRemotes) -> None:
+    await other.start()
+    assert other.app is not None
+    b = remotes.get("b")
+    entry = columns(NOWHERE, ChildName("a", "regions", "x"), (0,), (0,), (1,))
+    with pytest.raises(errors.RegionNotFound):
+        await b.create_transfer(TransferRequest([entry]), "request", "uid:7")
+    missing = ChildName("b", "transfers", "none")
+    with pytest.raises(errors.TransferNotFound):
+        await b.cancel_transfer(missing, "uid:7")
+    with pytest.raises(errors.TransferNotFound):
+        await anext(aiter(b.watch_transfer(missing)))
+
+
+async def test_a_node_that_is_down_is_unreachable_at_once_and_reachable_when_it_is_back(
+    other: Other, remotes: GrpcRemotes
+) -> None:
+    b = remotes.get("b")
+    for _ in range(2):
+        async with asyncio.timeout(3):
+            with pytest.raises(errors.NodeUnreachable) as caught:
+                await b.open_link(OFFER)
+        assert caught.value.metadata == {"node": "b", "address": other.address, "code": "UNAVAILABLE"}
+        await other.start()
+        assert (await b.open_link(OFFER)).attributes.rails == 2
+        await other.stop()
+
+
+async def test_a_node_that_the_directory_does_not_know(remotes: GrpcRemotes) -> None:
+    with pytest.raises(errors.NodeNotFound):
+        remotes.get("nowhere")
+
+
+async def test_a_port_that_talks_nonsense_is_unreachable(other: Other, remotes: GrpcRemotes) -> None:
+    async def nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 nonsense.example ESMTP\r\n" * 10)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(nonsense, "127.0.0.1", other.port)
+    async with server, asyncio.timeout(10):
+        with pytest.raises(errors.NodeUnreachable):
+            await remotes.get("b").node_facts()
+
+
+async def test_a_node_that_does_not_answer_is_unreachable(
+    other: Other, remotes: GrpcRemotes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peermem.remote.client._DEADLINE", 0.2)
+    with socket.create_server(("127.0.0.1", other.port)), pytest.raises(errors.NodeUnreachable):
+        await remotes.get("b").node_facts()
+
+
+async def test_secrets_are_in_no_repr(other: Other, remotes: GrpcRemotes) -> None:
+    await other.start()
+    opened = await remotes.get("b").open_link(OFFER)
+    assert opened.attributes.secret.hex() not in repr(opened)
+    assert repr(opened.attributes.secret) not in repr(opened)
+    assert repr(opened.attributes.link_id) not in repr(opened)
