@@ -28,6 +28,8 @@ _FRAME_BYTES = 16 << 10
 """What the handling of one read item counts towards a turn, so that a turn of tiny frames is as short."""
 _CALL_BYTES = 512 << 10
 """Bytes of one system call, at most."""
+_MUCH = 256 << 10
+"""Bytes of a payload that are worth a wake-up: measured here, 16 MiB take 4.5 ms instead of 7; more gains nothing."""
 _LINGER_NONE = struct.pack("ii", 1, 0)
 _CLOSED_BY_REMOTE = {errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED}
 _SILENT = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
@@ -88,6 +90,7 @@ class Stream:
         """`sock` has been prepared. `first` is what is read first. While more than `max_backlog` blocks and ranges
         wait to be sent, nothing is read."""
         self._pace = pace
+        self._much = 1
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._owner = owner
@@ -133,8 +136,17 @@ class Stream:
         finally:
             self._in_turn = False
         if not self._closed:
+            self._expect()
             self._flush()
             self._owner.turn_ended()
+
+    def _expect(self) -> None:
+        """Be woken in the middle of a payload only when much of it is there (SO_RCVLOWAT, which epoll
+        honours since Linux 2.6.28, socket(7)): a wake-up for each segment costs both ends more than the copying."""
+        much = min(self._incoming.left, _MUCH) if isinstance(self._incoming, Payload) else 1
+        if much != self._much:
+            self._much = much
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, much)
 
     def _read_turn(self) -> None:
         while not self._pace.spent and not self._closed and not self._full:
