@@ -149,18 +149,30 @@ def _health(health: Health | None) -> Bar:
 
 def _scale(scale: Scale | None) -> Iterator[Bar]:
     plan = scale.plan if scale else Plan()
-    for what, cost in (
-        (f"creating a region among {plan.many:,}", "creation"),
-        (f"listing {plan.many:,} regions, each", "listing"),
-        (f"{plan.concurrent:,} transfers at once among {plan.many:,} regions, each", "transfer"),
+    for what, cost, limit in (
+        (f"creating a region among {plan.many:,}", "creation", "a unary gRPC call, and the kernel's making of pages"),
+        (f"listing {plan.many:,} regions, each", "listing", "making and reading the region's message"),
+        (
+            f"{plan.concurrent:,} transfers at once among {plan.many:,} regions, each",
+            "transfer",
+            "Python: two gRPC messages and the planning of one transfer",
+        ),
     ):
         many, few = (getattr(scale.many, cost), getattr(scale.few, cost)) if scale else (None, None)
-        yield _most(what, "s", many, f"among {plan.few:,}", few, FLAT)
+        yield _most(what, "s", many, f"among {plan.few:,}", few, FLAT, limit)
     own = scale.memory if scale else None
-    yield _most("a daemon's memory beyond its regions", "bytes", own, "the bar", MEMORY, 1.0)
+    yield _most(
+        "a daemon's memory beyond its regions",
+        "bytes",
+        own,
+        "the bar",
+        MEMORY,
+        1.0,
+        "Python and gRPC: 61 MiB at the start",
+    )
     settled, after = (scale.settled, scale.after) if scale else (None, None)
     what = f"both daemons' memory after {plan.transfers:,} transfers"
-    yield _most(what, "bytes", after, f"after {plan.settle:,}", settled, GROWTH)
+    yield _most(what, "bytes", after, f"after {plan.settle:,}", settled, GROWTH, "what ended transfers are kept for")
 
 
 def _most(
