@@ -3,8 +3,8 @@
 Rules of this file:
 
 * A grant is renewed while it still has time; a leg whose grant has too little left waits for the new one.
-* When the far end refuses a slice the grant is got anew, and what that raises is why. Nothing of the slice
-  was written, so it is posted again; it fails when it is refused again with nothing in place since.
+* When the far end refuses a slice the grant is got anew, and what that raises is why. The slice is posted
+  again, which does no harm twice; it fails when it is refused again with nothing in place since.
 * All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
 """
