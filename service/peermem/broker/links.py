@@ -81,6 +81,7 @@ class OutboundLink:
         self._grants: dict[tuple[ChildName, Rights, str], HeldGrant] = {}
         self._acquiring: dict[tuple[ChildName, Rights, str], asyncio.Task[HeldGrant]] = {}
         self._turns: deque[Worker] = deque()
+        self._queued: set[Worker] = set()
         self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
         self._load = 0
         self._next_id = 0
@@ -164,20 +165,26 @@ class OutboundLink:
         return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
 
     def want(self, worker: Worker) -> None:
-        """Give `worker` turns until it has no request; not to be called while it has turns."""
-        self._turns.append(worker)
+        """Give `worker` turns until it has no request."""
+        self._queue(worker)
         self._fill()
+
+    def _queue(self, worker: Worker) -> None:
+        if worker not in self._queued:
+            self._queued.add(worker)
+            self._turns.append(worker)
 
     def _fill(self) -> None:
         link = self._link
         window = self.fabric.limits.window_bytes
         while self._turns and self._load < window:
             worker = self._turns.popleft()
+            self._queued.discard(worker)
             self._next_id += 1
             request = worker.next_request(self._next_id)
             if request is None:
                 continue
-            self._turns.append(worker)
+            self._queue(worker)
             self._outstanding[request.wr_id] = (worker, request)
             self._load += _cost(request)
             try:

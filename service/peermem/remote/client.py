@@ -60,20 +60,26 @@ class GrpcRemotes:
         self._epoch = epoch
         self._address_of = address_of
         self._nodes: dict[str, GrpcRemoteNode] = {}
+        self._moved: list[GrpcRemoteNode] = []
+        """Daemons that have another address now; calls to the old one may be under way."""
 
     def get(self, node: str) -> RemoteNode:
         """See Remotes."""
         address = self._address_of(node)
         known = self._nodes.get(node)
-        if known is None or known.address != address:
+        if known is not None and known.address != address:
+            self._moved.append(self._nodes.pop(node))
+            known = None
+        if known is None:
             known = self._nodes[node] = GrpcRemoteNode(node, address, self._here, self._epoch)
         return known
 
     async def close(self) -> None:
         """See Remotes."""
-        for node in self._nodes.values():
+        for node in (*self._nodes.values(), *self._moved):
             await node.close()
         self._nodes.clear()
+        self._moved.clear()
 
 
 class _Connection:
