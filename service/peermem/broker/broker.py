@@ -372,16 +372,23 @@ class Broker:
     async def close(self) -> None:
         """End regions, links, grants and devices in that order; `drain` has ended the transfers."""
         self._draining = True
-        await self.regions.close(ShuttingDown(f"nodes/{self.node} is shutting down."))
+        try:
+            async with asyncio.timeout(self._grant_ttl + _MARGIN):
+                await self.regions.close(ShuttingDown(f"nodes/{self.node} is shutting down."))
+        except TimeoutError:  # what holds them is of a transfer that did not end; the process ends all the same
+            log.error("regions_did_not_end", count=len(self.regions))
         await self.links.close()
         await self.serving.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_MARGIN)
         await self._remotes.close()
         for device in self.devices.values():
             await device.close()
 
 
 _TEND = 5.0
+"""Seconds between two looks at what is idle."""
 _HEAVY = 8
 """Transfers with as many segments as one may have that may run at the same time: each keeps about 15 MB."""
 _MARGIN = 5.0
+"""Seconds that an orderly end may take beyond the time of a grant."""
