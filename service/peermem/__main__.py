@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -53,6 +54,8 @@ async def run(config: Config) -> int:
     except OSError as error:
         log.error("start_failed", cause=str(error))
         return 1
+    gc.collect()
+    gc.freeze()  # what was made up to here stays: looking through it again and again would stall the loop
     await stop.wait()
     await app.stop()
     return 0
