@@ -97,7 +97,7 @@ class App:
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
         broker = self._broker(directory, fabrics, sessions)
         self._stack.push_async_callback(broker.close)
-        self.metrics.observe(lambda: _snapshot(broker, sessions))
+        self.metrics.observe(lambda: _snapshot(broker, sessions, tcp))
         await self._start_attach(broker, sessions)
         server = self._server(broker, sessions)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
@@ -206,7 +206,7 @@ def _address(directory: Directory, node: str) -> str:
     return entry.address
 
 
-def _snapshot(broker: Broker, sessions: SessionTable) -> Snapshot:
+def _snapshot(broker: Broker, sessions: SessionTable, tcp: TcpFabric) -> Snapshot:
     held = Counter[str]()
     for region in broker.regions:
         held[region.device.name] += region.memory.length
@@ -226,4 +226,5 @@ def _snapshot(broker: Broker, sessions: SessionTable) -> Snapshot:
         grants_given=broker.serving.grant_count,
         grants_held=broker.links.grant_count,
         attach_sessions=len(sessions),
+        rejected_connections={tcp.kind: tcp.rejected_count},
     )

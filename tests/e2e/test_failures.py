@@ -129,6 +129,7 @@ def test_a_remote_node_that_stands_still_is_fenced_out(
         with pytest.raises(errors.NodeUnreachable) as caught:
             transfer.wait("30s")
         assert time.monotonic() - began < BOUND
+        assert "nothing moved for" in caught.value.message
         assert 0 < int(caught.value.metadata["bytes_done"]) < BIG
         view[:] = 0xEE
     finally:

@@ -75,6 +75,12 @@ def test_garbage_on_every_port_does_not_hurt_an_honest_transfer(
             assert a.transfer(x, y, checksum=True).wait("30s").state == "SUCCEEDED"
             done += 1
         assert bytes(y.map()) == bytes(x.map())
+    assert 'peermem_fabric_connections_rejected_total{fabric="tcp"} 0.0' not in daemon.scrape().splitlines()
+
+
+def test_a_page_after_a_transfer_that_nobody_knows(transfers: transfer_pb2_grpc.TransferServiceStub) -> None:
+    with pytest.raises(grpc.RpcError, match="start anew"):
+        transfers.ListTransfers(transfer_pb2.ListTransfersRequest(page_token="t-never"))
 
 
 def test_an_oversized_message_is_refused(

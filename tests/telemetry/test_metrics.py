@@ -36,6 +36,7 @@ SNAPSHOT = Snapshot(
     grants_given=7,
     grants_held=8,
     attach_sessions=4,
+    rejected_connections={FabricKind.TCP: 9},
 )
 
 
@@ -154,7 +155,8 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     assert [read("peermem_links", fabric="tcp", side=side) for side in ("opened", "accepted")] == [1, 2]
     assert [read("peermem_grants", side=side) for side in ("given", "held")] == [7, 8]
     assert (read("peermem_running_transfers"), read("peermem_attach_sessions")) == (5, 4)
-    metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0))
+    assert read("peermem_fabric_connections_rejected_total", fabric="tcp") == 9
+    metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0, {}))
     assert read("peermem_running_transfers") == 6
     assert read("peermem_regions", **device) is None
 

@@ -27,7 +27,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -94,6 +94,8 @@ class Snapshot:
     grants_held: int
     """Grants that this node holds on regions of remote nodes."""
     attach_sessions: int
+    rejected_connections: Mapping[FabricKind, int]
+    """Connections to a fabric's port that were dropped since the start, because they showed no good secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,12 @@ class _StateCollector(Collector):
         yield _gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
         yield _gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
         yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
+        rejected = CounterMetricFamily(
+            "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)
+        )
+        for fabric, count in now.rejected_connections.items():
+            rejected.add_metric((fabric.value,), count)
+        yield rejected
 
 
 def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:

@@ -119,7 +119,7 @@ class RegionServiceServicer:
 
     def ReadRegion(self, request, context):
         """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
-        REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
+        REGION_NOT_FOUND, WRONG_NODE, OUT_OF_RANGE, ACCESS_DENIED, LIMIT_REACHED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,7 @@ class RegionServiceStub:
     """
     ReadRegion: _grpc.UnaryStreamMultiCallable[_region_pb2.ReadRegionRequest, _region_pb2.ReadRegionResponse]
     """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
-    REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
+    REGION_NOT_FOUND, WRONG_NODE, OUT_OF_RANGE, ACCESS_DENIED, LIMIT_REACHED.
     """
     WriteRegion: _grpc.StreamUnaryMultiCallable[_region_pb2.WriteRegionRequest, _region_pb2.WriteRegionResponse]
     """Writes a stream of chunks into a region, for tools and tests. The first message names the
@@ -87,7 +87,7 @@ class RegionServiceAsyncStub(RegionServiceStub):
     """
     ReadRegion: _aio.UnaryStreamMultiCallable[_region_pb2.ReadRegionRequest, _region_pb2.ReadRegionResponse]  # type: ignore[assignment]
     """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
-    REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
+    REGION_NOT_FOUND, WRONG_NODE, OUT_OF_RANGE, ACCESS_DENIED, LIMIT_REACHED.
     """
     WriteRegion: _aio.StreamUnaryMultiCallable[_region_pb2.WriteRegionRequest, _region_pb2.WriteRegionResponse]  # type: ignore[assignment]
     """Writes a stream of chunks into a region, for tools and tests. The first message names the
@@ -153,7 +153,7 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_region_pb2.ReadRegionResponse], _abc.AsyncIterator[_region_pb2.ReadRegionResponse]]:
         """Streams bytes of a region in chunks of at most 64 KiB, for tools and tests. Errors:
-        REGION_NOT_FOUND, OUT_OF_RANGE, ACCESS_DENIED.
+        REGION_NOT_FOUND, WRONG_NODE, OUT_OF_RANGE, ACCESS_DENIED, LIMIT_REACHED.
         """
 
     @_abc_1.abstractmethod

@@ -75,8 +75,9 @@ class TransferServiceServicer:
         """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
         those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
         SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
-        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
-        node finds, and what fails later, is in the transfer's `error`.
+        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
+        behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
+        in the transfer's `error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +92,8 @@ class TransferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListTransfers(self, request, context):
-        """Lists transfers of this node, newest first.
+        """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+        transfer has been forgotten meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

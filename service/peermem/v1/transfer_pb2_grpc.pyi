@@ -37,15 +37,18 @@ class TransferServiceStub:
     """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
     those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
     SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
-    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
-    node finds, and what fails later, is in the transfer's `error`.
+    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
+    behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
+    in the transfer's `error`.
     """
     GetTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
     4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
     """
     ListTransfers: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.ListTransfersRequest, _transfer_pb2.ListTransfersResponse]
-    """Lists transfers of this node, newest first."""
+    """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+    transfer has been forgotten meanwhile.
+    """
     CancelTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.CancelTransferRequest, _transfer_pb2.Transfer]
     """Ends a transfer. After the answer no byte of it is written any more, anywhere. Answers with the
     ended transfer; one that had ended before is returned as it is. Errors: TRANSFER_NOT_FOUND,
@@ -70,15 +73,18 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
     those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
     SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
-    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
-    node finds, and what fails later, is in the transfer's `error`.
+    FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
+    behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
+    in the transfer's `error`.
     """
     GetTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
     4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
     """
     ListTransfers: _aio.UnaryUnaryMultiCallable[_transfer_pb2.ListTransfersRequest, _transfer_pb2.ListTransfersResponse]  # type: ignore[assignment]
-    """Lists transfers of this node, newest first."""
+    """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+    transfer has been forgotten meanwhile.
+    """
     CancelTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.CancelTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
     """Ends a transfer. After the answer no byte of it is written any more, anywhere. Answers with the
     ended transfer; one that had ended before is returned as it is. Errors: TRANSFER_NOT_FOUND,
@@ -106,8 +112,9 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a transfer, and with `wait` answers when it has ended. Idempotent by request_id. Errors are
         those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
         SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
-        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, SHUTTING_DOWN. What another
-        node finds, and what fails later, is in the transfer's `error`.
+        FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
+        behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
+        in the transfer's `error`.
         """
 
     @_abc_1.abstractmethod
@@ -126,7 +133,9 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _transfer_pb2.ListTransfersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.ListTransfersResponse, _abc.Awaitable[_transfer_pb2.ListTransfersResponse]]:
-        """Lists transfers of this node, newest first."""
+        """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+        transfer has been forgotten meanwhile.
+        """
 
     @_abc_1.abstractmethod
     def CancelTransfer(
