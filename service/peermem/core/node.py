@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peermem.core.gid import Gid
 from peermem.core.types import FabricKind, Path
 
 ADOPTED = "adopted"
 """Name of the device that handed-in memory belongs to."""
+P2PMEM = "p2pmem-"
+"""Begins the names of the devices that are p2pmem pools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,12 @@ class DeviceFacts:
     available: int
     path: Path
     region_count: int
+    pci_address: str = ""
+    """Of the PCI function that has the memory; empty for host memory."""
+    nics: tuple[str, ...] = ()
+    """NIC ports that its regions use, nearest first."""
+    why: str = ""
+    """Why these, or why none; a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +64,32 @@ class NicPort:
     """Bits per second; 0 where the kernel does not say."""
     numa_node: int
     """-1 where there is none, as for a software NIC."""
+    pci_address: str = ""
+    """Of its PCI function, such as 0000:18:00.0; empty for a software NIC."""
+    phys_state: str = ""
+    """Such as LinkUp or Polling."""
+    netdev: str = ""
+    """Network interface that a software NIC sits on, or the one that the first GID belongs to."""
+    gids: tuple[Gid, ...] = ()
+    """Its addresses, by index; empty slots are left out."""
+    node_guid: str = ""
+    """Such as b83f:d203:0012:3456."""
+    firmware: str = ""
+    """Version; empty for a software NIC."""
+    uverbs: str = ""
+    """File below /dev/infiniband, such as uverbs0."""
+
+    @property
+    def device(self) -> str:
+        """The RDMA device, such as mlx5_0."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def port(self) -> int:
+        """Number of the port, from 1."""
+        return int(self.name.rpartition("/")[2])
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it carries traffic."""
+        return self.state == "ACTIVE"
