@@ -9,9 +9,12 @@ from peermem.core.errors import FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.v1 import link_pb2, link_pb2_grpc
-from peermem.wire import duration_to_proto, fabric_from_proto
+from peermem.wire import fabric_from_proto
+from peermem.wire_links import grant_to_proto, opened_to_proto, queue_pairs_from_proto
 
 _MAX_RELEASED = 1000
+_MAX_COPIED = 4096
+"""Pieces of one copy between a region and its staging buffer."""
 _RIGHTS = {link_pb2.RIGHT_READ: Rights.READ, link_pb2.RIGHT_WRITE: Rights.WRITE}
 
 
@@ -29,15 +32,11 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
         if not 1 <= request.rails <= 16:
             raise InvalidField(f"rails {request.rails} must be 1 to 16.", field="rails")
-        offer = LinkAttributes(fabric, min(request.rails, self._max_rails))
+        ends = queue_pairs_from_proto(request.queue_pairs)
+        rails = request.rails if ends else min(request.rails, self._max_rails)
+        offer = LinkAttributes(fabric, rails, request.link_id, queue_pairs=ends)
         opened = self._serving.open_link(parse_node(request.node, "node"), offer)
-        return link_pb2.OpenLinkResponse(
-            link_id=opened.attributes.link_id,
-            epoch=opened.epoch,
-            address=opened.attributes.address,
-            secret=opened.attributes.secret,
-            rails=opened.attributes.rails,
-        )
+        return opened_to_proto(opened.attributes, opened.epoch)
 
     async def CloseLink(self, request: link_pb2.CloseLinkRequest, context: Context) -> link_pb2.CloseLinkResponse:
         """See the contract."""
@@ -48,21 +47,14 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         """See the contract."""
         if request.right not in _RIGHTS:
             raise InvalidField("right must be READ or WRITE.", field="right")
-        granted = self._serving.acquire(
+        granted = await self._serving.acquire(
             request.link_id,
             request.epoch,
             parse_region(request.region, "region"),
             _RIGHTS[request.right],
             on_behalf(request.subject, "subject"),
         )
-        return link_pb2.Grant(
-            grant_id=granted.grant_id,
-            rkey=granted.key.rkey,
-            address=granted.key.address,
-            length=granted.key.length,
-            ttl=duration_to_proto(granted.ttl),
-            region_uid=granted.region_uid,
-        )
+        return grant_to_proto(granted)
 
     async def ReleaseGrants(
         self, request: link_pb2.ReleaseGrantsRequest, context: Context
@@ -72,6 +64,18 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             raise InvalidField(f"grant_ids must hold at most {_MAX_RELEASED}.", field="grant_ids")
         await self._serving.release(request.link_id, request.grant_ids)
         return link_pb2.ReleaseGrantsResponse()
+
+    async def CopyStaged(self, request: link_pb2.CopyStagedRequest, context: Context) -> link_pb2.CopyStagedResponse:
+        """See the contract."""
+        columns = (request.region_offsets, request.buffer_offsets, request.lengths)
+        if len(set(map(len, columns))) != 1 or not 1 <= len(request.lengths) <= _MAX_COPIED:
+            raise InvalidField(
+                f"region_offsets, buffer_offsets and lengths must have the same number of entries, 1 to {_MAX_COPIED}.",
+                field="lengths",
+            )
+        pieces = tuple(zip(*columns, strict=True))
+        await self._serving.copy_staged(request.link_id, request.grant_id, pieces, into_region=request.into_region)
+        return link_pb2.CopyStagedResponse()
 
     async def Checksum(self, request: link_pb2.ChecksumRequest, context: Context) -> link_pb2.ChecksumResponse:
         """See the contract."""

@@ -169,6 +169,74 @@ class NotAdoptable(PeermemError, code=Code.FAILED_PRECONDITION):
     """The file descriptor handed in can't become a region."""
 
 
+class PyverbsMissing(PeermemError, code=Code.FAILED_PRECONDITION):
+    """pyverbs can't be imported, or does not fit the node's libibverbs."""
+
+
+class NicNotFound(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The node has no (such) RDMA NIC in the daemon's network namespace."""
+
+
+class NicForbidden(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The daemon may not open the NIC's device file under /dev/infiniband."""
+
+
+class NicLost(PeermemError, code=Code.UNAVAILABLE):
+    """The NIC's driver reported a fatal error, or the NIC was removed."""
+
+
+class PortDown(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The NIC's port is not active."""
+
+
+class NoGid(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The NIC's port has no address (GID) that links could use."""
+
+
+class MemlockTooSmall(PeermemError, code=Code.RESOURCE_EXHAUSTED):
+    """The daemon may not lock as much memory as the registration needs."""
+
+
+class OnDemandMissing(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The NIC, its driver or the kernel can't register memory on demand, which is how p2pmem is reached."""
+
+
+class RegistrationRefused(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The kernel or the NIC refused to register the memory."""
+
+
+class ProbeFailed(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The memory was registered, and then the NIC could not access it."""
+
+
+class ProbeMismatch(PeermemError, code=Code.DATA_LOSS):
+    """The NIC moved bytes without an error, and they were not the right ones."""
+
+
+class PathUnsupported(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The PCI topology or the kernel does not let the NIC reach the device."""
+
+
+class DeviceLost(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The device is not on the node (any more), or it is off."""
+
+
+class BarClaimed(PeermemError, code=Code.FAILED_PRECONDITION):
+    """A kernel driver holds the BAR, so it can't be mapped."""
+
+
+class KernelLockedDown(PeermemError, code=Code.FAILED_PRECONDITION):
+    """Kernel lockdown forbids to map BARs."""
+
+
+class DeviceForbidden(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The daemon may not open the device's file."""
+
+
+class KernelTooOld(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The running kernel lacks an interface that the device needs."""
+
+
 class DeviceFull(PeermemError, code=Code.RESOURCE_EXHAUSTED):
     """The device has too little memory left."""
 

@@ -4,8 +4,9 @@ Rules of this file:
 
 * A transfer runs on a node that holds the source or the destination of every segment: here if this
   node does, else where the first source is, else where the first destination is.
-* Where both regions are here the fabric is local. Where one is here: verbs where both ends have it,
-  else tcp. What the caller insists on is used or refused, never replaced.
+* Where both regions are here the fabric is local. Where one is here: verbs first, then tcp, out of
+  those that this node serves; which one it becomes shows when the far end has been asked. What the
+  caller insists on is used or refused, never replaced.
 * A slice is one work request: at most so many bytes and so many pairs of ranges as the fabric likes.
 """
 
@@ -38,7 +39,8 @@ class Leg:
     other: ChildName
     """The region at the far end: on a remote node, or here as well for the local fabric."""
     direction: Direction
-    fabric: FabricKind
+    fabrics: Sequence[FabricKind]
+    """What it may run over, the best first; at least one."""
     ranges: Ranges
     """`local` offsets are in `local`, `remote` offsets in `other`."""
 
@@ -77,21 +79,21 @@ def legs(
 def _leg(entry: SegmentList, here: str, served: Collection[FabricKind], wanted: FabricKind | None) -> Leg:
     source_here, destination_here = entry.source.node == here, entry.destination.node == here
     if source_here and destination_here:
-        fabric = _choose(entry, (FabricKind.LOCAL,), wanted)
+        fabrics = _choose(entry, (FabricKind.LOCAL,), wanted)
         direction = Direction.LOCAL
     else:
-        fabric = _choose(entry, [kind for kind in (FabricKind.VERBS, FabricKind.TCP) if kind in served], wanted)
+        fabrics = _choose(entry, [kind for kind in (FabricKind.VERBS, FabricKind.TCP) if kind in served], wanted)
         direction = Direction.PUSH if source_here else Direction.PULL
     if source_here:
         ranges = merged(entry.source_offsets, entry.destination_offsets, entry.lengths)
-        return Leg(entry.source, entry.destination, direction, fabric, ranges)
+        return Leg(entry.source, entry.destination, direction, fabrics, ranges)
     ranges = merged(entry.destination_offsets, entry.source_offsets, entry.lengths)
-    return Leg(entry.destination, entry.source, direction, fabric, ranges)
+    return Leg(entry.destination, entry.source, direction, fabrics, ranges)
 
 
-def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKind | None) -> FabricKind:
+def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKind | None) -> Sequence[FabricKind]:
     if possible and (wanted is None or wanted in possible):
-        return wanted or possible[0]
+        return (wanted,) if wanted else tuple(possible)
     names = " or ".join(kind.value for kind in possible) or "no fabric"
     raise FabricUnavailable(
         f"From {entry.source} to {entry.destination} this node has {names}, "

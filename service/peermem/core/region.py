@@ -71,6 +71,10 @@ class RegionFacts:
     state: State
     created_at: float
     """Unix time."""
+    nics: tuple[str, ...] = ()
+    """NIC ports that it is registered with, nearest first."""
+    why: str = ""
+    """Why these NICs, or why none."""
 
 
 @dataclass(frozen=True, slots=True)

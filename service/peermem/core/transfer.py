@@ -44,22 +44,23 @@ class State(Enum):
 class TransferMachine:
     """What has moved, what is in flight and what is left of one transfer."""
 
-    def __init__(self, work: Sequence[Iterator[Ranges]], total: int) -> None:
-        """`work` are the slices of each leg, `total` the bytes of all."""
+    def __init__(self, legs: int, total: int) -> None:
+        """`legs` is how many there are, `total` the bytes of all."""
         self.state = State.PENDING
         self.error: PeermemError | None = None
         self.total = total
         self.done = 0
         self.unfenced: set[int] = set()
         """Legs that need a fence at the far end before the transfer may end."""
-        self._work: list[Iterator[Ranges] | None] = list(work)
+        self._work: list[Iterator[Ranges] | None] = [None] * legs
         self._in_flight = 0
-        self._left = len(work)
+        self._left = legs
 
-    def start(self) -> None:
-        """All links and grants are there: slices may be taken."""
+    def start(self, work: Sequence[Iterator[Ranges]]) -> None:
+        """All links and grants are there: slices may be taken; `work` are those of each leg."""
         if self.state is State.PENDING:
             self.state = State.RUNNING
+            self._work = list(work)
 
     def take(self, leg: int) -> Ranges | None:
         """Return the next slice of a leg to post, or None when the leg has none (any more)."""
@@ -166,3 +167,5 @@ class TransferFacts:
     """How the memory of this node's region is reached; None for a relayed one."""
     executed_by: str = ""
     """Name of the transfer on the node that runs it, for a relayed one."""
+    fabric_why: str = ""
+    """Why the fabric was chosen, in words; empty for a relayed one."""

@@ -60,26 +60,80 @@ class Ranges:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyPart:
+    """What opens a consecutive part of remote memory on one rail (verbs)."""
+
+    rkey: int = field(repr=False)
+    address: int = field(repr=False)
+    """Of the part's first byte, as the remote NIC counts."""
+    length: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteKey:
     """What a work request presents to reach remote memory. A bearer secret: never logged."""
 
     rkey: int = field(repr=False)
+    """Names the grant at the fabric that made it."""
     address: int = field(repr=False)
     """What the remote side's fabric adds to an offset; 0 for tcp and local."""
     length: int
     """Bytes that the key opens, from `address` on."""
+    rails: Sequence[Sequence[KeyPart]] = ()
+    """For verbs: per rail of the link the parts that make up the memory, in order; none for a rail whose
+    remote NIC does not reach it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedKey:
+    """A grant as its holder has it."""
+
+    grant_id: int
+    key: RemoteKey = field(repr=False)
+    ttl: float
+    """Seconds from the answer to its end."""
+    region_uid: int
+    """Tells the region from others that have, had or will have its name."""
+    region_length: int
+    """Bytes."""
+    staged: bool = False
+    """Whether the key opens a staging buffer instead of the region, which no NIC reaches: `copy_staged` copies
+    between the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePair:
+    """One end of a rail, as its other end has to know it (verbs; IBA 1.4, 11.2.5)."""
+
+    nic: str
+    """NIC port, such as mlx5_0/1; for logs and the choice of rails."""
+    number: int
+    """24 bits."""
+    psn: int
+    """First packet sequence number that this end sends, 24 bits, random."""
+    gid: bytes
+    """16 bytes."""
+    lid: int
+    """0 on Ethernet."""
+    mtu: int
+    """Bytes of payload in one packet, at most."""
+    reads: int
+    """READs that this end serves at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkAttributes:
-    """What the two ends of a link tell each other over LinkService when it is opened."""
+    """What the two ends of a link tell each other over LinkService when it is opened, or rebuilt after an error."""
 
     fabric: FabricKind
     rails: int
     """Connections that share the load, at least 1."""
     link_id: bytes = field(default=b"", repr=False)
-    """16 random bytes of the accepting side; empty in the caller's half."""
+    """16 random bytes of the accepting side. Empty in the caller's half, unless it rebuilds that link's rails."""
     address: str = ""
     """host:port to connect to, from the accepting side (tcp)."""
     secret: bytes = field(default=b"", repr=False)
     """What each connection presents, from the accepting side (tcp)."""
+    queue_pairs: Sequence[QueuePair] = ()
+    """This end of each rail (verbs). The answer has as many as the offer; in the same order."""

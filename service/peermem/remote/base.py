@@ -6,13 +6,13 @@ Keys and secrets cross here and nowhere else; what holds them hides them from re
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import LinkAttributes, RemoteKey, Rights
+from peermem.core.types import GrantedKey, LinkAttributes, Rights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +24,14 @@ class OpenedLink:
     """Identifies the run of the accepting daemon; part of every later call on the link."""
 
 
-@dataclass(frozen=True, slots=True)
-class GrantedKey:
-    """A grant as its holder has it."""
-
-    grant_id: int
-    key: RemoteKey = field(repr=False)
-    ttl: float
-    """Seconds from the answer to its end."""
-    region_uid: int
-    """Tells the region from others that have, had or will have its name."""
-
-
 class GrantSource(Protocol):
     """The side that owns memory and lets links access it: a remote daemon, or this one for itself."""
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
-        """Have a link accepted. Raises FabricUnavailable, LimitReached, ShuttingDown."""
+        """Have a link accepted, or one with the id in `offer` rebuilt.
+
+        Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
+        """
 
     async def close_link(self, link_id: bytes) -> None:
         """End a link and its grants. Unknown ids are no error."""
@@ -49,10 +40,19 @@ class GrantSource(Protocol):
         self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
     ) -> GrantedKey:
         """Get the right to a whole region. Raises RegionNotFound, RegionDeleted, RegionRevoked,
-        AccessDenied, LinkNotFound, StaleEpoch, LimitReached."""
+        AccessDenied, FabricUnavailable, LinkNotFound, StaleEpoch, LimitReached."""
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants; when this returns, no byte moves under them any more."""
+
+    async def copy_staged(
+        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
+    ) -> None:
+        """Copy between the staging buffer of a grant and its region.
+
+        `pieces` are (offset in the region, offset in the buffer, length). Raises GrantRefused, OutOfRange,
+        RegionDeleted, RegionRevoked.
+        """
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int

@@ -27,10 +27,11 @@ from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.policy import ANONYMOUS
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import LinkAttributes, RemoteKey, Rights
-from peermem.remote.base import GrantedKey, OpenedLink, RemoteNode, Remotes
+from peermem.core.types import GrantedKey, LinkAttributes, Rights
+from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.v1 import link_pb2, link_pb2_grpc, node_pb2, node_pb2_grpc, transfer_pb2, transfer_pb2_grpc
-from peermem.wire import FABRICS, duration_from_proto, node_from_proto, transfer_from_proto, transfer_request_to_proto
+from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
+from peermem.wire_links import grant_from_proto, opened_from_proto, queue_pairs_to_proto
 
 T = TypeVar("T")
 
@@ -124,13 +125,16 @@ class GrpcRemoteNode:
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """See GrantSource."""
         request = link_pb2.OpenLinkRequest(
-            node=f"nodes/{self._here}", epoch=self._epoch, fabric=FABRICS[offer.fabric], rails=offer.rails
+            node=f"nodes/{self._here}",
+            epoch=self._epoch,
+            fabric=FABRICS[offer.fabric],
+            rails=offer.rails,
+            queue_pairs=queue_pairs_to_proto(offer.queue_pairs),
+            link_id=offer.link_id,
         )
         answer = await self._call(self._now.links.OpenLink(request, timeout=_DEADLINE))
-        attributes = LinkAttributes(
-            offer.fabric, answer.rails, link_id=answer.link_id, address=answer.address, secret=answer.secret
-        )
-        return OpenedLink(attributes, answer.epoch)
+        with self._faults():
+            return OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
@@ -148,15 +152,28 @@ class GrpcRemoteNode:
             subject=self._on_behalf(subject),
         )
         grant = await self._call(self._now.links.AcquireGrant(request, timeout=_DEADLINE))
-        key = RemoteKey(grant.rkey, grant.address, grant.length)
         with self._faults():
-            ttl = duration_from_proto(grant.ttl, "grant.ttl", 0.1, 3600.0)
-        return GrantedKey(grant.grant_id, key, ttl, grant.region_uid)
+            return grant_from_proto(grant)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
         request = link_pb2.ReleaseGrantsRequest(link_id=link_id, grant_ids=grant_ids)
         await self._call(self._now.links.ReleaseGrants(request, timeout=_DEADLINE))
+
+    async def copy_staged(
+        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
+    ) -> None:
+        """See GrantSource."""
+        region_offsets, buffer_offsets, lengths = zip(*pieces, strict=True)
+        request = link_pb2.CopyStagedRequest(
+            link_id=link_id,
+            grant_id=grant_id,
+            into_region=into_region,
+            region_offsets=region_offsets,
+            buffer_offsets=buffer_offsets,
+            lengths=lengths,
+        )
+        await self._call(self._now.links.CopyStaged(request, timeout=_SLOW_DEADLINE))
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int

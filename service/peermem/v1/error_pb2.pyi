@@ -99,6 +99,40 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: bytes on the attach socket, a fabric port or in a gRPC request are not of the
     protocol.
     """
+    ERROR_REASON_PYVERBS_MISSING: _ErrorReason.ValueType  # 36
+    """FAILED_PRECONDITION: pyverbs can't be imported, or does not fit the node's libibverbs."""
+    ERROR_REASON_NIC_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """FAILED_PRECONDITION: the node has no (such) RDMA NIC in the daemon's network namespace."""
+    ERROR_REASON_NIC_FORBIDDEN: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION: the daemon may not open the NIC's device file under /dev/infiniband."""
+    ERROR_REASON_NIC_LOST: _ErrorReason.ValueType  # 39
+    """UNAVAILABLE: the NIC's driver reported a fatal error, or the NIC was removed."""
+    ERROR_REASON_PORT_DOWN: _ErrorReason.ValueType  # 40
+    """FAILED_PRECONDITION: the NIC's port is not active."""
+    ERROR_REASON_NO_GID: _ErrorReason.ValueType  # 41
+    """FAILED_PRECONDITION: the NIC's port has no address (GID) that links could use."""
+    ERROR_REASON_MEMLOCK_TOO_SMALL: _ErrorReason.ValueType  # 42
+    """RESOURCE_EXHAUSTED: the daemon may not lock as much memory as the registration needs."""
+    ERROR_REASON_ON_DEMAND_MISSING: _ErrorReason.ValueType  # 43
+    """FAILED_PRECONDITION: the NIC, its driver or the kernel can't register memory on demand."""
+    ERROR_REASON_REGISTRATION_REFUSED: _ErrorReason.ValueType  # 44
+    """FAILED_PRECONDITION: the kernel or the NIC refused to register the memory."""
+    ERROR_REASON_PROBE_FAILED: _ErrorReason.ValueType  # 45
+    """FAILED_PRECONDITION: the memory was registered, and then the NIC could not access it."""
+    ERROR_REASON_PROBE_MISMATCH: _ErrorReason.ValueType  # 46
+    """DATA_LOSS: the NIC moved bytes without an error, and they were not the right ones."""
+    ERROR_REASON_PATH_UNSUPPORTED: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION: the PCI topology or the kernel does not let the NIC reach the device."""
+    ERROR_REASON_DEVICE_LOST: _ErrorReason.ValueType  # 48
+    """FAILED_PRECONDITION: the device is not on the node (any more), or it is off."""
+    ERROR_REASON_BAR_CLAIMED: _ErrorReason.ValueType  # 49
+    """FAILED_PRECONDITION: a kernel driver holds the BAR, so it can't be mapped."""
+    ERROR_REASON_KERNEL_LOCKED_DOWN: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION: kernel lockdown forbids to map BARs."""
+    ERROR_REASON_DEVICE_FORBIDDEN: _ErrorReason.ValueType  # 51
+    """FAILED_PRECONDITION: the daemon may not open the device's file."""
+    ERROR_REASON_KERNEL_TOO_OLD: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -179,6 +213,40 @@ ERROR_REASON_MALFORMED_MESSAGE: ErrorReason.ValueType  # 35
 """INVALID_ARGUMENT: bytes on the attach socket, a fabric port or in a gRPC request are not of the
 protocol.
 """
+ERROR_REASON_PYVERBS_MISSING: ErrorReason.ValueType  # 36
+"""FAILED_PRECONDITION: pyverbs can't be imported, or does not fit the node's libibverbs."""
+ERROR_REASON_NIC_NOT_FOUND: ErrorReason.ValueType  # 37
+"""FAILED_PRECONDITION: the node has no (such) RDMA NIC in the daemon's network namespace."""
+ERROR_REASON_NIC_FORBIDDEN: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION: the daemon may not open the NIC's device file under /dev/infiniband."""
+ERROR_REASON_NIC_LOST: ErrorReason.ValueType  # 39
+"""UNAVAILABLE: the NIC's driver reported a fatal error, or the NIC was removed."""
+ERROR_REASON_PORT_DOWN: ErrorReason.ValueType  # 40
+"""FAILED_PRECONDITION: the NIC's port is not active."""
+ERROR_REASON_NO_GID: ErrorReason.ValueType  # 41
+"""FAILED_PRECONDITION: the NIC's port has no address (GID) that links could use."""
+ERROR_REASON_MEMLOCK_TOO_SMALL: ErrorReason.ValueType  # 42
+"""RESOURCE_EXHAUSTED: the daemon may not lock as much memory as the registration needs."""
+ERROR_REASON_ON_DEMAND_MISSING: ErrorReason.ValueType  # 43
+"""FAILED_PRECONDITION: the NIC, its driver or the kernel can't register memory on demand."""
+ERROR_REASON_REGISTRATION_REFUSED: ErrorReason.ValueType  # 44
+"""FAILED_PRECONDITION: the kernel or the NIC refused to register the memory."""
+ERROR_REASON_PROBE_FAILED: ErrorReason.ValueType  # 45
+"""FAILED_PRECONDITION: the memory was registered, and then the NIC could not access it."""
+ERROR_REASON_PROBE_MISMATCH: ErrorReason.ValueType  # 46
+"""DATA_LOSS: the NIC moved bytes without an error, and they were not the right ones."""
+ERROR_REASON_PATH_UNSUPPORTED: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION: the PCI topology or the kernel does not let the NIC reach the device."""
+ERROR_REASON_DEVICE_LOST: ErrorReason.ValueType  # 48
+"""FAILED_PRECONDITION: the device is not on the node (any more), or it is off."""
+ERROR_REASON_BAR_CLAIMED: ErrorReason.ValueType  # 49
+"""FAILED_PRECONDITION: a kernel driver holds the BAR, so it can't be mapped."""
+ERROR_REASON_KERNEL_LOCKED_DOWN: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION: kernel lockdown forbids to map BARs."""
+ERROR_REASON_DEVICE_FORBIDDEN: ErrorReason.ValueType  # 51
+"""FAILED_PRECONDITION: the daemon may not open the device's file."""
+ERROR_REASON_KERNEL_TOO_OLD: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

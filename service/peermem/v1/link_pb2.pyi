@@ -55,6 +55,8 @@ class OpenLinkRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     FABRIC_FIELD_NUMBER: _builtins.int
     RAILS_FIELD_NUMBER: _builtins.int
+    QUEUE_PAIRS_FIELD_NUMBER: _builtins.int
+    LINK_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """nodes/{node} of the caller."""
     epoch: _builtins.str
@@ -63,6 +65,14 @@ class OpenLinkRequest(_message.Message):
     """What crosses the link."""
     rails: _builtins.int
     """Connections that the caller wants to share the load, 1 to 16."""
+    link_id: _builtins.bytes
+    """From an earlier OpenLinkResponse of this caller: rebuild that link's rails after an error. Its
+    grants stay as they are.
+    """
+    @_builtins.property
+    def queue_pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuePair]:
+        """The caller's end of each rail; for the verbs fabric."""
+
     def __init__(
         self,
         *,
@@ -70,14 +80,62 @@ class OpenLinkRequest(_message.Message):
         epoch: _builtins.str = ...,
         fabric: _transfer_pb2.Fabric.ValueType = ...,
         rails: _builtins.int = ...,
+        queue_pairs: _abc.Iterable[Global___QueuePair] | None = ...,
+        link_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "node", b"node", "rails", b"rails"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "link_id", b"link_id", "node", b"node", "queue_pairs", b"queue_pairs", "rails", b"rails"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenLinkRequest: _TypeAlias = OpenLinkRequest  # noqa: Y015
+
+@_typing.final
+class QueuePair(_message.Message):
+    """One end of a rail of the verbs fabric, as the other end has to know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NIC_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PSN_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    LID_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
+    nic: _builtins.str
+    """NIC port, such as mlx5_0/1."""
+    number: _builtins.int
+    """Queue pair number, 24 bits."""
+    psn: _builtins.int
+    """First packet sequence number that this end sends, 24 bits."""
+    gid: _builtins.bytes
+    """GID, 16 bytes."""
+    lid: _builtins.int
+    """Local identifier; 0 on Ethernet."""
+    mtu: _builtins.int
+    """Bytes of payload of one packet, at most: 256, 512, 1024, 2048 or 4096."""
+    reads: _builtins.int
+    """READs that this end serves at the same time."""
+    def __init__(
+        self,
+        *,
+        nic: _builtins.str = ...,
+        number: _builtins.int = ...,
+        psn: _builtins.int = ...,
+        gid: _builtins.bytes = ...,
+        lid: _builtins.int = ...,
+        mtu: _builtins.int = ...,
+        reads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "lid", b"lid", "mtu", b"mtu", "nic", b"nic", "number", b"number", "psn", b"psn", "reads", b"reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuePair: _TypeAlias = QueuePair  # noqa: Y015
 
 @_typing.final
 class OpenLinkResponse(_message.Message):
@@ -90,6 +148,7 @@ class OpenLinkResponse(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     RAILS_FIELD_NUMBER: _builtins.int
+    QUEUE_PAIRS_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """Names the link in later calls and in the fabric's hello: 16 random bytes."""
     epoch: _builtins.str
@@ -100,6 +159,10 @@ class OpenLinkResponse(_message.Message):
     """What a connection has to present: 32 random bytes; for the tcp fabric."""
     rails: _builtins.int
     """Rails that the answering side accepts, at most those asked for."""
+    @_builtins.property
+    def queue_pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuePair]:
+        """The answering side's end of each rail, in the order of the request; for the verbs fabric."""
+
     def __init__(
         self,
         *,
@@ -108,10 +171,11 @@ class OpenLinkResponse(_message.Message):
         address: _builtins.str = ...,
         secret: _builtins.bytes = ...,
         rails: _builtins.int = ...,
+        queue_pairs: _abc.Iterable[Global___QueuePair] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "link_id", b"link_id", "rails", b"rails", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "link_id", b"link_id", "queue_pairs", b"queue_pairs", "rails", b"rails", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -208,6 +272,9 @@ class Grant(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     REGION_UID_FIELD_NUMBER: _builtins.int
+    RAILS_FIELD_NUMBER: _builtins.int
+    REGION_LENGTH_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.int
     """Names the grant in later calls."""
     rkey: _builtins.int
@@ -218,9 +285,17 @@ class Grant(_message.Message):
     """Bytes."""
     region_uid: _builtins.int
     """Tells the region from others that had or will have its name: a transfer's bytes go to one of them."""
+    region_length: _builtins.int
+    """Bytes of the region. `length` is less where the key opens a staging buffer instead."""
+    staged: _builtins.bool
+    """Whether the key opens a staging buffer, between which and the region CopyStaged copies."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Time from now to the grant's end."""
+
+    @_builtins.property
+    def rails(self) -> _containers.RepeatedCompositeFieldContainer[Global___RailKey]:
+        """What opens the memory on each rail; for the verbs fabric."""
 
     def __init__(
         self,
@@ -231,14 +306,71 @@ class Grant(_message.Message):
         length: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
         region_uid: _builtins.int = ...,
+        rails: _abc.Iterable[Global___RailKey] | None = ...,
+        region_length: _builtins.int = ...,
+        staged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grant_id", b"grant_id", "length", b"length", "region_uid", b"region_uid", "rkey", b"rkey", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class RailKey(_message.Message):
+    """What opens the memory of a grant on one rail of the verbs fabric. Holds keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyPart]:
+        """Consecutive parts of the memory; none where the rail's NIC does not reach it."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___KeyPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RailKey: _TypeAlias = RailKey  # noqa: Y015
+
+@_typing.final
+class KeyPart(_message.Message):
+    """What opens a part of memory. Holds a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RKEY_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    rkey: _builtins.int
+    """What a work request presents."""
+    address: _builtins.int
+    """Address of the part's first byte as the NIC counts it."""
+    length: _builtins.int
+    """Bytes."""
+    def __init__(
+        self,
+        *,
+        rkey: _builtins.int = ...,
+        address: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "length", b"length", "rkey", b"rkey"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyPart: _TypeAlias = KeyPart  # noqa: Y015
 
 @_typing.final
 class ReleaseGrantsRequest(_message.Message):
@@ -284,6 +416,71 @@ class ReleaseGrantsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseGrantsResponse: _TypeAlias = ReleaseGrantsResponse  # noqa: Y015
+
+@_typing.final
+class CopyStagedRequest(_message.Message):
+    """Request of CopyStaged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINK_ID_FIELD_NUMBER: _builtins.int
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    INTO_REGION_FIELD_NUMBER: _builtins.int
+    REGION_OFFSETS_FIELD_NUMBER: _builtins.int
+    BUFFER_OFFSETS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    link_id: _builtins.bytes
+    """From OpenLinkResponse."""
+    grant_id: _builtins.int
+    """From Grant."""
+    into_region: _builtins.bool
+    """Whether bytes go from the staging buffer into the region; else out of the region."""
+    @_builtins.property
+    def region_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Offsets in the region, bytes."""
+
+    @_builtins.property
+    def buffer_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Offsets in the staging buffer, bytes; as many as region_offsets."""
+
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths in bytes; as many as region_offsets."""
+
+    def __init__(
+        self,
+        *,
+        link_id: _builtins.bytes = ...,
+        grant_id: _builtins.int = ...,
+        into_region: _builtins.bool = ...,
+        region_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        buffer_offsets: _abc.Iterable[_builtins.int] | None = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_offsets", b"buffer_offsets", "grant_id", b"grant_id", "into_region", b"into_region", "lengths", b"lengths", "link_id", b"link_id", "region_offsets", b"region_offsets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyStagedRequest: _TypeAlias = CopyStagedRequest  # noqa: Y015
+
+@_typing.final
+class CopyStagedResponse(_message.Message):
+    """Response of CopyStaged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyStagedResponse: _TypeAlias = CopyStagedResponse  # noqa: Y015
 
 @_typing.final
 class ChecksumRequest(_message.Message):

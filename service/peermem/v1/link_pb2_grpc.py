@@ -55,6 +55,11 @@ class LinkServiceStub:
                 request_serializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.FromString,
                 _registered_method=True)
+        self.CopyStaged = channel.unary_unary(
+                '/peermem.v1.LinkService/CopyStaged',
+                request_serializer=peermem_dot_v1_dot_link__pb2.CopyStagedRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_link__pb2.CopyStagedResponse.FromString,
+                _registered_method=True)
         self.Checksum = channel.unary_unary(
                 '/peermem.v1.LinkService/Checksum',
                 request_serializer=peermem_dot_v1_dot_link__pb2.ChecksumRequest.SerializeToString,
@@ -67,8 +72,8 @@ class LinkServiceServicer:
     """
 
     def OpenLink(self, request, context):
-        """Opens this end of a link and says how to reach it. Errors: FABRIC_UNAVAILABLE, LIMIT_REACHED,
-        SHUTTING_DOWN.
+        """Opens this end of a link and says how to reach it, or rebuilds the rails of an open one. Errors:
+        FABRIC_UNAVAILABLE, LIMIT_REACHED, LINK_NOT_FOUND, SHUTTING_DOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +97,14 @@ class LinkServiceServicer:
     def ReleaseGrants(self, request, context):
         """Ends grants. After the answer no byte is written or read under them any more: this is the
         fence. A grant that is gone already is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CopyStaged(self, request, context):
+        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +140,11 @@ def add_LinkServiceServicer_to_server(servicer, server):
                     servicer.ReleaseGrants,
                     request_deserializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.SerializeToString,
+            ),
+            'CopyStaged': grpc.unary_unary_rpc_method_handler(
+                    servicer.CopyStaged,
+                    request_deserializer=peermem_dot_v1_dot_link__pb2.CopyStagedRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_link__pb2.CopyStagedResponse.SerializeToString,
             ),
             'Checksum': grpc.unary_unary_rpc_method_handler(
                     servicer.Checksum,
@@ -243,6 +261,33 @@ class LinkService:
             '/peermem.v1.LinkService/ReleaseGrants',
             peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.SerializeToString,
             peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyStaged(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peermem.v1.LinkService/CopyStaged',
+            peermem_dot_v1_dot_link__pb2.CopyStagedRequest.SerializeToString,
+            peermem_dot_v1_dot_link__pb2.CopyStagedResponse.FromString,
             options,
             channel_credentials,
             insecure,

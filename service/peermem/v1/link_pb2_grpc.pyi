@@ -34,8 +34,8 @@ class LinkServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LinkServiceAsyncStub: ...
     OpenLink: _grpc.UnaryUnaryMultiCallable[_link_pb2.OpenLinkRequest, _link_pb2.OpenLinkResponse]
-    """Opens this end of a link and says how to reach it. Errors: FABRIC_UNAVAILABLE, LIMIT_REACHED,
-    SHUTTING_DOWN.
+    """Opens this end of a link and says how to reach it, or rebuilds the rails of an open one. Errors:
+    FABRIC_UNAVAILABLE, LIMIT_REACHED, LINK_NOT_FOUND, SHUTTING_DOWN.
     """
     CloseLink: _grpc.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
@@ -46,6 +46,10 @@ class LinkServiceStub:
     ReleaseGrants: _grpc.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
     fence. A grant that is gone already is no error.
+    """
+    CopyStaged: _grpc.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]
+    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Checksum: _grpc.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
@@ -58,8 +62,8 @@ class LinkServiceAsyncStub(LinkServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenLink: _aio.UnaryUnaryMultiCallable[_link_pb2.OpenLinkRequest, _link_pb2.OpenLinkResponse]  # type: ignore[assignment]
-    """Opens this end of a link and says how to reach it. Errors: FABRIC_UNAVAILABLE, LIMIT_REACHED,
-    SHUTTING_DOWN.
+    """Opens this end of a link and says how to reach it, or rebuilds the rails of an open one. Errors:
+    FABRIC_UNAVAILABLE, LIMIT_REACHED, LINK_NOT_FOUND, SHUTTING_DOWN.
     """
     CloseLink: _aio.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]  # type: ignore[assignment]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
@@ -70,6 +74,10 @@ class LinkServiceAsyncStub(LinkServiceStub):
     ReleaseGrants: _aio.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]  # type: ignore[assignment]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
     fence. A grant that is gone already is no error.
+    """
+    CopyStaged: _aio.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]  # type: ignore[assignment]
+    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Checksum: _aio.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]  # type: ignore[assignment]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
@@ -85,8 +93,8 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.OpenLinkRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.OpenLinkResponse, _abc.Awaitable[_link_pb2.OpenLinkResponse]]:
-        """Opens this end of a link and says how to reach it. Errors: FABRIC_UNAVAILABLE, LIMIT_REACHED,
-        SHUTTING_DOWN.
+        """Opens this end of a link and says how to reach it, or rebuilds the rails of an open one. Errors:
+        FABRIC_UNAVAILABLE, LIMIT_REACHED, LINK_NOT_FOUND, SHUTTING_DOWN.
         """
 
     @_abc_1.abstractmethod
@@ -115,6 +123,16 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_link_pb2.ReleaseGrantsResponse, _abc.Awaitable[_link_pb2.ReleaseGrantsResponse]]:
         """Ends grants. After the answer no byte is written or read under them any more: this is the
         fence. A grant that is gone already is no error.
+        """
+
+    @_abc_1.abstractmethod
+    def CopyStaged(
+        self,
+        request: _link_pb2.CopyStagedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_link_pb2.CopyStagedResponse, _abc.Awaitable[_link_pb2.CopyStagedResponse]]:
+        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
 
     @_abc_1.abstractmethod

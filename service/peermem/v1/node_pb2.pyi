@@ -103,10 +103,15 @@ class Device(_message.Message):
     AVAILABLE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     REGION_COUNT_FIELD_NUMBER: _builtins.int
+    PCI_ADDRESS_FIELD_NUMBER: _builtins.int
+    NICS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Short name, unique on the node."""
     kind: _builtins.str
-    """"memfd" for host memory that stands in for a BAR; "adopted" for memory that jobs handed in."""
+    """"p2pmem" and "pci_resource" for BAR memory, "memfd" for host memory that stands in for it, "adopted"
+    for memory that jobs handed in.
+    """
     size: _builtins.int
     """Bytes in all."""
     available: _builtins.int
@@ -115,6 +120,14 @@ class Device(_message.Message):
     """How a NIC reaches its memory."""
     region_count: _builtins.int
     """Regions on it."""
+    pci_address: _builtins.str
+    """PCI address, such as 0000:41:00.0; empty for host memory."""
+    why: _builtins.str
+    """Why these, or why none."""
+    @_builtins.property
+    def nics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NIC ports that its regions use, nearest first; empty when none has been proved to reach it."""
+
     def __init__(
         self,
         *,
@@ -124,10 +137,13 @@ class Device(_message.Message):
         available: _builtins.int = ...,
         path: _region_pb2.Path.ValueType = ...,
         region_count: _builtins.int = ...,
+        pci_address: _builtins.str = ...,
+        nics: _abc.Iterable[_builtins.str] | None = ...,
+        why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "kind", b"kind", "name", b"name", "path", b"path", "region_count", b"region_count", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "kind", b"kind", "name", b"name", "nics", b"nics", "path", b"path", "pci_address", b"pci_address", "region_count", b"region_count", "size", b"size", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -144,6 +160,9 @@ class Nic(_message.Message):
     LINK_LAYER_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
     NUMA_NODE_FIELD_NUMBER: _builtins.int
+    PCI_ADDRESS_FIELD_NUMBER: _builtins.int
+    GIDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Device and port, such as rxe0/1."""
     state: _builtins.str
@@ -154,6 +173,16 @@ class Nic(_message.Message):
     """Bits per second; 0 where the kernel does not say."""
     numa_node: _builtins.int
     """NUMA node; -1 where there is none."""
+    pci_address: _builtins.str
+    """PCI address; empty for a software NIC."""
+    @_builtins.property
+    def gids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Addresses of the port in text, such as ::ffff:10.0.0.1."""
+
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why the verbs fabric does not use it; absent when it does."""
+
     def __init__(
         self,
         *,
@@ -162,10 +191,13 @@ class Nic(_message.Message):
         link_layer: _builtins.str = ...,
         rate: _builtins.int = ...,
         numa_node: _builtins.int = ...,
+        pci_address: _builtins.str = ...,
+        gids: _abc.Iterable[_builtins.str] | None = ...,
+        error: _error_pb2.Error | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_layer", b"link_layer", "name", b"name", "numa_node", b"numa_node", "rate", b"rate", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "gids", b"gids", "link_layer", b"link_layer", "name", b"name", "numa_node", b"numa_node", "pci_address", b"pci_address", "rate", b"rate", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,7 +374,9 @@ Global___PreflightRequest: _TypeAlias = PreflightRequest  # noqa: Y015
 
 @_typing.final
 class PreflightVerdict(_message.Message):
-    """What one trial showed."""
+    """One finding of a preflight: about the node, where `check` is set; about a NIC port, where only `nic`
+    is; or about a device as a NIC port reaches it, where `device` is set.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -352,24 +386,47 @@ class PreflightVerdict(_message.Message):
     WORKS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     LATENCY_FIELD_NUMBER: _builtins.int
-    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    WRITE_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    READ_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    NIC_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
     device: _builtins.str
-    """The device that was tried."""
+    """The device that was tried; empty for a finding about the node or a NIC."""
     fabric: _transfer_pb2.Fabric.ValueType
-    """The fabric that it was tried over."""
+    """The fabric that it was tried over; unspecified for a finding about the node."""
     path: _region_pb2.Path.ValueType
-    """How the NIC reached the memory."""
+    """How the NIC reaches the memory; unspecified unless a device was tried."""
     works: _builtins.bool
-    """Whether the pattern arrived both ways."""
-    bandwidth: _builtins.int
-    """Bytes per second of 1 MiB writes."""
+    """Whether the pattern arrived both ways, or the check passed."""
+    write_bandwidth: _builtins.int
+    """Bytes per second of 1 MiB writes into the memory."""
+    read_bandwidth: _builtins.int
+    """Bytes per second of 1 MiB reads out of the memory."""
+    nic: _builtins.str
+    """The NIC port that it was tried with; empty for a finding about the node."""
+    check: _builtins.str
+    """What was checked of the node: "kernel", "memlock", "capabilities", "lockdown", "iommu", "rdma-core",
+    "rdma-system", "device-files" or "nics"; empty for a NIC or a device.
+    """
+    detail: _builtins.str
+    """What was found, in words: a version, a limit, how near the NIC is."""
+    advice: _builtins.str
+    """What would make it better, or what else to try; empty when nothing would."""
+    done: _builtins.int
+    """Findings done so far, this one included."""
+    total: _builtins.int
+    """Findings that there will be."""
     @_builtins.property
     def error(self) -> _error_pb2.Error:
         """Why it did not; absent when it works."""
 
     @_builtins.property
     def latency(self) -> _duration_pb2.Duration:
-        """Median time of a 4 KiB write and of a 4 KiB read."""
+        """Median time of a 4 KiB write; absent unless a device was tried and works."""
 
     def __init__(
         self,
@@ -380,11 +437,18 @@ class PreflightVerdict(_message.Message):
         works: _builtins.bool = ...,
         error: _error_pb2.Error | None = ...,
         latency: _duration_pb2.Duration | None = ...,
-        bandwidth: _builtins.int = ...,
+        write_bandwidth: _builtins.int = ...,
+        read_bandwidth: _builtins.int = ...,
+        nic: _builtins.str = ...,
+        check: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        advice: _builtins.str = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "latency", b"latency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "device", b"device", "error", b"error", "fabric", b"fabric", "latency", b"latency", "path", b"path", "works", b"works"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "check", b"check", "detail", b"detail", "device", b"device", "done", b"done", "error", b"error", "fabric", b"fabric", "latency", b"latency", "nic", b"nic", "path", b"path", "read_bandwidth", b"read_bandwidth", "total", b"total", "works", b"works", "write_bandwidth", b"write_bandwidth"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

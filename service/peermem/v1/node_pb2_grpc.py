@@ -96,8 +96,9 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Preflight(self, request, context):
-        """Proves each way from each device over each fabric by moving a pattern both ways and comparing
-        it; streams one verdict after the other.
+        """Checks the node, its NIC ports, and by moving a pattern both ways and comparing it each device with
+        each NIC port; streams one verdict after the other. Memory of regions is not touched. Errors:
+        DEVICE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,8 +44,9 @@ class NodeServiceStub:
     ListNics: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListNicsRequest, _node_pb2.ListNicsResponse]
     """Lists this node's NIC ports in order of their names."""
     Preflight: _grpc.UnaryStreamMultiCallable[_node_pb2.PreflightRequest, _node_pb2.PreflightVerdict]
-    """Proves each way from each device over each fabric by moving a pattern both ways and comparing
-    it; streams one verdict after the other.
+    """Checks the node, its NIC ports, and by moving a pattern both ways and comparing it each device with
+    each NIC port; streams one verdict after the other. Memory of regions is not touched. Errors:
+    DEVICE_NOT_FOUND.
     """
 
 @_typing.type_check_only
@@ -64,8 +65,9 @@ class NodeServiceAsyncStub(NodeServiceStub):
     ListNics: _aio.UnaryUnaryMultiCallable[_node_pb2.ListNicsRequest, _node_pb2.ListNicsResponse]  # type: ignore[assignment]
     """Lists this node's NIC ports in order of their names."""
     Preflight: _aio.UnaryStreamMultiCallable[_node_pb2.PreflightRequest, _node_pb2.PreflightVerdict]  # type: ignore[assignment]
-    """Proves each way from each device over each fabric by moving a pattern both ways and comparing
-    it; streams one verdict after the other.
+    """Checks the node, its NIC ports, and by moving a pattern both ways and comparing it each device with
+    each NIC port; streams one verdict after the other. Memory of regions is not touched. Errors:
+    DEVICE_NOT_FOUND.
     """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -111,8 +113,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.PreflightRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.PreflightVerdict], _abc.AsyncIterator[_node_pb2.PreflightVerdict]]:
-        """Proves each way from each device over each fabric by moving a pattern both ways and comparing
-        it; streams one verdict after the other.
+        """Checks the node, its NIC ports, and by moving a pattern both ways and comparing it each device with
+        each NIC port; streams one verdict after the other. Memory of regions is not touched. Errors:
+        DEVICE_NOT_FOUND.
         """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -182,6 +182,8 @@ class Region(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    NICS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}/regions/{region}."""
     length: _builtins.int
@@ -194,6 +196,8 @@ class Region(_message.Message):
     """How a NIC reaches it."""
     state: Global___RegionState.ValueType
     """Where it is in its life."""
+    why: _builtins.str
+    """Why these NICs, or why none."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free labels of the owner: at most 16, keys of 1 to 63 and values of 0 to 63 bytes of UTF-8."""
@@ -205,6 +209,10 @@ class Region(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
+
+    @_builtins.property
+    def nics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NIC ports that it is registered with, nearest first; empty when only the CPU reaches it."""
 
     def __init__(
         self,
@@ -218,10 +226,12 @@ class Region(_message.Message):
         path: Global___Path.ValueType = ...,
         state: Global___RegionState.ValueType = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        nics: _abc.Iterable[_builtins.str] | None = ...,
+        why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "owner", b"owner", "path", b"path", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "nics", b"nics", "owner", b"owner", "path", b"path", "state", b"state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,6 +144,7 @@ class Transfer(_message.Message):
     CRC32C_FIELD_NUMBER: _builtins.int
     EXECUTED_BY_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    FABRIC_WHY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}/transfers/{transfer}."""
     state: Global___TransferState.ValueType
@@ -168,6 +169,8 @@ class Transfer(_message.Message):
     """The transfer on the node that runs it, for a relayed one."""
     path: _region_pb2.Path.ValueType
     """How the memory of this node's region is reached; unspecified for a relayed transfer."""
+    fabric_why: _builtins.str
+    """Why the fabric was chosen, in words; empty for a relayed transfer."""
     @_builtins.property
     def error(self) -> _error_pb2.Error:
         """Why it failed or was cancelled; absent otherwise."""
@@ -202,10 +205,11 @@ class Transfer(_message.Message):
         crc32c: _builtins.int | None = ...,
         executed_by: _builtins.str = ...,
         path: _region_pb2.Path.ValueType = ...,
+        fabric_why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "crc32c", b"crc32c", "create_time", b"create_time", "direction", b"direction", "duration", b"duration", "end_time", b"end_time", "error", b"error", "executed_by", b"executed_by", "fabric", b"fabric", "name", b"name", "owner", b"owner", "path", b"path", "segment_count", b"segment_count", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "crc32c", b"crc32c", "create_time", b"create_time", "direction", b"direction", "duration", b"duration", "end_time", b"end_time", "error", b"error", "executed_by", b"executed_by", "fabric", b"fabric", "fabric_why", b"fabric_why", "name", b"name", "owner", b"owner", "path", b"path", "segment_count", b"segment_count", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
     _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
