@@ -22,19 +22,20 @@ from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.names import ChildName
-from peermem.core.node import ADOPTED, NodeFacts
+from peermem.core.node import ADOPTED, NicPort, NodeFacts
 from peermem.core.policy import OwnerPolicy
+from peermem.core.topology import Machine, Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
-from peermem.device.base import Device, DeviceMemory
+from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, Path, RemoteKey, Rights
+from peermem.device.base import Copier, Device, DeviceMemory
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
 from peermem.directory.base import NodeEntry
 from peermem.directory.static import StaticDirectory
-from peermem.fabric.base import Completion, Exchange, Fabric, FabricLimits, Link, LinkEvents, Status, WorkRequest
+from peermem.fabric.base import Completion, Exchange, Fabric, FabricLimits, Link, LinkEvents, Proof, Status, WorkRequest
 from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
 from peermem.memory import Memory
-from peermem.remote.base import GrantedKey, OpenedLink, RemoteNode, Remotes
+from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.telemetry.metrics import Metrics
 
 MIB = 1 << 20
@@ -58,6 +59,10 @@ class FragileMemory:
         self._device.touch()
         return self._inner.view()
 
+    @property
+    def copier(self) -> Copier | None:
+        return self._inner.copier
+
     def share(self) -> tuple[int, int]:
         if not self._device.mappable:
             raise NotMappable("The kernel gives no file descriptor for this memory.")
@@ -73,6 +78,8 @@ class FragileDevice(MemfdDevice):
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
         self.vanished = False
+        self.gone = False
+        """Whether it is not on the node any more."""
         self.mappable = True
         self.slow: threading.Event | None = None
         """Threads that touch memory wait for it."""
@@ -81,6 +88,9 @@ class FragileDevice(MemfdDevice):
 
     async def allocate(self, length: int) -> DeviceMemory:
         return FragileMemory(await super().allocate(length), self)
+
+    def alive(self) -> bool:
+        return not self.gone
 
     def touch(self) -> None:
         if self.vanished:
@@ -134,6 +144,11 @@ class CuedFabric:
         """What the next requests end with."""
         self.defect: Exception | None = None
         """Raised by `connect`."""
+        self.refusal: PeermemError | None = None
+        """Raised by `register`."""
+        self.registered: list[Memory] = []
+        self.granting: asyncio.Event | None = None
+        """Waited for by `grant` while it is here."""
         self.links: list[CuedLink] = []
         self._inner = inner
 
@@ -144,6 +159,28 @@ class CuedFabric:
     @property
     def limits(self) -> FabricLimits:
         return self._inner.limits
+
+    @property
+    def nics(self) -> Mapping[str, PeermemError | None]:
+        return self._inner.nics
+
+    @property
+    def unavailable(self) -> PeermemError | None:
+        return self._inner.unavailable
+
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        await self._inner.register(memory, path, nics)
+        self.registered.append(memory)
+
+    async def unregister(self, memory: Memory) -> None:
+        if memory in self.registered:
+            self.registered.remove(memory)
+        await self._inner.unregister(memory)
+
+    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        return await self._inner.probe(nic, memory, path)
 
     async def start(self) -> None:
         await self._inner.start()
@@ -175,8 +212,12 @@ class CuedFabric:
     async def hang_up(self, link_id: bytes) -> None:
         await self._inner.hang_up(link_id)
 
-    def grant(self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float) -> RemoteKey:
-        return self._inner.grant(link_id, memory, offset, length, rights, ttl)
+    async def grant(
+        self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
+    ) -> RemoteKey:
+        if self.granting is not None:
+            await self.granting.wait()
+        return await self._inner.grant(link_id, memory, offset, length, rights, ttl)
 
     async def revoke(self, key: RemoteKey) -> None:
         await self._inner.revoke(key)
@@ -224,11 +265,17 @@ class DirectRemote:
         self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
     ) -> GrantedKey:
         await self.cues.pass_through("acquire_grant")
-        return self._broker.serving.acquire(link_id, epoch, region, right, subject)
+        return await self._broker.serving.acquire(link_id, epoch, region, right, subject)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         await self.cues.pass_through("release_grants")
         await self._broker.serving.release(link_id, grant_ids)
+
+    async def copy_staged(
+        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
+    ) -> None:
+        await self.cues.pass_through("copy_staged")
+        await self._broker.serving.copy_staged(link_id, grant_id, pieces, into_region=into_region)
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
@@ -280,7 +327,15 @@ class DirectRemotes:
 class Host:
     """One broker and its parts."""
 
-    def __init__(self, node: str, brokers: dict[str, Broker], **settings: float) -> None:
+    def __init__(
+        self,
+        node: str,
+        brokers: dict[str, Broker],
+        settings: Mapping[str, float],
+        verbs: Fabric | None = None,
+        devices: Mapping[str, Device] | None = None,
+    ) -> None:
+        """`verbs` and `devices` are there besides tcp, local, bar0 and adopted memory."""
         self.node = node
         self.cues = Cues()
         """For what this node asks of the others."""
@@ -291,24 +346,28 @@ class Host:
             TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
         )
         fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
-        devices: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB)}
+        if verbs is not None:
+            fabrics[FabricKind.VERBS] = verbs
+        self._fabrics = fabrics
+        own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
             _settings(node, settings),
             f"epoch-{node}",
-            devices,
+            own,
             fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
             OwnerPolicy(),
             self.sessions,
             Metrics("0"),
+            lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),
         )
         brokers[node] = self.broker
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Start the fabrics; the stack ends all in the daemon's order."""
-        for fabric in (self.tcp, self.local):
+        for fabric in self._fabrics.values():
             await fabric.start()
             stack.push_async_callback(fabric.close)
         await self.directory.join(NodeEntry(self.node, f"{self.node}.test:1"))

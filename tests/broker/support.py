@@ -8,7 +8,7 @@ from collections.abc import Callable
 from peermem.broker.regions import Region
 from peermem.broker.runs import Transfer
 from peermem.core.errors import PeermemError
-from peermem.core.policy import ANONYMOUS
+from peermem.core.policy import ANONYMOUS, Action
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.segments import SegmentList, columns
 from peermem.core.transfer import State, TransferFacts, TransferRequest
@@ -16,12 +16,21 @@ from peermem.core.types import FabricKind
 from tests.doubles import PATIENCE, Host
 
 
-async def region(host: Host, length: int, name: str = "", lease: Lease | None = None, data: bytes = b"") -> Region:
+async def region(
+    host: Host, length: int, name: str = "", lease: Lease | None = None, data: bytes = b"", device: str = "bar0"
+) -> Region:
     """Make a region of nobody's, with `data` at its start."""
-    made = await host.broker.create_region(ANONYMOUS, None, RegionRequest(name, length, "bar0", "", {}, lease))
+    made = await host.broker.create_region(ANONYMOUS, None, RegionRequest(name, length, device, "", {}, lease))
     if data:
-        made.memory.view()[: len(data)] = data
+        with host.broker.use_region(ANONYMOUS, made.name, Action.WRITE, 0, len(data)) as use:
+            await use.write(0, data)
     return made
+
+
+async def content(host: Host, made: Region) -> bytes:
+    """Return a region's bytes, as its node reads them."""
+    with host.broker.use_region(ANONYMOUS, made.name, Action.READ, 0, made.memory.length) as use:
+        return await use.read(0, made.memory.length)
 
 
 def whole(source: Region, destination: Region) -> SegmentList:

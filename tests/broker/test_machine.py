@@ -61,7 +61,7 @@ class Brokers(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         brokers: dict[str, Broker] = {}
-        self.hosts = [Host(node, brokers) for node in ("a", "b")]
+        self.hosts = [Host(node, brokers, {}) for node in ("a", "b")]
         for host in self.hosts:
             self.runner.run(host.open(self.stack))
 

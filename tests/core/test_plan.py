@@ -37,15 +37,15 @@ def test_without_such_a_node_it_is_refused() -> None:
 
 def test_directions_and_fabrics() -> None:
     push, pull, both = legs([segment("a", "b"), segment("b", "a"), segment("a", "a")], "a", {TCP, LOCAL}, None)
-    assert (push.direction, push.fabric, push.ranges) == (Direction.PUSH, TCP, Ranges.single(0, 64, 8))
-    assert (pull.direction, pull.fabric, pull.ranges) == (Direction.PULL, TCP, Ranges.single(64, 0, 8))
-    assert (both.direction, both.fabric) == (Direction.LOCAL, LOCAL)
+    assert (push.direction, push.fabrics, push.ranges) == (Direction.PUSH, (TCP,), Ranges.single(0, 64, 8))
+    assert (pull.direction, pull.fabrics, pull.ranges) == (Direction.PULL, (TCP,), Ranges.single(64, 0, 8))
+    assert (both.direction, both.fabrics) == (Direction.LOCAL, (LOCAL,))
     assert (str(pull.local), str(pull.other)) == ("nodes/a/regions/d", "nodes/b/regions/s")
 
 
 def test_verbs_is_preferred_and_a_wish_is_kept() -> None:
-    assert legs([segment("a", "b")], "a", {TCP, VERBS}, None)[0].fabric is VERBS
-    assert legs([segment("a", "b")], "a", {TCP, VERBS}, TCP)[0].fabric is TCP
+    assert legs([segment("a", "b")], "a", {TCP, VERBS}, None)[0].fabrics == (VERBS, TCP)
+    assert legs([segment("a", "b")], "a", {TCP, VERBS}, TCP)[0].fabrics == (TCP,)
 
 
 @pytest.mark.parametrize(("pair", "wanted"), [(("a", "b"), LOCAL), (("a", "a"), TCP), (("a", "b"), VERBS)])

@@ -7,17 +7,21 @@ from peermem.core.transfer import State, TransferMachine
 from peermem.core.types import Ranges
 
 
-def machine(*legs: int) -> TransferMachine:
+class Machine(TransferMachine):
     """Each leg has so many slices of 10 bytes."""
-    return TransferMachine(
-        [iter([Ranges.single(10 * i, 10 * i, 10) for i in range(count)]) for count in legs], 10 * sum(legs)
-    )
+
+    def __init__(self, *legs: int) -> None:
+        super().__init__(len(legs), 10 * sum(legs))
+        self._slices = [iter([Ranges.single(10 * i, 10 * i, 10) for i in range(count)]) for count in legs]
+
+    def begin(self) -> None:
+        self.start(self._slices)
 
 
 def test_it_succeeds_when_every_slice_is_in_place() -> None:
-    transfer = machine(2, 1)
+    transfer = Machine(2, 1)
     assert transfer.take(0) is None, "nothing is posted before the start"
-    transfer.start()
+    transfer.begin()
     assert [transfer.take(0) is not None for _ in range(3)] == [True, True, False]
     assert [transfer.take(1) is not None for _ in range(2)] == [True, False]
     for _ in range(3):
@@ -29,8 +33,8 @@ def test_it_succeeds_when_every_slice_is_in_place() -> None:
 
 
 def test_after_a_failure_nothing_is_posted_and_what_is_in_flight_comes_back() -> None:
-    transfer = machine(3)
-    transfer.start()
+    transfer = Machine(3)
+    transfer.begin()
     transfer.take(0)
     transfer.take(0)
     transfer.broken(0, NodeUnreachable("It is gone."), flushed=True)
@@ -45,7 +49,7 @@ def test_after_a_failure_nothing_is_posted_and_what_is_in_flight_comes_back() ->
 
 
 def test_the_first_failure_is_reported() -> None:
-    transfer = machine(1)
+    transfer = Machine(1)
     transfer.fail(Timeout("Too late."))
     transfer.fail(TransferCancelled("By hand."))
     assert transfer.drained
@@ -54,8 +58,8 @@ def test_the_first_failure_is_reported() -> None:
 
 
 def test_a_cancelled_one_is_cancelled() -> None:
-    transfer = machine(1)
-    transfer.start()
+    transfer = Machine(1)
+    transfer.begin()
     transfer.take(0)
     transfer.fail(TransferCancelled("By hand."))
     transfer.completed(10)
@@ -63,23 +67,23 @@ def test_a_cancelled_one_is_cancelled() -> None:
 
 
 def test_a_start_after_the_failure_posts_nothing() -> None:
-    transfer = machine(1)
+    transfer = Machine(1)
     transfer.fail(TransferCancelled("By hand."))
-    transfer.start()
+    transfer.begin()
     assert transfer.take(0) is None
 
 
 def test_it_cannot_end_while_slices_are_in_flight() -> None:
-    transfer = machine(1)
-    transfer.start()
+    transfer = Machine(1)
+    transfer.begin()
     transfer.take(0)
     with pytest.raises(AssertionError, match="in flight"):
         transfer.finish()
 
 
 def test_a_refused_slice_is_taken_again() -> None:
-    transfer = machine(1)
-    transfer.start()
+    transfer = Machine(1)
+    transfer.begin()
     first = transfer.take(0)
     assert first is not None
     assert transfer.take(0) is None
@@ -93,8 +97,8 @@ def test_a_refused_slice_is_taken_again() -> None:
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_whatever_the_order_each_slice_is_in_place_once(legs: list[int], data: st.DataObject) -> None:
-    transfer = machine(*legs)
-    transfer.start()
+    transfer = Machine(*legs)
+    transfer.begin()
     in_flight: list[tuple[int, Ranges]] = []
     landed: list[tuple[int, int]] = []
     refusals = 0

@@ -4,7 +4,6 @@ Rules of this file:
 
 * The policy is asked before bytes of a region are touched and before anything is managed; names and facts of
   regions and transfers are for whoever reaches the daemon.
-* A call that fails leaves nothing behind: no name reserved, no memory given out, no descriptor open.
 * Draining refuses new work, lets the running work end within its grace, then fails it.
 """
 
@@ -14,13 +13,17 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 
 import structlog
 
 from peermem.broker.access import Use
-from peermem.broker.links import LinkTable
+from peermem.broker.legs import LegRun
+from peermem.broker.link_table import LinkTable
+from peermem.broker.maker import RegionMaker
+from peermem.broker.proofs import Proofs
+from peermem.broker.reach import Registry
 from peermem.broker.regions import Region, RegionTable
 from peermem.broker.relays import Relay
 from peermem.broker.runs import Transfer, TransferRun
@@ -29,23 +32,21 @@ from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.transfers import TransferTable
 from peermem.core.errors import (
-    DeviceNotFound,
     LeaseNotRenewable,
     RegionDeleted,
     RegionInUse,
-    SessionNotFound,
     ShuttingDown,
     TransferCancelled,
     WrongNode,
-    ZeroLength,
 )
-from peermem.core.names import ChildName, check_id
-from peermem.core.node import ADOPTED, DeviceFacts, NodeFacts
-from peermem.core.plan import Leg, plan_transfer
+from peermem.core.names import ChildName
+from peermem.core.node import DeviceFacts, NodeFacts
+from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Policy
-from peermem.core.region import Lease, RegionRequest
+from peermem.core.region import RegionRequest, State
+from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.core.types import FabricKind, LeaseKind
 from peermem.core.version import VERSION
 from peermem.device.base import Device, DeviceMemory
 from peermem.directory.base import Directory
@@ -73,8 +74,10 @@ class Broker:
         policy: Policy,
         sessions: SessionTable,
         metrics: Metrics,
+        topology: Callable[[], Topology],
     ) -> None:
-        """`epoch` identifies this run of the daemon; devices by name; fabrics that have been started."""
+        """`epoch` identifies this run of the daemon; devices by name; fabrics that have been started; `topology`
+        reads what holds now, in a thread."""
         self.node = settings.node
         self.epoch = epoch
         self.started_at = time.time()
@@ -88,7 +91,9 @@ class Broker:
         self._draining = False
         self._grant_ttl = settings.grant_ttl
         self._tasks: set[asyncio.Task[None]] = set()
-        self.regions = RegionTable(settings.node, settings.max_regions, self._revoke_grants, metrics)
+        self.proofs = Proofs(fabrics.get(FabricKind.VERBS))
+        self.registry = Registry(fabrics, self.proofs, topology, insist=FabricKind.TCP not in fabrics)
+        self.regions = RegionTable(settings.node, settings.max_regions, self._let_go, metrics)
         self.transfers = TransferTable(
             settings.node,
             max_running=settings.max_running,
@@ -96,6 +101,7 @@ class Broker:
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
+        self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
         self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
         sessions.on_close(self._session_closed)
@@ -105,41 +111,14 @@ class Broker:
     async def create_region(self, subject: str, session: Session | None, request: RegionRequest) -> Region:
         """Make a region. Raises as RegionService.CreateRegion."""
         self._check_open()
-        region_id = check_id(request.region_id, "region_id") if request.region_id else f"r-{secrets.token_hex(6)}"
-        lease = request.lease or Lease(LeaseKind.SESSION if session else LeaseKind.NONE)
-        if lease.kind is LeaseKind.SESSION and session is None:
-            raise SessionNotFound("A lease of kind SESSION needs a call that carries a session of the attach socket.")
-        name = ChildName(self.node, "regions", region_id)
-        self.regions.reserve(region_id)
-        try:
-            device, memory = await self._memory(session, request)
-        except BaseException:
-            self.regions.release(region_id)
-            raise
-        tied = session.token if session is not None and lease.kind is LeaseKind.SESSION else ""
-        region = Region(name, device, memory, subject, request.labels, lease, tied)
-        self.regions.add(region)
+        region = await self._maker.make(subject, session, request)
+        if self._draining:
+            error = ShuttingDown(f"nodes/{self.node} is shutting down.")
+            await self.regions.start_end(region, error)
+            raise error
         if session is not None and session.closed:
             await self.regions.end_session(session.token)
         return region
-
-    async def _memory(self, session: Session | None, request: RegionRequest) -> tuple[Device, DeviceMemory]:
-        if request.adopted:
-            if session is None:
-                raise SessionNotFound(
-                    "A file descriptor can be adopted only by a call of the session that handed it in."
-                )
-            device = self.devices[ADOPTED]
-            return device, await device.adopt(self.sessions.take(session, request.adopted), request.length)
-        if request.device not in self.devices:
-            names = ", ".join(sorted(self.devices)) or "none"
-            raise DeviceNotFound(
-                f"nodes/{self.node} has no device {request.device[:80]!r}; it has {names}.", device=request.device[:80]
-            )
-        if request.length == 0:
-            raise ZeroLength("A region needs a length of at least 1 byte.")
-        device = self.devices[request.device]
-        return device, await device.allocate(request.length)
 
     def region(self, name: ChildName) -> Region:
         """Return a region of this node. Raises RegionNotFound, WrongNode."""
@@ -192,8 +171,9 @@ class Broker:
     def _session_closed(self, session: Session) -> None:
         self._spawn(self.regions.end_session(session.token))
 
-    async def _revoke_grants(self, region: Region) -> None:
+    async def _let_go(self, region: Region) -> None:
         await self.serving.revoke_region(region)
+        await self.registry.unregister(region.memory, region.reach)
 
     # transfers
 
@@ -223,7 +203,7 @@ class Broker:
             relay = Relay(name, node, self._remotes.get(node), request, subject)
             self._begin(name, relay, request.weight, relay.drive())
             return relay
-        run = TransferRun(name, request, parts, regions, subject, lambda kind: self.fabrics[kind].limits, self._moved)
+        run = TransferRun(name, request, parts, regions, subject, self._moved)
         self._begin(name, run, request.weight, run.drive(self.links))
         return run
 
@@ -257,8 +237,8 @@ class Broker:
             seconds=facts.duration or 0.0,
         )
 
-    def _moved(self, leg: Leg, path: Path, size: int) -> None:
-        self._metrics.transfer_bytes(leg.direction, leg.fabric, path, size)
+    def _moved(self, run: LegRun, size: int) -> None:
+        self._metrics.transfer_bytes(run.leg.direction, run.fabric, run.path, size)
 
     def transfer(self, name: ChildName) -> TransferFacts:
         """Return a transfer of this node. Raises TransferNotFound, WrongNode."""
@@ -287,7 +267,7 @@ class Broker:
             address=entry.address if entry else "",
             epoch=self.epoch,
             version=VERSION,
-            fabrics=tuple(self.fabrics),
+            fabrics=tuple(kind for kind, fabric in self.fabrics.items() if fabric.unavailable is None),
             started_at=self.started_at,
             region_count=len(self.regions),
             region_bytes=sum(region.memory.length for region in self.regions),
@@ -338,13 +318,21 @@ class Broker:
             log.error("task_defect", exc_info=error)
 
     async def tend(self) -> None:
-        """Close idle links, for as long as the daemon runs."""
+        """Close idle links and let go of devices that vanished, for as long as the daemon runs."""
         while True:
             await asyncio.sleep(_TEND)
             try:
                 self.links.tend()
+                self.let_go_of_lost_devices()
             except Exception:
                 log.exception("tend_defect")
+
+    def let_go_of_lost_devices(self) -> None:
+        """Revoke the regions of devices that are not there any more: the kernel waits for their memory."""
+        lost = {name for name, device in self.devices.items() if not device.alive()}
+        for region in self.regions if lost else ():
+            if region.device.name in lost and region.state is State.READY:
+                self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for running transfers to end, then fail them."""
@@ -386,8 +374,8 @@ class Broker:
             await device.close()
 
 
-_TEND = 5.0
-"""Seconds between two looks at what is idle."""
+_TEND = 1.0
+"""Seconds between two looks at what is idle or lost."""
 _HEAVY = 8
 """Transfers with as many segments as one may have that may run at the same time: each keeps about 15 MB."""
 _MARGIN = 5.0

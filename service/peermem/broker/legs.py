@@ -7,22 +7,27 @@ Rules of this file:
   again, which does no harm twice; it fails when it is refused again with nothing in place since.
 * All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
+* The fabric is the first of those that the plan allows that reaches both regions; a leg stays on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import add
 from typing import Protocol
 
 import structlog
 
 from peermem.broker.access import checksum
-from peermem.broker.links import HeldGrant, LinkTable, OutboundLink
+from peermem.broker.link_table import LinkTable
+from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
+from peermem.broker.slots import SLOT
+from peermem.broker.staging import Stager
 from peermem.core.errors import (
     ChecksumMismatch,
+    FabricUnavailable,
     GrantRefused,
     Internal,
     LinkNotFound,
@@ -34,9 +39,9 @@ from peermem.core.errors import (
     RegionRevoked,
     StaleEpoch,
 )
-from peermem.core.plan import Direction, Leg
+from peermem.core.plan import Direction, Leg, slices
 from peermem.core.transfer import TransferMachine
-from peermem.core.types import Path, RemoteKey, Rights
+from peermem.core.types import FabricKind, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
 
 log = structlog.get_logger(__name__)
@@ -49,8 +54,8 @@ class LegHost(Protocol):
     machine: TransferMachine
     clock: Callable[[], float]
 
-    moved: Callable[[Leg, Path, int], None]
-    """Told of bytes of a leg that are in place, and how the memory here is reached."""
+    moved: Callable[[LegRun, int], None]
+    """Told of bytes of a leg that are in place."""
 
     def fail(self, error: PeermemError) -> None:
         """End the transfer for this reason."""
@@ -72,6 +77,10 @@ class LegRun:
         """`index` is the leg's number in the machine of `host`, `region` its local region."""
         pull = leg.direction is Direction.PULL
         self.leg = leg
+        self.fabric = leg.fabrics[0]
+        """What it runs over; final once it is prepared."""
+        self.why = ""
+        """Why this one, in words."""
         self.path = region.device.path
         self._host = host
         self._index = index
@@ -89,32 +98,82 @@ class LegRun:
         self._parked = False
         """Whether nothing may be posted before the grant has been renewed."""
         self._renewal: asyncio.Task[None] | None = None
+        self._stager: Stager | None = None
+        """Where an end is staged."""
+        self._cut = False
+        """Whether the slices have been cut."""
 
     async def prepare(self, links: LinkTable) -> None:
         """Get the link and the grant.
 
         Raises what they raise, and OutOfRange for ranges behind the end of the region at the far end.
         """
-        self.link = await links.get(self.leg.other.node, self.leg.fabric)
+        *others, last = self._candidates(links)
+        for kind in others:
+            try:
+                await self._prepare_over(kind, links)
+            except (FabricUnavailable, NodeUnreachable) as error:
+                links.detours.failed(self.leg.other, kind, error)
+                self.why = _instead(kind, error)
+                log.info("fabric_passed_over", fabric=kind.value, region=str(self.leg.other), cause=error.message)
+            else:
+                links.detours.worked(self.leg.other, kind)
+                return
+        await self._prepare_over(last, links)
+
+    async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
+        self.fabric = kind
+        self.link = await links.get(self.leg.other.node, kind)
         try:
             await self._acquire()
         except (StaleEpoch, LinkNotFound):  # the remote daemon was restarted: once more on a new link
             links.discard(self.link)
-            self.link = await links.get(self.leg.other.node, self.leg.fabric)
+            self.link = await links.get(self.leg.other.node, kind)
             await self._acquire()
 
+    def _candidates(self, links: LinkTable) -> list[FabricKind]:
+        """Return the fabrics to try, the best first. Raises FabricUnavailable where none reaches the region here."""
+        region, allowed = self._region, self.leg.fabrics
+        here = [kind for kind in allowed if kind in region.fabrics]
+        if not here:
+            names = " or ".join(kind.value for kind in allowed)
+            raise FabricUnavailable(
+                f"{region.name} is not reached over {names}: {region.why or 'this node does not serve it'}",
+                region=region.name,
+            )
+        if len(allowed) == 1:
+            self.why = self.why or f"{here[0].value} is the only fabric for this pair, or was asked for."
+        elif here[0] is not allowed[0]:
+            self.why = f"{region.name}: {region.why}"
+        else:
+            self.why = f"{here[0].value} reaches both regions."
+        for kind in here[:-1]:
+            error = links.detours.why(self.leg.other, kind)
+            if error is not None:
+                self.why = _instead(kind, error)
+                here = [other for other in here if other is not kind]
+        return here
+
     def prepare_at_once(self, links: LinkTable) -> bool:
-        """Use a link and a grant from before; return whether there are such. Raises OutOfRange."""
-        link = links.kept(self.leg.other.node, self.leg.fabric)
+        """Use a link and a grant from before; return whether there are such. Raises OutOfRange, FabricUnavailable."""
+        kind = self._candidates(links)[0]
+        link = links.kept(self.leg.other.node, kind)
         held = link.kept_grant(self.leg.other, self._right, self._host.owner) if link else None
         if link is None or held is None:
             return False
-        if self._reach > held.key.length:  # the region may have been made anew, and larger
+        if self._reach > held.region_length:  # the region may have been made anew, and larger
             link.forget_grant(self.leg.other, self._right, self._host.owner, held)
             return False
-        self.link, self._kept = link, True
+        self.fabric, self.link, self._kept = kind, link, True
         self._adopt(held)
         return True
+
+    def slices(self) -> Iterator[Ranges]:
+        """Return the slices of the leg, cut for its fabric; call once, when it is prepared."""
+        limits = self.link.fabric.limits
+        self._cut = True
+        size = min(limits.slice_bytes, SLOT) if self._stager else limits.slice_bytes
+        return slices(self.leg.ranges, size, limits.slice_ranges)
 
     async def _acquire(self) -> None:
         self._adopt(await self.link.grant(self.leg.other, self._right, self._host.owner))
@@ -122,13 +181,18 @@ class LegRun:
     def _adopt(self, held: HeldGrant) -> None:
         if self._landed_in not in (None, held.region_uid):
             raise self._deleted()
-        if self._reach > held.key.length:
+        if self._reach > held.region_length:
             raise OutOfRange(
-                f"A segment reaches to byte {self._reach} of {self.leg.other}, which has {held.key.length} bytes.",
+                f"A segment reaches to byte {self._reach} of {self.leg.other}, which has {held.region_length} bytes.",
                 region=self.leg.other,
                 reach=self._reach,
-                length=held.key.length,
+                length=held.region_length,
             )
+        if self._stager is None and (held.slots is not None or self._region.staging is not None):
+            if self._cut:  # made anew under its name, on another device
+                raise self._deleted()
+            host = self._host
+            self._stager = Stager(self, self._region, self.leg.direction, host.machine, host.hold)
         self.held = held
         now = self._host.clock()
         self._used = [*(used for used in self._used if now < used.over_at), held]
@@ -136,6 +200,8 @@ class LegRun:
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
         if self._host.machine.error is not None:
+            if self._stager is not None:
+                self._stager.drop()
             self._host.check_drained()
             return None
         now = self._host.clock()
@@ -144,23 +210,44 @@ class LegRun:
             self._renew()
         if self._parked:
             return None
+        if self._stager is not None:
+            return self._stager.next_request(wr_id)
+        piece = self.take()
+        return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
+
+    def take(self) -> Ranges | None:
+        """See StagedLeg."""
         piece = self._host.machine.take(self._index)
         if piece is None:
             self._host.check_drained()
-            return None
-        return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece)
+        return piece
+
+    def want(self) -> None:
+        """See StagedLeg."""
+        self.link.want(self)
 
     def completed(self, request: WorkRequest, status: Status) -> None:
         """See Worker."""
+        if self._stager is not None:
+            self._stager.completed(request, status)
+        else:
+            self.ended(request.ranges, request.key, status)
+
+    def broke(self, error: PeermemError, *, flushed: bool) -> None:
+        """See StagedLeg."""
+        self._host.machine.broken(self._index, error, flushed=flushed)
+        self._host.check_drained()
+
+    def ended(self, ranges: Ranges, key: RemoteKey, status: Status) -> None:
+        """Take in how a slice ended; see StagedLeg."""
         machine = self._host.machine
-        size = request.ranges.total
         if status is Status.SUCCESS:
-            machine.completed(size)
-            self._host.moved(self.leg, self.path, size)
-            self._landed(request.key)
-        elif status is Status.REM_ACCESS_ERR and not self._refused_again(request.key):
-            machine.refused(self._index, request.ranges)
-            if request.key is self.held.key:
+            machine.completed(ranges.total)
+            self._host.moved(self, ranges.total)
+            self._landed(key)
+        elif status is Status.REM_ACCESS_ERR and not self._refused_again(key):
+            machine.refused(self._index, ranges)
+            if key is self.held.key:
                 self.link.forget_grant(self.leg.other, self._right, self._host.owner, self.held)
             self._parked = True
             self._renew()
@@ -251,8 +338,13 @@ class LegRun:
         if status is Status.WR_FLUSH_ERR:
             end, cause = self.link.down_cause or (None, "it was closed")
             return NodeUnreachable(
-                f"The {self.leg.fabric.value} link to nodes/{other.node} went down ({cause}). Try again.",
+                f"The {self.fabric.value} link to nodes/{other.node} went down ({cause}). Try again.",
                 node=other.node,
                 cause=end.value if end else "closed",
             )
         return Internal(f"A work request to {other} ended with {status.value}.", status=status.value)
+
+
+def _instead(kind: FabricKind, error: PeermemError) -> str:
+    """Return why another fabric than `kind` is used."""
+    return f"{kind.value} did not reach the region: {error.message}"

@@ -1,27 +1,27 @@
-"""Links to other nodes as initiator: opened on demand, shared by transfers, closed when idle.
+"""One link to another node, as initiator: the transfers that share it, and the grants kept for it.
 
 Rules of this file:
 
-* One link per remote node and fabric; the transfers on it take turns, one slice each, so that a large
-  one does not hold up a small one. At most the fabric's window is outstanding.
+* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one. At
+  most the fabric's window is outstanding.
 * Grants are kept with the link and reused until half their time has passed.
-* A link that goes down completes all it had, is forgotten, and is opened anew on the next use.
+* A link that goes down completes all it had.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
+from peermem.broker.slots import SLOT, Slots
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.names import ChildName
-from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.remote.base import GrantSource
 
@@ -43,6 +43,10 @@ class HeldGrant:
     ttl: float
     region_uid: int
     """Tells the region from others of the same name."""
+    region_length: int
+    """Bytes."""
+    slots: Slots | None = None
+    """Of the staging buffer that the key opens, where the region is staged."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -140,7 +144,17 @@ class OutboundLink:
         before = self._clock()
         granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject)
         over_at = self._clock() + granted.ttl + _CLOCK_SLACK
-        held = HeldGrant(granted.grant_id, granted.key, before, over_at, granted.ttl, granted.region_uid)
+        slots = Slots(granted.key.length // SLOT) if granted.staged else None
+        held = HeldGrant(
+            granted.grant_id,
+            granted.key,
+            before,
+            over_at,
+            granted.ttl,
+            granted.region_uid,
+            granted.region_length,
+            slots,
+        )
         self._grants[wanted] = held
         return held
 
@@ -163,6 +177,10 @@ class OutboundLink:
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
         return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
+
+    async def copy_staged(self, held: HeldGrant, pieces: Sequence[tuple[int, int, int]], *, into_region: bool) -> None:
+        """Have the far end copy between a region and its staging buffer. Raises as GrantSource.copy_staged."""
+        await self.source.copy_staged(self._link_id, held.grant_id, pieces, into_region=into_region)
 
     def want(self, worker: Worker) -> None:
         """Give `worker` turns until it has no request."""
@@ -236,89 +254,3 @@ _RANGE_COST = 4096
 
 def _cost(request: WorkRequest) -> int:
     return max(request.ranges.total, _RANGE_COST * len(request.ranges.lengths))
-
-
-class LinkTable:
-    """All links of this node as initiator."""
-
-    def __init__(
-        self,
-        fabrics: Mapping[FabricKind, Fabric],
-        source: Callable[[str], GrantSource],
-        *,
-        rails: int,
-        idle: float,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        """`source(node)` returns the daemon of a node or raises NodeNotFound; `idle` seconds close a link."""
-        self._fabrics = fabrics
-        self._source = source
-        self._rails = rails
-        self._idle = idle
-        self._clock = clock
-        self._opening: dict[tuple[str, FabricKind], asyncio.Task[OutboundLink]] = {}
-        self._links: dict[tuple[str, FabricKind], OutboundLink] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-
-    def counts(self) -> dict[FabricKind, int]:
-        """Open links by fabric."""
-        counts = dict.fromkeys(self._fabrics, 0)
-        for _, kind in self._links:
-            counts[kind] += 1
-        return counts
-
-    @property
-    def grant_count(self) -> int:
-        """Grants held on regions of remote nodes."""
-        return sum(link.grant_count for link in self._links.values())
-
-    def kept(self, node: str, kind: FabricKind) -> OutboundLink | None:
-        """Return the open link to a node, if there is one."""
-        return self._links.get((node, kind))
-
-    async def get(self, node: str, kind: FabricKind) -> OutboundLink:
-        """Return the link to a node, opened if need be. Raises NodeUnreachable, NodeNotFound."""
-        key = (node, kind)
-        link = self._links.get(key)
-        if link is not None:
-            return link
-        task = self._opening.get(key)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._open(node, kind))
-            self._opening[key] = task
-            task.add_done_callback(lambda _: self._opening.pop(key, None))
-        return await asyncio.shield(task)
-
-    async def _open(self, node: str, kind: FabricKind) -> OutboundLink:
-        link = OutboundLink(node, self._fabrics[kind], self._source(node), self._clock)
-        link.on_down = lambda: self.discard(link)
-        await link.open(self._rails)
-        self._links[node, kind] = link
-        return link
-
-    def discard(self, link: OutboundLink) -> None:
-        """Close a link and forget it: it is down, idle, or unknown at its far end."""
-        key = (link.node, link.fabric.kind)
-        if self._links.get(key) is link:
-            del self._links[key]
-            closing = asyncio.get_running_loop().create_task(link.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-
-    def tend(self) -> None:
-        """Close the links that had nothing to do for the idle time, forget grants that are old; call now and then."""
-        limit = self._clock() - self._idle
-        for link in list(self._links.values()):
-            link.forget_old_grants()
-            if link.idle and link.used_at < limit:
-                self.discard(link)
-
-    async def close(self) -> None:
-        """Close all links."""
-        opening = list(self._opening.values())
-        for task in opening:
-            task.cancel()
-        await asyncio.gather(*opening, return_exceptions=True)
-        for link in list(self._links.values()):
-            self.discard(link)
-        await asyncio.gather(*self._closing)

@@ -3,8 +3,10 @@
 Rules of this file:
 
 * A region ends in one order: no new work (DRAINING), its transfers fail and are fenced, its grants are
-  revoked, its memory is closed, its name is free again.
+  revoked, its memory is unregistered and closed, its name is free again.
 * Every region has an end: by hand, by its session, by its time to live, or with the daemon.
+* A region whose device vanished is REVOKED and gives its memory back at once, which the kernel waits for; it stays
+  in the table to say so until it is ended.
 * Ending a region twice waits for the same end.
 """
 
@@ -13,15 +15,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import structlog
 
+from peermem.broker.reach import Reach
+from peermem.broker.slots import StagingBuffer
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
-from peermem.core.types import LeaseKind
+from peermem.core.types import FabricKind, LeaseKind
 from peermem.device.base import Device, DeviceMemory
 from peermem.offload import in_thread
 from peermem.telemetry.metrics import LeaseEnd, Metrics
@@ -56,9 +60,11 @@ class Region:
         labels: Mapping[str, str],
         lease: Lease,
         session: str,
+        reach: Reach,
     ) -> None:
         """`session` is the token of the session that the region's lease is tied to, or empty."""
         self.name = name
+        self.reach = reach
         self.uid = secrets.randbits(64)
         """Another one for each region, also of the same name."""
         self.device = device
@@ -86,6 +92,21 @@ class Region:
             raise RegionDeleted(f"{self.name} is being deleted.", region=self.name)
 
     @property
+    def staging(self) -> StagingBuffer | None:
+        """What transfers of this node pass through, where only the CPU reaches the memory."""
+        return self.reach.staging
+
+    @property
+    def fabrics(self) -> Collection[FabricKind]:
+        """What can move its bytes."""
+        return self.reach.fabrics
+
+    @property
+    def why(self) -> str:
+        """Why these NICs, or why none."""
+        return self.reach.why
+
+    @property
     def facts(self) -> RegionFacts:
         """The region as told to callers."""
         return RegionFacts(
@@ -99,19 +120,19 @@ class Region:
             path=self.device.path,
             state=self.state,
             created_at=self.created_at,
+            nics=tuple(self.reach.nics),
+            why=self.reach.why,
         )
 
 
 class RegionTable:
     """All regions of this node by the last part of their names."""
 
-    def __init__(
-        self, node: str, limit: int, revoke_grants: Callable[[Region], Awaitable[None]], metrics: Metrics
-    ) -> None:
-        """`revoke_grants` ends all grants on a region and returns when no access runs under them."""
+    def __init__(self, node: str, limit: int, let_go: Callable[[Region], Awaitable[None]], metrics: Metrics) -> None:
+        """`let_go` ends all grants on a region and has the fabrics forget its memory: no access runs any more."""
         self._node = node
         self._limit = limit
-        self._revoke_grants = revoke_grants
+        self._let_go = let_go
         self._metrics = metrics
         self._regions: dict[str, Region] = {}
         self._reserved: set[str] = set()
@@ -193,6 +214,15 @@ class RegionTable:
                 ends.append(self.start_end(region, error))
             await asyncio.gather(*ends, return_exceptions=True)
 
+    async def revoke(self, region: Region) -> None:
+        """Take note that a region's device vanished: its transfers fail, its memory is given back."""
+        if region.state is not State.READY:
+            return
+        region.advance(Event.REVOKE)
+        error = RegionRevoked(f"{region.name}: device {region.device.name} took its memory back.", region=region.name)
+        log.warning("region_revoked", region=str(region.name), device=region.device.name)
+        await self._take_back(region, error)
+
     async def close(self, error: PeermemError) -> None:
         """End all regions."""
         ends = [self.start_end(region, error) for region in list(self._regions.values())]
@@ -209,16 +239,20 @@ class RegionTable:
     async def _end_in_order(self, region: Region, error: PeermemError) -> None:
         if region.timer is not None:
             region.timer.cancel()
-        for user in list(region.users):
-            user.fail(error)
-        while region.users:
-            await asyncio.gather(*(user.settled() for user in list(region.users)))
-        await self._revoke_grants(region)
-        if region.memory.length > _SMALL:
-            await in_thread(region.memory.close)  # the kernel frees about 10 GiB a second
-        else:
-            region.memory.close()
+        await self._take_back(region, error)
         region.advance(Event.DRAINED)
         del self._regions[region.name.id]
         if region.session:
             self._by_session.get(region.session, set()).discard(region)
+
+    async def _take_back(self, region: Region, error: PeermemError) -> None:
+        """Give a region's memory back, once nothing uses it. Doing so twice, or at the same time, does no harm."""
+        for user in list(region.users):
+            user.fail(error)
+        while region.users:
+            await asyncio.gather(*(user.settled() for user in list(region.users)))
+        await self._let_go(region)
+        if region.memory.length > _SMALL:
+            await in_thread(region.memory.close)  # the kernel frees about 10 GiB a second
+        else:
+            region.memory.close()

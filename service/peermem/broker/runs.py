@@ -18,14 +18,12 @@ from typing import Any, Protocol
 import structlog
 
 from peermem.broker.legs import LegRun
-from peermem.broker.links import LinkTable
+from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
 from peermem.core.errors import Internal, PeermemError, Timeout
 from peermem.core.names import ChildName
-from peermem.core.plan import Leg, slices
+from peermem.core.plan import Leg
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
-from peermem.core.types import FabricKind, Path
-from peermem.fabric.base import FabricLimits
 
 log = structlog.get_logger(__name__)
 
@@ -55,8 +53,7 @@ class TransferRun:
         legs: Sequence[Leg],
         regions: dict[ChildName, Region],
         owner: str,
-        limits: Callable[[FabricKind], FabricLimits],
-        moved: Callable[[Leg, Path, int], None],
+        moved: Callable[[LegRun, int], None],
     ) -> None:
         """`regions` are all local ones; `moved` is told of bytes in place.
 
@@ -78,8 +75,7 @@ class TransferRun:
         self._helpers: set[asyncio.Task[None]] = set()
         self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         self._regions = regions
-        pieces = [slices(leg.ranges, limits(leg.fabric).slice_bytes, limits(leg.fabric).slice_ranges) for leg in legs]
-        self.machine = TransferMachine(pieces, request.total)
+        self.machine = TransferMachine(len(legs), request.total)
         for region in regions.values():
             region.check_usable()
         for region in regions.values():
@@ -90,7 +86,7 @@ class TransferRun:
         """See Transfer."""
         if self._last is not None:
             return self._last
-        first = self._legs[0].leg
+        first = self._legs[0]
         return TransferFacts(
             name=self.name,
             state=self.machine.state,
@@ -98,13 +94,14 @@ class TransferRun:
             bytes_done=self.machine.done,
             segment_count=self._request.segment_count,
             fabric=first.fabric,
-            direction=first.direction,
+            direction=first.leg.direction,
             owner=self.owner,
             error=self.machine.error,
             created_at=self._created_at,
             duration=self._duration,
             crc32c=self._crc32c,
-            path=self._legs[0].path,
+            path=first.path,
+            fabric_why=first.why,
         )
 
     async def drive(self, links: LinkTable) -> None:
@@ -152,7 +149,8 @@ class TransferRun:
         late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
         if late and self.machine.error is None:
             await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in late)))
-        self.machine.start()
+        if self.machine.error is None:
+            self.machine.start([leg.slices() for leg in self._legs])
         if self.machine.error is None:
             for leg in self._legs:
                 leg.link.want(leg)

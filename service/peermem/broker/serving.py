@@ -5,6 +5,7 @@ Rules of this file:
 * A grant belongs to one accepted link, one region and one run of this daemon, and ends with each of
   them, by release, or by time; whichever is first.
 * What releases a grant returns only when no access runs under it: that is the fence of a transfer.
+* A region that no NIC reaches is granted by a staging buffer of the grant's own, with the same end.
 * The policy is asked here, at the node that owns the region, for the client's identity.
 * This daemon uses its own regions through the same door (`GrantSource`), so there is one way to a key.
 """
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from operator import add
 from typing import TYPE_CHECKING
 
-from peermem.broker.access import checksum
+from peermem.broker.access import Use, checksum
 from peermem.broker.regions import Region
+from peermem.broker.slots import StagingBuffer
 from peermem.core.errors import (
     FabricUnavailable,
     GrantRefused,
@@ -32,10 +34,11 @@ from peermem.core.errors import (
 )
 from peermem.core.names import ChildName
 from peermem.core.policy import Action, Policy
+from peermem.core.region import State
 from peermem.core.segments import check_count
-from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
+from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import Fabric
-from peermem.remote.base import GrantedKey, GrantSource, OpenedLink
+from peermem.remote.base import GrantSource, OpenedLink
 
 MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
 """Bounds of what remote nodes may open here, and of the ranges of one checksum."""
@@ -51,7 +54,11 @@ class _Grant:
     link_id: bytes = field(repr=False)
     key: RemoteKey = field(repr=False)
     fabric: Fabric
+    staging: StagingBuffer | None = None
     timer: asyncio.TimerHandle | None = None
+    ended: bool = False
+    copies: set[asyncio.Future[None]] = field(default_factory=set)
+    """Copies between the region and the staging buffer that are under way."""
 
 
 @dataclass(slots=True)
@@ -80,6 +87,8 @@ class Serving:
         self._links: dict[bytes, _AcceptedLink] = {}
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
+        self._making: dict[Region, set[asyncio.Task[GrantedKey]]] = {}
+        """Grants that a fabric is about to make, by region."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -96,12 +105,20 @@ class Serving:
         return counts
 
     def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
-        """Accept a link of `node`. Raises FabricUnavailable, LimitReached, ShuttingDown."""
+        """Accept a link of `node`, or have the one with the id in `offer` rebuilt.
+
+        Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
+        """
         if self._closed:
             raise ShuttingDown("This daemon is shutting down; it takes no new links.")
         fabric = self._fabrics.get(offer.fabric)
         if fabric is None:
             raise FabricUnavailable(f"This node does not serve the {offer.fabric.value} fabric.")
+        if offer.link_id:
+            link = self._links.get(offer.link_id)
+            if link is None or link.node != node or link.fabric is not fabric:
+                raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
+            return OpenedLink(fabric.accept(offer), self.epoch)
         if len(self._links) >= MAX_LINKS:
             raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
         attributes = fabric.accept(offer)
@@ -114,14 +131,16 @@ class Serving:
         if link is None:
             return
         await link.fabric.hang_up(link_id)
-        for grant_id in link.grants:
-            self._drop(grant_id)
+        for grant in [self._grants[grant_id] for grant_id in link.grants]:
+            await self._settle(grant)
 
     def link_lost(self, link_id: bytes) -> None:
         """The fabric reports that an accepted link is gone."""
         self._spawn(self.close_link(link_id))
 
-    def acquire(self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str) -> GrantedKey:
+    async def acquire(
+        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str
+    ) -> GrantedKey:
         """Give a link the right to a whole region. Raises as GrantSource.acquire_grant."""
         link = self._link(link_id, epoch)
         region = self._find(region_name)
@@ -132,13 +151,43 @@ class Serving:
             raise LimitReached(
                 f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
             )
-        key = link.fabric.grant(link_id, region.memory, 0, region.memory.length, right, self._ttl)
-        grant = _Grant(secrets.randbits(63) | 1, region, right, link_id, key, link.fabric)
+        if link.fabric.kind not in region.fabrics:
+            raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
+        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right))
+        self._making.setdefault(region, set()).add(making)
+        making.add_done_callback(lambda task: self._made(region, task))
+        return await asyncio.shield(making)
+
+    async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights) -> GrantedKey:
+        grant = await self._grant(link_id, link.fabric, region, right)
+        if self._links.get(link_id) is not link or region.state is not State.READY:
+            await self._end(grant)
+            region.check_usable()
+            raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
         grant.timer = asyncio.get_running_loop().call_later(self._ttl, self._expire, grant.grant_id)
         self._grants[grant.grant_id] = grant
         self._by_region.setdefault(region, set()).add(grant.grant_id)
         link.grants.add(grant.grant_id)
-        return GrantedKey(grant.grant_id, key, self._ttl, region.uid)
+        staged = grant.staging is not None
+        return GrantedKey(grant.grant_id, grant.key, self._ttl, region.uid, region.memory.length, staged)
+
+    def _made(self, region: Region, making: asyncio.Task[GrantedKey]) -> None:
+        self._making[region].discard(making)
+        if not self._making[region]:
+            del self._making[region]
+        if not making.cancelled():
+            making.exception()  # the caller may have gone away meanwhile
+
+    async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights) -> _Grant:
+        staging = None if region.staging is None else await StagingBuffer.open([fabric], region.reach.nics)
+        opened = region.memory if staging is None else staging.memory
+        try:
+            key = await fabric.grant(link_id, opened, 0, opened.length, right, self._ttl)
+        except BaseException:
+            if staging is not None:
+                await staging.close()
+            raise
+        return _Grant(secrets.randbits(63) | 1, region, right, link_id, key, fabric, staging)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
@@ -148,21 +197,42 @@ class Serving:
                 await self._end(grant)
 
     async def revoke_region(self, region: Region) -> None:
-        """End all grants on a region; afterwards no byte of it moves under them."""
+        """End all grants on a region that ends; afterwards no byte of it moves under them."""
+        while region in self._making:
+            await asyncio.wait(list(self._making[region]))
         grants = [self._grants[grant_id] for grant_id in self._by_region.get(region, ())]
         for index, grant in enumerate(grants):
             await self._end(grant)
             if index % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
 
+    async def copy_staged(
+        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
+    ) -> None:
+        """Copy between a grant's staging buffer and its region. Raises as GrantSource.copy_staged."""
+        grant = self._granted(link_id, grant_id)
+        right = Rights.WRITE if into_region else Rights.READ
+        if grant.staging is None or right not in grant.rights:
+            raise GrantRefused("The grant opens no staging buffer to copy through in this direction.")
+        region, buffer = grant.region, grant.staging.memory
+        for offset, start, length in pieces:
+            if length < 1 or offset + length > region.memory.length or start + length > buffer.length:
+                raise OutOfRange(f"A piece to copy is outside {region.name} or its staging buffer.", region=region.name)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        grant.copies.add(done)
+        try:
+            with Use(region) as use:
+                await use.copy_staged(buffer, pieces, into_region=into_region)
+        finally:
+            grant.copies.discard(done)
+            done.set_result(None)
+
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:
         """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange,
         SegmentsMismatch, InvalidField, RegionDeleted."""
-        grant = self._grants.get(grant_id)
-        if grant is None or grant.link_id != link_id:
-            raise GrantRefused("The grant to checksum under has ended.")
+        grant = self._granted(link_id, grant_id)
         length = grant.region.memory.length
         if len(offsets) != len(lengths):
             raise SegmentsMismatch(f"{len(offsets)} offsets and {len(lengths)} lengths were given to checksum.")
@@ -185,8 +255,24 @@ class Serving:
             raise LinkNotFound("The link is not open here (any more). Open a new one.")
         return link
 
+    def _granted(self, link_id: bytes, grant_id: int) -> _Grant:
+        grant = self._grants.get(grant_id)
+        if grant is None or grant.link_id != link_id or grant.ended:
+            raise GrantRefused("The grant has ended, or is of another link. Acquire a new one.")
+        return grant
+
     async def _end(self, grant: _Grant) -> None:
+        grant.ended = True
         await grant.fabric.revoke(grant.key)
+        await self._settle(grant)
+
+    async def _settle(self, grant: _Grant) -> None:
+        """The key opens nothing any more: wait for copies out of and into the staging buffer, and free it."""
+        grant.ended = True
+        if grant.copies:
+            await asyncio.wait(list(grant.copies))
+        if grant.staging is not None:
+            await grant.staging.close()
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:
@@ -233,11 +319,17 @@ class OwnNode:
         self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
     ) -> GrantedKey:
         """See GrantSource."""
-        return self._serving.acquire(link_id, epoch, region, right, subject)
+        return await self._serving.acquire(link_id, epoch, region, right, subject)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
         await self._serving.release(link_id, grant_ids)
+
+    async def copy_staged(
+        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
+    ) -> None:
+        """See GrantSource."""
+        await self._serving.copy_staged(link_id, grant_id, pieces, into_region=into_region)
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int

@@ -1,0 +1,73 @@
+"""Staging buffers and their slots.
+
+Rules of this file:
+
+* A buffer is registered with the fabrics that use it before anybody sees it, and unregistered before it is closed.
+* A slot is given to one slice at a time; whoever waits for one is told when one is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from peermem.core.types import Path
+from peermem.fabric.base import Fabric
+from peermem.memory import HostMemory
+
+SLOT = 1 << 20
+"""Bytes of a slot: about a millisecond of copying out of a BAR's write-combining or uncached memory."""
+SLOTS = 8
+"""Of one buffer: a few on the wire, a few being copied."""
+
+
+class Slots:
+    """The free slots of a buffer, this node's or a remote one's."""
+
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    def take(self) -> int | None:
+        """Return the number of a free slot, which is the caller's until `give`; or None."""
+        return self._free.pop() if self._free else None
+
+    def give(self, slot: int) -> None:
+        """Take a slot back, and tell who waits."""
+        self._free.append(slot)
+        waiting, self._waiting = self._waiting, {}
+        for tell in waiting:
+            tell()
+
+    def when_free(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once when a slot comes back."""
+        self._waiting[tell] = None
+
+
+class StagingBuffer:
+    """Host memory cut into slots."""
+
+    def __init__(self, memory: HostMemory, fabrics: Collection[Fabric]) -> None:
+        """See `open`."""
+        self.memory = memory
+        self.slots = Slots(memory.length // SLOT)
+        self._fabrics = list(fabrics)
+
+    @staticmethod
+    async def open(fabrics: Collection[Fabric], nics: Sequence[str]) -> StagingBuffer:
+        """Return a new buffer, registered with `fabrics` on these NIC ports. Raises as Fabric.register."""
+        buffer = StagingBuffer(HostMemory(SLOT * SLOTS), ())
+        try:
+            for fabric in fabrics:
+                await fabric.register(buffer.memory, Path.HOST, nics)
+                buffer._fabrics.append(fabric)
+        except BaseException:
+            await buffer.close()
+            raise
+        return buffer
+
+    async def close(self) -> None:
+        """Unregister and free it; nothing uses it any more. Closing twice is no error."""
+        fabrics, self._fabrics = self._fabrics, []
+        for fabric in fabrics:
+            await fabric.unregister(self.memory)
+        self.memory.close()

@@ -1,0 +1,139 @@
+"""A fabric with NICs and a device that only the CPU reaches, for brokers that meet in one process.
+
+Rules of this file:
+
+* Nothing here pretends: the NIC's bytes move over TCP, the staged memory is a memory file that only a copier touches.
+* Memory that was not registered can't be used by the NIC, neither locally nor by a grant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peermem import memory as memories
+from peermem.core.errors import NicNotFound, PeermemError, ProbeFailed, RegionRevoked
+from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
+from peermem.device.base import Copier, DeviceMemory
+from peermem.device.memfd import MemfdDevice
+from peermem.fabric.base import Exchange, Fabric, Link, LinkEvents, Proof
+from peermem.fabric.tcp import TcpFabric
+from peermem.memory import Memory
+from tests.doubles import CuedFabric
+
+MIB = 1 << 20
+
+
+class NicFabric(CuedFabric):
+    """A fabric of kind verbs, with the NIC port nic0/1."""
+
+    kind = FabricKind.VERBS
+
+    def __init__(self, inner: TcpFabric) -> None:
+        super().__init__(inner)
+        self.ports: dict[str, PeermemError | None] = {"nic0/1": None}
+        self.unreachable: set[Path] = set()
+        """Paths that a probe finds not to work."""
+        self.probed: list[tuple[str, Path]] = []
+
+    @property
+    def nics(self) -> Mapping[str, PeermemError | None]:
+        return self.ports
+
+    @property
+    def unavailable(self) -> PeermemError | None:
+        if not self.ports:
+            return NicNotFound("There is no NIC.")
+        errors = [error for error in self.ports.values() if error is not None]
+        return errors[0] if len(errors) == len(self.ports) else None
+
+    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        self.probed.append((nic, path))
+        if path in self.unreachable:
+            raise ProbeFailed("The NIC does not reach it.")
+        memories.write(memory, 0, b"pattern")
+        assert memories.read(memory, 0, 7) == b"pattern"
+        return Proof(1e-5, 1e9, 2e9)
+
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
+        async def relabelled(offer: LinkAttributes) -> LinkAttributes:
+            return replace(await exchange(replace(offer, fabric=FabricKind.VERBS)), fabric=FabricKind.TCP)
+
+        return await super().connect(relabelled, events, rails)
+
+    def accept(self, offer: LinkAttributes) -> LinkAttributes:
+        return replace(super().accept(replace(offer, fabric=FabricKind.TCP)), fabric=FabricKind.VERBS)
+
+    async def grant(
+        self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
+    ) -> RemoteKey:
+        assert memory in self.registered
+        return await super().grant(link_id, memory, offset, length, rights, ttl)
+
+
+class StagedMemory:
+    """Memory that only its copier touches."""
+
+    fd = None
+
+    def __init__(self, inner: DeviceMemory, device: StagedDevice) -> None:
+        self.length = inner.length
+        self.inner = inner
+        self._device = device
+
+    @property
+    def copier(self) -> Copier:
+        return self
+
+    def view(self) -> memoryview:
+        raise ValueError("nothing but the copier reaches it")
+
+    def share(self) -> tuple[int, int]:
+        return self.inner.share()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    async def load(self, buffer: Memory, pieces: Sequence[tuple[int, int, int]]) -> None:
+        await self._device.turn()
+        for offset, start, length in pieces:
+            memories.copy(self.inner, offset, buffer, start, length)
+
+    async def store(self, buffer: Memory, pieces: Sequence[tuple[int, int, int]]) -> None:
+        await self._device.turn()
+        for offset, start, length in pieces:
+            memories.copy(buffer, start, self.inner, offset, length)
+
+
+class StagedDevice(MemfdDevice):
+    """A device whose memory is staged; its copies can be held back, and its memory can vanish."""
+
+    path = Path.STAGED
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        self.gate: asyncio.Event | None = None
+        """Copies wait for it."""
+        self.waiting = 0
+        """Copies that wait."""
+        self.copies = 0
+        self.vanished = False
+
+    async def allocate(self, length: int) -> DeviceMemory:
+        return StagedMemory(await super().allocate(length), self)
+
+    async def turn(self) -> None:
+        self.copies += 1
+        if self.gate is not None:
+            self.waiting += 1
+            await self.gate.wait()
+            self.waiting -= 1
+        if self.vanished:
+            raise RegionRevoked(f"Device {self.name} has vanished.")
+
+
+if TYPE_CHECKING:
+    _fabric: type[Fabric] = NicFabric
+    _memory: type[DeviceMemory] = StagedMemory
