@@ -13,11 +13,11 @@ from peermem.app import App
 from peermem.config import (
     Attach,
     Config,
-    Device,
     DeviceSize,
     Grpc,
     Http,
     ListenAddress,
+    Memfd,
     Name,
     SocketPath,
     Tcp,
@@ -33,7 +33,7 @@ def config(folder: Path, **changes: object) -> Config:
         "attach": Attach(socket=SocketPath(f"{folder}/attach.sock")),
         "http": Http(address=anywhere),
         "tcp": Tcp(address=anywhere),
-        "devices": (Device(Name("bar0"), DeviceSize("1MiB")),),
+        "devices": (Memfd(Name("bar0"), DeviceSize("1MiB")),),
     }
     return Config(**{**settings, **changes})  # type: ignore[arg-type]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from peermem.config import Address, Config, ConfigError, ListenAddress, load, node_name
+from peermem.config import Address, Config, ConfigError, ListenAddress, Name, PciResource, load, node_name
+from peermem.config_values import BarOffset, BarSize, PciAddress
 
 SHIPPED = Path(__file__).parents[1] / "deploy" / "peermem.toml"
 
@@ -99,6 +100,11 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
             "PEERMEM_TCP_RAILS": "4",
             "PEERMEM_TRANSFER_GRANT_TTL": "2min",
             "PEERMEM_ATTACH_ADOPT_LIMIT": "4096",
+            "PEERMEM_P2PMEM": "false",
+            "PEERMEM_FABRIC": "tcp",
+            "PEERMEM_VERBS_NICS": '["rxe0/1"]',
+            "PEERMEM_VERBS_MTU": "1024",
+            "PEERMEM_VERBS_ACK_TIMEOUT": "1s",
             "PEERMEM_DEVICE": '[{name = "m", size = "64MiB"}]',
             "PEERMEM_DIRECTORY_NODES": '{c = "10.0.0.3:7470"}',
         },
@@ -107,6 +113,40 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.http.address, config.tcp.rails, config.transfer.grant_ttl) == (None, 4, 120.0)
     assert (config.attach.adopt_limit, config.devices[0].name, config.devices[0].size) == (4096, "m", 64 << 20)
     assert config.directory.nodes == {"c": "10.0.0.3:7470"}
+    assert (config.p2pmem, config.fabric) == (False, "tcp")
+    assert (config.verbs.nics, config.verbs.mtu, config.verbs.ack_timeout) == (("rxe0/1",), 1024, 1.0)
+
+
+def test_devices_in_bars_are_read(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        [[device]]
+        kind = "pci_resource"
+        name = "fpga0"
+        address = "0000:41:00.0"
+        bar = 2
+        [[device]]
+        kind = "pci_resource"
+        name = "fpga1"
+        address = "10000:e1:1f.7"
+        bar = 0
+        offset = "1MiB"
+        size = "16MiB"
+        [[device]]
+        kind = "pci_resource"
+        name = "fpga2"
+        address = "10000:e1:1f.7"
+        bar = 0
+        offset = 0
+        size = 0x100000
+        """,
+    )
+    assert load(file, {}).devices == (
+        PciResource(Name("fpga0"), PciAddress("0000:41:00.0"), 2, BarOffset(0), None),
+        PciResource(Name("fpga1"), PciAddress("10000:e1:1f.7"), 0, BarOffset(1 << 20), BarSize(16 << 20)),
+        PciResource(Name("fpga2"), PciAddress("10000:e1:1f.7"), 0, BarOffset(0), BarSize(1 << 20)),
+    )
 
 
 HOST_PORT = 'host:port with a port from 1 to 65535, such as "10.0.0.2:7470" or "[fd00::2]:7470"'
@@ -114,6 +154,10 @@ LISTEN = 'host:port with a port from 0 to 65535, such as "127.0.0.1:7470" or "[:
 NAME = "1 to 63 of a-z, 0-9 and -, starting with a letter and not ending with -"
 TTL = 'a duration with its unit (ms, s, min, h, d) from 100ms to 1h, such as "30s"'
 MESSAGE = 'a size from 64KiB to 1GiB in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
+BAR = "kind = 'pci_resource', name = 'a', address = '0000:41:00.0'"
+OTHER = BAR.replace("'a'", "'b'")
+UNITS = 'in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
+NIC = 'an RDMA device or one of its ports, such as "mlx5_0" or "mlx5_0/1"'
 PATH = "an absolute path of at most 107 bytes, or empty for none"
 
 
@@ -130,7 +174,30 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("device = [7]", "device[0] is 7: expected a table"),
         ("device = [{name = 'a'}]", 'device[0].size is missing: expected a size from 4KiB to 1024TiB in bytes, KiB, '
          'MiB, GiB or TiB, such as "64MiB"'),
-        ("device = [{name = 'a', size = 4096, kind = 'gpu'}]", "device[0].kind is 'gpu': expected one of \"memfd\""),
+        ("device = [{name = 'a', size = 4096, kind = 'gpu'}]", "device[0].kind is 'gpu': expected one of \"memfd\", "
+         '"pci_resource"'),
+        ("device = [{name = 'a', size = 4096, kind = []}]", "device[0].kind is []: expected one of \"memfd\", "
+         '"pci_resource"'),
+        ("device = [{name = 'a', size = 4096, bar = 1}]", "device[0].bar is no option; the nearest is device[0].name"),
+        (f"device = [{{{BAR}, bar = 6}}]", "device[0].bar is 6: expected a whole number from 0 to 5"),
+        (f"device = [{{{BAR}}}]", "device[0].bar is missing: expected a whole number from 0 to 5"),
+        (f"device = [{{{BAR}, bar = 2, offset = 512}}]", "device[0].offset is 512: expected a size from 0B to 1024TiB "
+         f"{UNITS}, in whole pages of 4096 bytes"),
+        (f"device = [{{{BAR}, bar = 2, size = '5000B'}}]", "device[0].size is '5000B': expected a size from 4KiB to "
+         f"1024TiB {UNITS}, in whole pages of 4096 bytes, or empty for none"),
+        (f"device = [{{{BAR.replace('41:', '')}, bar = 2}}]", "device[0].address is '0000:00.0': expected a PCI "
+         'address, such as "0000:41:00.0"'),
+        ("p2pmem = 'yes'", "p2pmem is 'yes': expected true or false"),
+        ("fabric = 'rdma'", 'fabric is \'rdma\': expected one of "auto", "verbs", "tcp"'),
+        ("verbs.nics = 'mlx5_0'", f"verbs.nics is 'mlx5_0': expected a list, each {NIC}"),
+        ("verbs.nics = ['mlx5_0', 'mlx5_1/0']", f"verbs.nics[1] is 'mlx5_1/0': expected {NIC}"),
+        ("verbs.nics = [7]", f"verbs.nics[0] is 7: expected {NIC}"),
+        ("verbs.mtu = 1500", "verbs.mtu is 1500: expected one of 0, 256, 512, 1024, 2048, 4096"),
+        ("verbs.mtu = true", "verbs.mtu is True: expected one of 0, 256, 512, 1024, 2048, 4096"),
+        ("verbs.retries = 7", "verbs.retries is 7: expected a whole number from 1 to 6"),
+        ("verbs.gid_index = -2", "verbs.gid_index is -2: expected a whole number from -1 to 65535"),
+        ("verbs.ack_timeout = '10us'", "verbs.ack_timeout is '10us': expected a duration with its unit (ms, s, min, h, "
+         'd) from 1ms to 60s, such as "30s"'),
         ("grpc.reflection = 1", "grpc.reflection is 1: expected true or false"),
         ("grpc.max_message = '4MB'", f"grpc.max_message is '4MB': expected {MESSAGE}"),
         ("grpc.max_message = '0.3B'", f"grpc.max_message is '0.3B': expected {MESSAGE}"),
@@ -174,6 +241,8 @@ def test_a_wrong_value_is_refused_with_its_file_key_and_what_was_expected(
          "PEERMEM_GRPC_ADDRESS."),
         ("PEERMEM_GRPC", "{}", "environment: PEERMEM_GRPC is no option; the nearest is PEERMEM_GRPC_SOCKET."),
         ("PEERMEM_NODE", "A", f"PEERMEM_NODE: node is 'A': expected {NAME}."),
+        ("PEERMEM_VERBS_MTU", "9000", "PEERMEM_VERBS_MTU: verbs.mtu is 9000: expected one of 0, 256, 512, 1024, 2048, "
+         "4096."),
         ("PEERMEM_TCP_RAILS", "", "PEERMEM_TCP_RAILS: tcp.rails is '': expected a whole number from 1 to 16."),
         ("PEERMEM_TCP_RAILS", "1\nx = 2", "PEERMEM_TCP_RAILS: tcp.rails is '1\\nx = 2': expected a whole number "
          "from 1 to 16."),
@@ -247,6 +316,8 @@ def test_a_loopback_address_is_served_as_it_is(tmp_path: Path, address: str) -> 
         ("grpc.socket = '/x'\nattach.socket = '/x'", "attach.socket"),
         ("device = [{name = 'a', size = 4096}, {name = 'a', size = 8192}]", "device"),
         ("device = [{name = 'adopted', size = 4096}]", "device"),
+        ("device = [{name = 'p2pmem-0000-41-00-0', size = 4096}]", "device"),
+        (f"device = [{{{BAR}, bar = 2}}, {{{OTHER}, bar = 2, offset = '1GiB'}}]", "device"),
         ("insecure_network = true\ngrpc.address = '0.0.0.0:7470'", "grpc.advertise"),
         ("insecure_network = true\ntcp.address = '[::]:7471'", "tcp.advertise"),
     ],

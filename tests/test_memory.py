@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import google_crc32c
 import pytest
 
 from peermem import memory
+from tests.descriptors import limited, open_files
 
 SIZE = 3 << 20
 
@@ -102,3 +104,31 @@ def test_vanished_memory_is_an_error_and_no_signal(make: Callable[[bool], Bytes]
     ):
         with pytest.raises(OSError, match="Bad address"):
             call()
+
+
+def test_host_memory_is_zeroed_and_its_own() -> None:
+    one, other = memory.HostMemory(5000, "peermem-test"), memory.HostMemory(5000)
+    assert memory.read(one, 0, 5000) == bytes(5000)
+    memory.write(one, 4999, b"x")
+    assert one.view()[4999] == ord("x")
+    assert memory.read(other, 4999, 1) == b"\0"
+    with open("/proc/self/maps") as maps:
+        assert "peermem-test" in maps.read()
+    for each in (one, other):
+        each.close()
+        each.close()
+        assert each.fd is None
+        with pytest.raises(ValueError, match="closed"):
+            each.view()
+
+
+def test_host_memory_that_can_not_be_had_leaves_nothing_open() -> None:
+    before = open_files()
+    with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(OSError, match="File too large"):
+        memory.HostMemory(4097)
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("length", "pages"), [(0, 0), (1, 1), (4096, 1), (4097, 2)])
+def test_whole_pages(length: int, pages: int) -> None:
+    assert memory.whole_pages(length) == pages * mmap.PAGESIZE

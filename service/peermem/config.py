@@ -12,23 +12,35 @@ Rules of this file:
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Address, IPv6Address
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from peermem import strict_toml
-from peermem.core.errors import InvalidField
-from peermem.core.names import check_id
-from peermem.core.node import ADOPTED
-from peermem.core.units import parse_duration, parse_size
+from peermem.config_values import (
+    AckTimeout,
+    AdoptSize,
+    BarOffset,
+    BarSize,
+    Keep,
+    MessageSize,
+    NicName,
+    PciAddress,
+    Wait,
+)
+from peermem.config_values import Address as Address
+from peermem.config_values import DeviceSize as DeviceSize
+from peermem.config_values import ListenAddress as ListenAddress
+from peermem.config_values import Name as Name
+from peermem.config_values import SocketPath as SocketPath
+from peermem.core.node import ADOPTED, P2PMEM
 from peermem.strict_toml import ConfigError as ConfigError
 from peermem.strict_toml import Contradiction
 
@@ -36,155 +48,6 @@ DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
 CLIENT_VARIABLES = frozenset({"PEERMEM_TARGET"})
 """Variables of the client library, which a daemon's environment may hold as well."""
-
-
-class Name(str):
-    """The short name of a node or device."""
-
-    __slots__ = ()
-    expected: ClassVar[str] = "1 to 63 of a-z, 0-9 and -, starting with a letter and not ending with -"
-
-    def __new__(cls, text: str) -> Self:
-        """Raises ValueError."""
-        try:
-            return super().__new__(cls, check_id(text, "name"))
-        except InvalidField as error:
-            raise ValueError(error.message) from None
-
-
-class SocketPath(str):
-    """A unix socket."""
-
-    __slots__ = ()
-    expected: ClassVar[str] = "an absolute path of at most 107 bytes"
-
-    def __new__(cls, text: str) -> Self:
-        """Raises ValueError."""
-        if not text.startswith("/") or "\0" in text or len(text.encode()) > 107:
-            raise ValueError(cls.expected)
-        return super().__new__(cls, text)
-
-
-class Address(str):
-    """host:port of a server to connect to; the host is a name, an IPv4 or an [IPv6] address."""
-
-    __slots__ = ()
-    expected: ClassVar[str] = 'host:port with a port from 1 to 65535, such as "10.0.0.2:7470" or "[fd00::2]:7470"'
-    lowest_port: ClassVar[int] = 1
-    _HOST: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
-
-    def __new__(cls, text: str) -> Self:
-        """Raises ValueError."""
-        if not cls._is_valid(text):
-            raise ValueError(cls.expected)
-        return super().__new__(cls, text)
-
-    @classmethod
-    def _is_valid(cls, text: str) -> bool:
-        host, _, port = text.rpartition(":")
-        if not re.fullmatch(r"0|[1-9]\d{0,4}", port, re.ASCII) or not cls.lowest_port <= int(port) <= 65535:
-            return False
-        if host.startswith("[") and host.endswith("]"):
-            return isinstance(_ip(host[1:-1]), IPv6Address)
-        looks_like_ipv4 = not host.strip("0123456789.")
-        return isinstance(_ip(host), IPv4Address) if looks_like_ipv4 else bool(cls._HOST.fullmatch(host))
-
-    @property
-    def host(self) -> str:
-        """Without brackets."""
-        return self.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        """0 for any free one."""
-        return int(self.rpartition(":")[2])
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this host can reach it."""
-        ip = _ip(self.host)
-        return ip.is_loopback if ip else self.host == "localhost"
-
-    @property
-    def is_wildcard(self) -> bool:
-        """Whether it stands for every address of this host, so that no other host can use it."""
-        ip = _ip(self.host)
-        return bool(ip and ip.is_unspecified)
-
-
-def _ip(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
-class ListenAddress(Address):
-    """host:port to serve on; port 0 takes any free one."""
-
-    __slots__ = ()
-    expected: ClassVar[str] = 'host:port with a port from 0 to 65535, such as "127.0.0.1:7470" or "[::1]:7470"'
-    lowest_port: ClassVar[int] = 0
-
-
-class Size(int):
-    """Bytes. Subclasses set the bounds."""
-
-    _bounds: ClassVar[tuple[int, int]]
-    expected: ClassVar[str]
-
-    def __init_subclass__(cls, least: str, most: str) -> None:
-        cls._bounds = parse_size(least), parse_size(most)
-        cls.expected = f'a size from {least} to {most} in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
-
-    def __new__(cls, value: str | int) -> Self:
-        """Raises ValueError."""
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise ValueError(cls.expected)
-        size = parse_size(value)
-        if not cls._bounds[0] <= size <= cls._bounds[1]:
-            raise ValueError(cls.expected)
-        return super().__new__(cls, size)
-
-
-class Duration(float):
-    """Seconds. Subclasses set the bounds."""
-
-    _bounds: ClassVar[tuple[float, float]]
-    expected: ClassVar[str]
-
-    def __init_subclass__(cls, least: str, most: str) -> None:
-        cls._bounds = parse_duration(least), parse_duration(most)
-        cls.expected = f'a duration with its unit (ms, s, min, h, d) from {least} to {most}, such as "30s"'
-
-    def __new__(cls, text: str) -> Self:
-        """Raises ValueError."""
-        if not isinstance(text, str):
-            raise ValueError(cls.expected)
-        seconds = parse_duration(text)
-        if not cls._bounds[0] <= seconds <= cls._bounds[1]:
-            raise ValueError(cls.expected)
-        return super().__new__(cls, seconds)
-
-
-class MessageSize(Size, least="64KiB", most="1GiB"):
-    """Of one gRPC message."""
-
-
-class AdoptSize(Size, least="0B", most="1024TiB"):
-    """Of all memory that jobs hand in."""
-
-
-class DeviceSize(Size, least="4KiB", most="1024TiB"):
-    """Of a device."""
-
-
-class Wait(Duration, least="100ms", most="1h"):
-    """Until something is given up."""
-
-
-class Keep(Duration, least="0s", most="7d"):
-    """How long something that nobody uses is kept."""
 
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -239,6 +102,31 @@ class Tcp(Struct, frozen=True, forbid_unknown_fields=True):
     """A link on which nothing moves for so long, while work is outstanding, is broken."""
 
 
+class Verbs(Struct, frozen=True, forbid_unknown_fields=True):
+    """The verbs fabric."""
+
+    nics: tuple[NicName, ...] = ()
+    """RDMA devices or ports to use; empty: all."""
+    queue_pairs: Annotated[int, Meta(ge=1, le=8)] = 1
+    """Of one link between two NIC ports."""
+    mtu: Literal[0, 256, 512, 1024, 2048, 4096] = 0
+    """Bytes of payload in one packet, at most; 0: what the port has."""
+    gid_index: Annotated[int, Meta(ge=-1, le=65535)] = -1
+    """Which address of a port to use; -1: chosen by type and subnet."""
+    ack_timeout: AckTimeout = AckTimeout("270ms")
+    """Until a packet that was not acknowledged is sent again; NICs know only 4.096 us times a power of two."""
+    retries: Annotated[int, Meta(ge=1, le=6)] = 6
+    """How often it is sent again, before the link is broken."""
+    traffic_class: Annotated[int, Meta(ge=0, le=255)] = 0
+    """Of the packets' IP header."""
+    service_level: Annotated[int, Meta(ge=0, le=15)] = 0
+    """Of the packets, on InfiniBand and for priority flow control."""
+    hop_limit: Annotated[int, Meta(ge=1, le=255)] = 64
+    """Routers that a packet passes, at most."""
+    stall_timeout: Wait = Wait("10s")
+    """A link on which nothing moves for so long, while work is outstanding, is broken."""
+
+
 class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """Transfers."""
 
@@ -263,15 +151,30 @@ class Region(Struct, frozen=True, forbid_unknown_fields=True):
     """Regions at the same time."""
 
 
-class Device(Struct, frozen=True, forbid_unknown_fields=True):
-    """Memory that regions are made of."""
+class Memfd(Struct, frozen=True, forbid_unknown_fields=True):
+    """Host memory that stands in for a BAR."""
 
     name: Name
     """Unique on the node."""
     size: DeviceSize
     """Bytes in all."""
     kind: Literal["memfd"] = "memfd"
-    """What it is."""
+
+
+class PciResource(Struct, frozen=True, forbid_unknown_fields=True):
+    """A range of a PCI function's BAR, which the CPU copies."""
+
+    name: Name
+    """Unique on the node."""
+    address: PciAddress
+    """Of the function."""
+    bar: Annotated[int, Meta(ge=0, le=5)]
+    """Number of the BAR."""
+    offset: BarOffset = BarOffset(0)
+    """Of its first byte in the BAR."""
+    size: BarSize | None = None
+    """Bytes in all; None: the rest of the BAR."""
+    kind: Literal["pci_resource"] = "pci_resource"
 
 
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
@@ -313,13 +216,20 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """This node's short name."""
     insecure_network: bool = False
     """Serve on addresses that other hosts reach, although TCP has no authentication yet."""
+    fabric: Literal["auto", "verbs", "tcp"] = "auto"
+    """How bytes cross to other nodes; auto: verbs where both ends have a working NIC, else tcp."""
+    p2pmem: bool = True
+    """Make a device of each p2pmem pool on the node."""
     grpc: Grpc = Grpc()
     attach: Attach = Attach()
     http: Http = Http()
     tcp: Tcp = Tcp()
+    verbs: Verbs = Verbs()
     transfer: Transfer = Transfer()
     region: Region = Region()
-    devices: tuple[Device, ...] = msgspec.field(default=(Device(Name("memfd0"), DeviceSize("1GiB")),), name="device")
+    devices: tuple[Memfd | PciResource, ...] = msgspec.field(
+        default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device"
+    )
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
@@ -349,17 +259,35 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
         yield "grpc", "grpc.socket and grpc.address are both empty, so nobody could reach the daemon. Set one of them."
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
-    names = [device.name for device in config.devices]
-    if ADOPTED in names:
-        yield "device", f"device has the name {ADOPTED}, which stands for memory that jobs hand in. Choose another."
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield "device", f"device has the name {name} more than once. Give each device its own."
+    yield from _device_contradictions(config.devices)
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
         if address and not address.is_loopback and not config.insecure_network:
             yield f"{section}.address", _EXPOSED.format(section=section, address=address)
         if address and address.is_wildcard and isinstance(server, (Grpc, Tcp)) and not server.advertise:
             yield f"{section}.advertise", _NOWHERE.format(section=section, address=address)
+
+
+def _device_contradictions(devices: tuple[Memfd | PciResource, ...]) -> Iterator[Contradiction]:
+    names = [device.name for device in devices]
+    if ADOPTED in names:
+        yield "device", f"device has the name {ADOPTED}, which stands for memory that jobs hand in. Choose another."
+    for name in names:
+        if name.startswith(P2PMEM):
+            yield "device", f"device has the name {name}; {P2PMEM} begins the names of p2pmem pools. Choose another."
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield "device", f"device has the name {name} more than once. Give each device its own."
+    for one, other in combinations([device for device in devices if isinstance(device, PciResource)], 2):
+        if (one.address, one.bar) == (other.address, other.bar) and _overlap(one, other):
+            yield (
+                "device",
+                f"device {other.name} overlaps {one.name} in BAR {one.bar} of {one.address}. Set them apart.",
+            )
+
+
+def _overlap(one: PciResource, other: PciResource) -> bool:
+    low, high = sorted((one, other), key=lambda device: device.offset)
+    return low.size is None or low.offset + low.size > high.offset
 
 
 _EXPOSED = (

@@ -11,8 +11,11 @@ Rules of this file:
 
 from __future__ import annotations
 
+import mmap
 import os
+import threading
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Protocol
 
 import google_crc32c
@@ -39,6 +42,80 @@ class Memory(Protocol):
         """
 
 
+class FileMemory:
+    """The first `length` bytes of a file, mapped on first use; a `Memory`. Usable from any thread."""
+
+    def __init__(self, fd: int, length: int) -> None:
+        """Owns `fd`."""
+        self.length = length
+        self._fd: int | None = fd
+        self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
+        self._view: memoryview | None = None
+
+    @property
+    def fd(self) -> int | None:
+        """See Memory; None after `close`."""
+        return self._fd
+
+    def view(self) -> memoryview:
+        """See Memory."""
+        with self._lock:
+            if self._view is None:
+                if self._mapping is None:
+                    self._mapping = mmap.mmap(self.open_fd(), self.length)
+                self._view = memoryview(self._mapping)
+            return self._view
+
+    def open_fd(self) -> int:
+        """Return the file descriptor. Raises ValueError after `close`."""
+        if self._fd is None:
+            raise ValueError("the memory is closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Unmap and close the file; a second call does nothing. Frees 1 GiB in about 0.1 s.
+
+        Raises BufferError while somebody holds a slice of the view: then the fence was missed, all stays
+        as it is, and closing can be tried again.
+        """
+        with self._lock:
+            if self._fd is None:
+                return
+            if self._view is not None:
+                self._view.release()
+                self._view = None
+            if self._mapping is not None:
+                self._mapping.close()
+                self._mapping = None
+            os.close(self._fd)
+            self._fd = None
+        self._closed()
+
+    def _closed(self) -> None:
+        """Called once, when the file has been closed."""
+
+
+class HostMemory(FileMemory):
+    """Zeroed memory of this process in a file of its own, such as a staging buffer. Its pages are made when they are
+    first touched."""
+
+    def __init__(self, length: int, name: str = "peermem-staging") -> None:
+        """`name` is what /proc/PID/maps shows. Raises OSError."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        super().__init__(fd, length)
+        try:
+            os.ftruncate(fd, length)
+        except BaseException:
+            self.close()
+            raise
+
+
+def whole_pages(length: int) -> int:
+    """Return `length` rounded up to pages."""
+    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 def copy(source: Memory, source_offset: int, target: Memory, target_offset: int, length: int) -> None:
     """Copy `length` bytes. Source and target ranges must not overlap.
 
@@ -61,9 +138,9 @@ def read(source: Memory, offset: int, length: int) -> bytearray:
     if source.fd is not None:
         _read_file(source.fd, offset, memoryview(data))
         return data
-    with _Scratch(length) as scratch:
-        _write_file(scratch.fd, 0, source.view()[offset : offset + length])
-        _read_file(scratch.fd, 0, memoryview(data))
+    with _scratch(length) as scratch:
+        _write_file(scratch.open_fd(), 0, source.view()[offset : offset + length])
+        _read_file(scratch.open_fd(), 0, memoryview(data))
     return data
 
 
@@ -73,9 +150,9 @@ def write(target: Memory, offset: int, data: bytes | bytearray | memoryview) -> 
     if target.fd is not None:
         _write_file(target.fd, offset, memoryview(data))
         return
-    with _Scratch(len(data)) as scratch:
-        _write_file(scratch.fd, 0, memoryview(data))
-        _read_file(scratch.fd, 0, target.view()[offset : offset + len(data)])
+    with _scratch(len(data)) as scratch:
+        _write_file(scratch.open_fd(), 0, memoryview(data))
+        _read_file(scratch.open_fd(), 0, target.view()[offset : offset + len(data)])
 
 
 def crc32c(source: Memory, ranges: Iterable[tuple[int, int]], value: int = 0) -> int:
@@ -92,26 +169,17 @@ def _piece(source: Memory, offset: int, length: int) -> bytes:
     return piece if len(piece) == length else bytes(read(source, offset, length))
 
 
-class _Scratch:
-    """Host memory in a file, to cross between two mappings by way of the kernel."""
-
-    def __init__(self, length: int) -> None:
-        self.fd = os.memfd_create("peermem-scratch", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, length)
-
-    def __enter__(self) -> _Scratch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+def _scratch(length: int) -> closing[HostMemory]:
+    """Return a file by way of which the kernel copies between two mappings."""
+    return closing(HostMemory(length, "peermem-scratch"))
 
 
 def _bounce(source: Memory, source_offset: int, target: Memory, target_offset: int, length: int) -> None:
-    with _Scratch(min(length, _SCRATCH)) as scratch:
+    with _scratch(min(length, _SCRATCH)) as scratch:
         for done in range(0, length, _SCRATCH):
             size = min(_SCRATCH, length - done)
-            _write_file(scratch.fd, 0, source.view()[source_offset + done : source_offset + done + size])
-            _read_file(scratch.fd, 0, target.view()[target_offset + done : target_offset + done + size])
+            _write_file(scratch.open_fd(), 0, source.view()[source_offset + done : source_offset + done + size])
+            _read_file(scratch.open_fd(), 0, target.view()[target_offset + done : target_offset + done + size])
 
 
 def _check(memory: Memory, offset: int, length: int) -> None:

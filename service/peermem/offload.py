@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Closable(Protocol):
+    """What has an end."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+C = TypeVar("C", bound=Closable)
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -23,3 +33,18 @@ async def in_thread(work: Callable[[], T]) -> T:
         if not thread.cancelled():
             thread.exception()  # the caller is gone; nobody else will ask for it
         raise
+
+
+async def made_in_thread(make: Callable[[], C]) -> C:
+    """Return what `make` makes. A caller that gives up meanwhile does not wait: it is closed when it is made."""
+    making = asyncio.get_running_loop().run_in_executor(None, make)
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_discard)
+        raise
+
+
+def _discard(making: asyncio.Future[C]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

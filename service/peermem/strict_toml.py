@@ -5,8 +5,9 @@ Rules of this file:
 * A problem is one sentence: where it stands (the file, or the variable), its key, its value, what was expected.
 * Every key must be a field; a variable's name is the prefix and the key path, upper case, joined by _.
 * Text and types that are made of text are written as they are in a variable, everything else as TOML.
-* A field's type is bool, a bounded int, a Literal of texts, a struct, a tuple of structs, a mapping, or
-  a class with `expected` whose constructor raises ValueError. Empty text is None in a field that may be None.
+* A field's type is bool, a bounded int, a Literal of texts or of numbers, a struct, a mapping, a class with `expected`
+  whose constructor raises ValueError, a tuple of these, or a tuple of structs of several kinds, told apart by their
+  field `kind`; the first is meant where that is left out. Empty text is None in a field that may be None.
 """
 
 from __future__ import annotations
@@ -102,8 +103,10 @@ class _Builder:
         inner = _without_none(kind)
         if inner is not kind and value == "":
             return None
-        if get_origin(inner) is tuple and isinstance(value, list):
-            return tuple(self.struct(get_args(inner)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        if get_origin(inner) is tuple:
+            if not isinstance(value, list):
+                return self._refuse(path, value, _expected(kind))
+            return tuple(self._item(get_args(inner)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if get_origin(inner) is Mapping and isinstance(value, dict):
             of_key, of_value = get_args(inner)
             return {
@@ -114,6 +117,17 @@ class _Builder:
             return msgspec.convert(value, inner, dec_hook=_make)
         except msgspec.ValidationError:
             return self._refuse(path, value, _expected(kind))
+
+    def _item(self, kind: Any, value: object, path: str) -> Any:
+        """Return one item of a list."""
+        structs = _structs(kind)
+        if len(structs) < 2 or not isinstance(value, Mapping):
+            return self.struct(structs[0], value, path) if structs else self._value(kind, value, path)
+        by_kind = {_kind(struct): struct for struct in structs}
+        chosen = value.get("kind", _kind(structs[0]))
+        if chosen not in list(by_kind):
+            return self._refuse(f"{path}.kind", chosen, _one_of(by_kind))
+        return self.struct(by_kind[chosen], value, path)
 
     def _refuse(self, path: str, value: object, expected: str) -> None:
         self.problems.append(f"{self.where(path)}: {path} is {repr(value)[:80]}: expected {expected}.")
@@ -153,7 +167,7 @@ def _unknown_variables(kind: Any, variables: Mapping[str, str], prefix: str) -> 
 
 def _from_text(text: str, kind: Any) -> object:
     inner = _without_none(kind)
-    if get_origin(inner) is Literal or hasattr(inner, "expected"):
+    if (get_origin(inner) is Literal and isinstance(get_args(inner)[0], str)) or hasattr(inner, "expected"):
         return text
     try:
         table = tomllib.loads(f"value = {text}")
@@ -171,11 +185,12 @@ def _make(kind: type, value: object) -> object:
 def _expected(kind: Any) -> str:
     inner = _without_none(kind)
     if get_origin(inner) is Literal:
-        text = "one of " + ", ".join(f'"{choice}"' for choice in get_args(inner))
+        text = _one_of(get_args(inner))
     elif inner is bool:
         text = "true or false"
     elif get_origin(inner) is tuple:
-        text = "a list of tables"
+        item = get_args(inner)[0]
+        text = "a list of tables" if _structs(item) else f"a list, each {_expected(item)}"
     elif get_origin(inner) is Mapping:
         text = "a table"
     elif isinstance(bounds := msgspec.inspect.type_info(inner), msgspec.inspect.IntType):
@@ -183,6 +198,22 @@ def _expected(kind: Any) -> str:
     else:
         text = inner.expected
     return text if inner is kind else f"{text}, or empty for none"
+
+
+def _one_of(choices: Iterable[object]) -> str:
+    return "one of " + ", ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
+
+
+def _structs(kind: Any) -> tuple[Any, ...]:
+    """Return the structs that an item may be; none for an item that is no struct."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return parts if all(map(_is_struct, parts)) else ()
+
+
+def _kind(struct: Any) -> Any:
+    """Return what the field `kind` of a struct holds."""
+    (field,) = (field for field in msgspec.structs.fields(struct) if field.name == "kind")
+    return field.default
 
 
 def _is_struct(kind: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from peermem.app import App
-from peermem.config import Attach, Config, Device, DeviceSize, Grpc, Http, ListenAddress, Name, SocketPath, Tcp
+from peermem.config import Attach, Config, DeviceSize, Grpc, Http, ListenAddress, Memfd, Name, SocketPath, Tcp
 from peermem.core import errors
 from peermem.core.names import ChildName
 from peermem.core.policy import ANONYMOUS
@@ -31,7 +31,7 @@ def config(node: str, grpc_port: int, socket_path: str | None = None) -> Config:
         attach=Attach(socket=None),
         http=Http(address=None),
         tcp=Tcp(address=ListenAddress("127.0.0.1:0")),
-        devices=(Device(Name("bar0"), DeviceSize("1MiB")),),
+        devices=(Memfd(Name("bar0"), DeviceSize("1MiB")),),
     )
 
 

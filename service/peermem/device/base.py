@@ -10,14 +10,35 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from peermem.core.types import Path
 from peermem.memory import Memory
 
 
+class Copier(Protocol):
+    """Copies between device memory, which nothing else in this process touches, and host memory.
+
+    `pieces` are (offset in the device memory, offset in `buffer`, length) in bytes, any of them unaligned. Copies
+    run one after the other, in the order of the calls; both raise RegionRevoked when the device has vanished, and
+    ValueError for pieces outside.
+    """
+
+    async def load(self, buffer: Memory, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Copy out of the device memory into `buffer`, which has a descriptor."""
+
+    async def store(self, buffer: Memory, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Copy out of `buffer`, which has a descriptor, into the device memory."""
+
+
 class DeviceMemory(Memory, Protocol):
     """Memory of one region."""
+
+    @property
+    def copier(self) -> Copier | None:
+        """What alone reaches memory of path STAGED, whose `fd` is None and whose `view` raises ValueError; None for
+        memory that `peermem.memory` and NICs reach."""
 
     def share(self) -> tuple[int, int]:
         """Return (file descriptor, offset) for a local job to map; the caller does not own the
@@ -46,6 +67,10 @@ class Device(Protocol):
         """How a NIC reaches its memory."""
 
     @property
+    def pci_address(self) -> str:
+        """Of the PCI function that has the memory, such as 0000:41:00.0; empty for host memory."""
+
+    @property
     def size(self) -> int:
         """Bytes in all."""
 
@@ -54,7 +79,11 @@ class Device(Protocol):
         """Bytes not given out."""
 
     async def allocate(self, length: int) -> DeviceMemory:
-        """Return zeroed memory of `length` bytes. Raises DeviceFull; NotSupported where the device only adopts."""
+        """Return zeroed memory of `length` bytes.
+
+        Raises DeviceFull; DeviceLost, DeviceForbidden, BarClaimed, KernelLockedDown, KernelTooOld for device memory;
+        NotSupported where the device only adopts.
+        """
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
         """Return memory made of a file descriptor that a job handed in; owns `fd` from then on, also
@@ -63,5 +92,11 @@ class Device(Protocol):
         Raises NotAdoptable, DeviceFull; NotSupported where the device only allocates.
         """
 
+    def alive(self) -> bool:
+        """Whether it is there, and the memory that it gave out still is its memory; a cheap look.
+
+        Once False, that memory is to be closed: a device that came back gives out no more before all of it is.
+        """
+
     async def close(self) -> None:
-        """End the device; all its memory has been closed before."""
+        """End the device. Its memory has been closed before, or is being closed."""

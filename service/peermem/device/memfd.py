@@ -15,7 +15,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import mmap
 import os
@@ -28,6 +27,8 @@ from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSuppo
 from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
+from peermem.memory import FileMemory, whole_pages
+from peermem.offload import made_in_thread
 
 _SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since Linux 5.1
 _SEALED_READ_ONLY = fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE
@@ -35,65 +36,29 @@ _SMALL = 1 << 20
 """Bytes up to which making the pages takes less time than going to a thread and back, about 0.1 ms."""
 
 
-class MemfdMemory:
+class MemfdMemory(FileMemory):
     """One memory file; a `DeviceMemory`. Usable from any thread."""
+
+    copier = None
 
     def __init__(self, fd: int, length: int, give_back: Callable[[int], None]) -> None:
         """Owns `fd`; `give_back` is called with `length` when the memory is gone."""
-        self.length = length
-        self._fd: int | None = fd
+        super().__init__(fd, length)
         self._give_back = give_back
-        self._lock = threading.Lock()
-        self._mapping: mmap.mmap | None = None
-        self._view: memoryview | None = None
-
-    @property
-    def fd(self) -> int | None:
-        """See Memory; None after `close`."""
-        return self._fd
-
-    def view(self) -> memoryview:
-        """See Memory."""
-        with self._lock:
-            if self._view is None:
-                if self._mapping is None:
-                    self._mapping = mmap.mmap(self._open_fd(), self.length)
-                self._view = memoryview(self._mapping)
-            return self._view
 
     def share(self) -> tuple[int, int]:
         """See DeviceMemory. Raises ValueError after `close`."""
-        return self._open_fd(), 0
+        return self.open_fd(), 0
 
-    def close(self) -> None:
-        """See DeviceMemory. Frees 1 GiB in about 0.1 s.
-
-        Raises BufferError while somebody holds a slice of the view: then the fence was missed, all stays
-        as it is, and closing can be tried again.
-        """
-        with self._lock:
-            if self._fd is None:
-                return
-            if self._view is not None:
-                self._view.release()
-                self._view = None
-            if self._mapping is not None:
-                self._mapping.close()
-                self._mapping = None
-            os.close(self._fd)
-            self._fd = None
+    def _closed(self) -> None:
         self._give_back(self.length)
-
-    def _open_fd(self) -> int:
-        if self._fd is None:
-            raise ValueError("the memory is closed")
-        return self._fd
 
 
 class _FileDevice:
     """What both kinds of device share: a number of bytes to give out, counted from any thread."""
 
     path = Path.HOST
+    pci_address = ""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -105,6 +70,10 @@ class _FileDevice:
     def available(self) -> int:
         """See Device."""
         return self._available
+
+    def alive(self) -> bool:
+        """See Device. The host's own memory does not vanish."""
+        return True
 
     async def close(self) -> None:
         """See Device. Holds nothing that its memory doesn't."""
@@ -132,7 +101,7 @@ class _FileDevice:
 
     def _take(self, length: int, fix: str) -> None:
         """Count `length` bytes as given out. Raises DeviceFull, which ends with the sentence `fix`."""
-        pages = _whole_pages(length)
+        pages = whole_pages(length)
         with self._lock:
             if pages <= self._available:
                 self._available -= pages
@@ -147,7 +116,7 @@ class _FileDevice:
 
     def _give_back(self, length: int) -> None:
         with self._lock:
-            self._available += _whole_pages(length)
+            self._available += whole_pages(length)
 
 
 class MemfdDevice(_FileDevice):
@@ -161,7 +130,7 @@ class MemfdDevice(_FileDevice):
             raise ZeroLength(f"Device {self.name} gives out at least 1 byte.", device=self.name)
         if length <= _SMALL:
             return self._make(length)
-        return await _in_thread(lambda: self._make(length))
+        return await made_in_thread(lambda: self._make(length))
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
         """See Device."""
@@ -193,7 +162,7 @@ class AdoptedMemory(_FileDevice):
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
         """See Device. `length` need not be whole pages."""
-        return await _in_thread(lambda: self._adopt(fd, length))
+        return await made_in_thread(lambda: self._adopt(fd, length))
 
     def _adopt(self, fd: int, length: int) -> MemfdMemory:
         try:
@@ -244,25 +213,6 @@ def _check_length(size: int, length: int) -> int:
             wanted=length,
         )
     return length or size
-
-
-def _whole_pages(length: int) -> int:
-    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-async def _in_thread(make: Callable[[], MemfdMemory]) -> MemfdMemory:
-    """Return what `make` makes in a thread. If the caller gives up meanwhile, it is closed when it is made."""
-    making = asyncio.get_running_loop().run_in_executor(None, make)
-    try:
-        return await asyncio.shield(making)
-    except asyncio.CancelledError:
-        making.add_done_callback(_discard)
-        raise
-
-
-def _discard(making: asyncio.Future[MemfdMemory]) -> None:
-    if not making.cancelled() and making.exception() is None:
-        making.result().close()
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,211 @@
+"""The values of a configuration that are more than text and numbers: names, addresses, sizes, durations.
+
+Rules of this file:
+
+* Each class says in `expected` what it takes, and raises ValueError for anything else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import mmap
+import re
+from ipaddress import IPv4Address, IPv6Address
+from typing import ClassVar, Self
+
+from peermem.core.errors import InvalidField
+from peermem.core.names import check_id
+from peermem.core.units import parse_duration, parse_size
+
+
+class Name(str):
+    """The short name of a node or device."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "1 to 63 of a-z, 0-9 and -, starting with a letter and not ending with -"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        try:
+            return super().__new__(cls, check_id(text, "name"))
+        except InvalidField as error:
+            raise ValueError(error.message) from None
+
+
+class SocketPath(str):
+    """A unix socket."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "an absolute path of at most 107 bytes"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not text.startswith("/") or "\0" in text or len(text.encode()) > 107:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
+class Address(str):
+    """host:port of a server to connect to; the host is a name, an IPv4 or an [IPv6] address."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'host:port with a port from 1 to 65535, such as "10.0.0.2:7470" or "[fd00::2]:7470"'
+    lowest_port: ClassVar[int] = 1
+    _HOST: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not cls._is_valid(text):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+    @classmethod
+    def _is_valid(cls, text: str) -> bool:
+        host, _, port = text.rpartition(":")
+        if not re.fullmatch(r"0|[1-9]\d{0,4}", port, re.ASCII) or not cls.lowest_port <= int(port) <= 65535:
+            return False
+        if host.startswith("[") and host.endswith("]"):
+            return isinstance(_ip(host[1:-1]), IPv6Address)
+        looks_like_ipv4 = not host.strip("0123456789.")
+        return isinstance(_ip(host), IPv4Address) if looks_like_ipv4 else bool(cls._HOST.fullmatch(host))
+
+    @property
+    def host(self) -> str:
+        """Without brackets."""
+        return self.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """0 for any free one."""
+        return int(self.rpartition(":")[2])
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can reach it."""
+        ip = _ip(self.host)
+        return ip.is_loopback if ip else self.host == "localhost"
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it stands for every address of this host, so that no other host can use it."""
+        ip = _ip(self.host)
+        return bool(ip and ip.is_unspecified)
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+class ListenAddress(Address):
+    """host:port to serve on; port 0 takes any free one."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'host:port with a port from 0 to 65535, such as "127.0.0.1:7470" or "[::1]:7470"'
+    lowest_port: ClassVar[int] = 0
+
+
+class PciAddress(str):
+    """A PCI function."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'a PCI address, such as "0000:41:00.0"'
+    _FORM: ClassVar[re.Pattern[str]] = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", re.ASCII)
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not cls._FORM.fullmatch(text):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
+class NicName(str):
+    """An RDMA device, or one of its ports."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'an RDMA device or one of its ports, such as "mlx5_0" or "mlx5_0/1"'
+    _FORM: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9_.-]{1,63}(?:/[1-9]\d{0,2})?", re.ASCII)
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not cls._FORM.fullmatch(text):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
+class Size(int):
+    """Bytes. Subclasses set the bounds, and whether they are whole pages."""
+
+    _bounds: ClassVar[tuple[int, int]]
+    _step: ClassVar[int]
+    expected: ClassVar[str]
+
+    def __init_subclass__(cls, least: str, most: str, *, pages: bool = False) -> None:
+        cls._bounds = parse_size(least), parse_size(most)
+        cls._step = mmap.PAGESIZE if pages else 1
+        cls.expected = f'a size from {least} to {most} in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
+        if pages:
+            cls.expected += f", in whole pages of {mmap.PAGESIZE} bytes"
+
+    def __new__(cls, value: str | int) -> Self:
+        """Raises ValueError."""
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(cls.expected)
+        size = parse_size(value)
+        if not cls._bounds[0] <= size <= cls._bounds[1] or size % cls._step:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, size)
+
+
+class Duration(float):
+    """Seconds. Subclasses set the bounds."""
+
+    _bounds: ClassVar[tuple[float, float]]
+    expected: ClassVar[str]
+
+    def __init_subclass__(cls, least: str, most: str) -> None:
+        cls._bounds = parse_duration(least), parse_duration(most)
+        cls.expected = f'a duration with its unit (ms, s, min, h, d) from {least} to {most}, such as "30s"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not isinstance(text, str):
+            raise ValueError(cls.expected)
+        seconds = parse_duration(text)
+        if not cls._bounds[0] <= seconds <= cls._bounds[1]:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, seconds)
+
+
+class MessageSize(Size, least="64KiB", most="1GiB"):
+    """Of one gRPC message."""
+
+
+class AdoptSize(Size, least="0B", most="1024TiB"):
+    """Of all memory that jobs hand in."""
+
+
+class DeviceSize(Size, least="4KiB", most="1024TiB"):
+    """Of a device."""
+
+
+class BarOffset(Size, least="0B", most="1024TiB", pages=True):
+    """Where a device begins in its BAR."""
+
+
+class BarSize(Size, least="4KiB", most="1024TiB", pages=True):
+    """Of a device in a BAR."""
+
+
+class AckTimeout(Duration, least="1ms", most="60s"):
+    """Until a NIC sends again what was not acknowledged."""
+
+
+class Wait(Duration, least="100ms", most="1h"):
+    """Until something is given up."""
+
+
+class Keep(Duration, least="0s", most="7d"):
+    """How long something that nobody uses is kept."""
