@@ -11,10 +11,12 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 
 import structlog
@@ -29,24 +31,33 @@ from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Services, grpc_methods
 from peermem.api.transfers import TransferService
 from peermem.broker.broker import Broker
+from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
-from peermem.config import Config
+from peermem.config import Config, Memfd, PciResource, Verbs
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED
 from peermem.core.policy import OwnerPolicy
+from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.base import Device
+from peermem.device.host import read_host
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
-from peermem.device.sysfs import nic_ports
+from peermem.device.p2pmem import p2pmem_devices
+from peermem.device.pci_resource import PciResourceDevice
+from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
-from peermem.fabric.base import Fabric
+from peermem.fabric.base import Fabric, Proof
 from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
+from peermem.fabric.verbs_fabric import VerbsFabric
+from peermem.fabric.verbs_types import Settings as VerbsSettings
+from peermem.fabric.verbs_types import Timing
 from peermem.remote.client import GrpcRemotes
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
+from peermem.telemetry.nics import NicUse
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +69,7 @@ class App:
         self.config = config
         self.metrics = Metrics(VERSION)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
+        self._topology = _Recent(read_topology)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -84,20 +96,17 @@ class App:
         def lost(link_id: bytes) -> None:
             broker.serving.link_lost(link_id)
 
-        tcp = TcpFabric(
-            config.tcp.address,
-            advertise=config.tcp.advertise,
-            stall_timeout=config.tcp.stall_timeout,
-            on_link_lost=lost,
-        )
-        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: tcp, FabricKind.LOCAL: LocalFabric(on_link_lost=lost)}
-        for kind, fabric in fabrics.items():
+        parts = _Parts(config, lost)
+        for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
+            if fabric.unavailable is not None:
+                log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
-        broker = self._broker(directory, fabrics, sessions)
+        broker = self._broker(directory, parts, sessions)
         self._stack.push_async_callback(broker.close)
-        self.metrics.observe(lambda: _snapshot(broker, sessions, tcp))
+        self.metrics.observe(lambda: _snapshot(broker, sessions, parts))
+        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports()])
         await self._start_attach(broker, sessions)
         server = self._server(broker, sessions)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
@@ -110,7 +119,7 @@ class App:
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
-        log.info("ready", node=config.node, epoch=broker.epoch, grpc=address, tcp=tcp.address)
+        log.info("ready", node=config.node, epoch=broker.epoch, grpc=address, **parts.addresses)
 
     async def _start_http(self) -> None:
         if self.config.http.address:
@@ -122,10 +131,8 @@ class App:
     def _health(self) -> Health:
         return Health(not self._reasons, self._reasons)
 
-    def _broker(self, directory: Directory, fabrics: Mapping[FabricKind, Fabric], sessions: SessionTable) -> Broker:
+    def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable) -> Broker:
         config = self.config
-        devices: dict[str, Device] = {device.name: MemfdDevice(device.name, device.size) for device in config.devices}
-        devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
         settings = Settings(
             node=config.node,
             rails=config.tcp.rails,
@@ -139,7 +146,18 @@ class App:
         )
         epoch = secrets.token_hex(8)
         remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node))
-        return Broker(settings, epoch, devices, fabrics, remotes, directory, OwnerPolicy(), sessions, self.metrics)
+        return Broker(
+            settings,
+            epoch,
+            parts.devices,
+            parts.fabrics,
+            remotes,
+            directory,
+            OwnerPolicy(),
+            sessions,
+            self.metrics,
+            self._topology,
+        )
 
     async def _start_attach(self, broker: Broker, sessions: SessionTable) -> None:
         if self.config.attach.socket:
@@ -152,7 +170,7 @@ class App:
         identity = Identity(sessions)
         keep = config.transfer.keep_ended
         services = Services(
-            node=NodeService(broker, nic_ports),
+            node=NodeService(broker, read_topology, self._preflight(broker)),
             region=RegionService(broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep)),
             transfer=TransferService(
                 broker,
@@ -171,6 +189,10 @@ class App:
             max_calls=config.grpc.max_concurrent_calls,
         )
 
+    def _preflight(self, broker: Broker) -> Preflight:
+        verbs = broker.fabrics.get(FabricKind.VERBS)
+        return Preflight(broker.devices, broker.proofs, read_topology, read_host, verbs)
+
     def _replayed(self, what: Replayed) -> Callable[[], None]:
         return lambda: self.metrics.replayed(what)
 
@@ -184,6 +206,78 @@ class App:
         self._stack.push_async_callback(end)
 
 
+class _Parts:
+    """The devices and fabrics that a configuration asks for."""
+
+    def __init__(self, config: Config, lost: Callable[[bytes], None]) -> None:
+        """`lost` gets the ids of accepted links that end by themselves."""
+        self.tcp: TcpFabric | None = None
+        self.verbs: VerbsFabric | None = None
+        self.fabrics: dict[FabricKind, Fabric] = {}
+        if config.fabric != "tcp":
+            settings = _verbs_settings(config.verbs)
+            self.fabrics[FabricKind.VERBS] = self.verbs = VerbsFabric(
+                config.verbs.nics, settings=settings, on_link_lost=lost
+            )
+        if config.fabric != "verbs":
+            self.fabrics[FabricKind.TCP] = self.tcp = TcpFabric(
+                config.tcp.address,
+                advertise=config.tcp.advertise,
+                stall_timeout=config.tcp.stall_timeout,
+                on_link_lost=lost,
+            )
+        self.fabrics[FabricKind.LOCAL] = LocalFabric(on_link_lost=lost)
+        self.devices: dict[str, Device] = {device.name: _device(device) for device in config.devices}
+        self.devices |= {device.name: device for device in (p2pmem_devices() if config.p2pmem else ())}
+        self.devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where the fabrics listen, for the log."""
+        return {"tcp": self.tcp.address} if self.tcp is not None else {}
+
+
+def _device(config: Memfd | PciResource) -> Device:
+    if isinstance(config, Memfd):
+        return MemfdDevice(config.name, config.size)
+    return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
+
+
+def _verbs_settings(config: Verbs) -> VerbsSettings:
+    exponent = round(math.log2(config.ack_timeout / _ACK_UNIT))
+    timing = Timing(timeout=exponent, retries=config.retries, rnr_retries=7, min_rnr_timer=_RNR_TIMER)
+    return VerbsSettings(
+        timing=timing,
+        mtu=config.mtu or _LARGEST_MTU,
+        queue_pairs=config.queue_pairs,
+        stall_timeout=config.stall_timeout,
+    )
+
+
+_ACK_UNIT = 4.096e-6
+"""Seconds; NICs wait this times a power of two (IBA 1.4, 9.7.6.1.3)."""
+_LARGEST_MTU = 4096
+_RNR_TIMER = 12
+"""0.64 ms until a SEND is tried again for which no receive was posted (IBA 1.4, 9.7.5.2.8)."""
+
+
+class _Recent:
+    """A topology that is read again when somebody asks after a few seconds: ports come up, devices come and go.
+    May be called in any thread."""
+
+    def __init__(self, read: Callable[[], Topology]) -> None:
+        self._read = read
+        self._last: tuple[float, Topology] | None = None
+
+    def __call__(self) -> Topology:
+        now = time.monotonic()
+        if self._last is None or now > self._last[0] + _RECENT:
+            self._last = (now, self._read())
+        return self._last[1]
+
+
+_RECENT = 5.0
+"""Seconds that a topology is believed."""
 _CALLS_GRACE = 1.0
 """Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
 
@@ -206,7 +300,7 @@ def _address(directory: Directory, node: str) -> str:
     return entry.address
 
 
-def _snapshot(broker: Broker, sessions: SessionTable, tcp: TcpFabric) -> Snapshot:
+def _snapshot(broker: Broker, sessions: SessionTable, parts: _Parts) -> Snapshot:
     held = Counter[str]()
     for region in broker.regions:
         held[region.device.name] += region.memory.length
@@ -226,5 +320,12 @@ def _snapshot(broker: Broker, sessions: SessionTable, tcp: TcpFabric) -> Snapsho
         grants_given=broker.serving.grant_count,
         grants_held=broker.links.grant_count,
         attach_sessions=len(sessions),
-        rejected_connections={tcp.kind: tcp.rejected_count},
+        rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
+        verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
+        nics={nic: error is None for nic, error in broker.proofs.nics.items()},
+        paths={
+            (device.name, nic, device.path): isinstance(outcome, Proof)
+            for device in broker.devices.values()
+            for nic, outcome in broker.proofs.known(device).items()
+        },
     )

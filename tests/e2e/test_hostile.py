@@ -314,5 +314,5 @@ def test_identities_that_are_made_up(channel: grpc.Channel) -> None:
         nodes.GetNode(node_pb2.GetNodeRequest(name="nodes/nowhere"))
     assert isinstance(fault(caught.value), errors.NodeNotFound)
     with pytest.raises(grpc.RpcError) as caught:
-        list(nodes.Preflight(node_pb2.PreflightRequest()))
-    assert isinstance(fault(caught.value), errors.NotSupported)
+        list(nodes.Preflight(node_pb2.PreflightRequest(devices=["nowhere"])))
+    assert isinstance(fault(caught.value), errors.DeviceNotFound)

@@ -48,6 +48,10 @@ class FabricConformance:
 
     make_fabrics: Factory
 
+    async def pass_time(self, connection: Connection, clock: Clock, seconds: float) -> None:
+        """Let grants grow older."""
+        clock.ahead += seconds
+
     @pytest.fixture
     async def fabrics(self, clock: Clock, lost: list[bytes]) -> AsyncIterator[tuple[Fabric, Fabric]]:
         before = open_sockets()
@@ -59,7 +63,7 @@ class FabricConformance:
     async def connection(self, memories: object, fabrics: tuple[Fabric, Fabric]) -> AsyncIterator[Connection]:
         connection = await Connection(*fabrics).open()
         yield connection
-        await connection.link.close()
+        await connection.close()
         assert connection.events.faults == []
 
     # Bytes
@@ -77,7 +81,7 @@ class FabricConformance:
                 expected_remote[1000 + there : 1000 + there + length] = expected_local[here : here + length]
             else:
                 expected_local[here : here + length] = expected_remote[1000 + there : 1000 + there + length]
-        key = connection.grant(remote, offset=1000)
+        key = await connection.grant(remote, offset=1000)
         assert await connection.run(opcode, local, key, ranges) is Status.SUCCESS
         assert local.bytes() == expected_local
         assert remote.bytes() == expected_remote
@@ -89,7 +93,9 @@ class FabricConformance:
         connection = await Connection(*fabrics).open(rails)
         source, target, back = memories(32 * MIB, 1), memories(32 * MIB), memories(32 * MIB)
         fixed = memories(32 * MIB, 3)
-        key, fixed_key = connection.grant(target), connection.grant(fixed)
+        key, fixed_key = await connection.grant(target), await connection.grant(fixed)
+        for memory in (source, back):
+            await connection.register(fabrics[0], memory)
         posted = []
         for start in range(0, 32 * MIB, 512 << 10):
             ranges = Ranges.single(start, start, 512 << 10)
@@ -98,7 +104,7 @@ class FabricConformance:
         assert set(await connection.events.wait(posted)) == {Status.SUCCESS}
         assert target.bytes() == source.bytes()
         assert back.bytes() == fixed.bytes()
-        await connection.link.close()
+        await connection.close()
         assert connection.events.faults == []
 
     # Rights
@@ -118,7 +124,7 @@ class FabricConformance:
         key, ranges = await self._forbidden(connection, remote, clock, opcode, kind)
         assert await connection.run(opcode, local, key, ranges) is Status.REM_ACCESS_ERR
         assert (local.bytes(), remote.bytes()) == before
-        good = connection.grant(remote)
+        good = await connection.grant(remote)
         assert await connection.run(opcode, local, good, Ranges.single(0, 0, LENGTH)) is Status.SUCCESS
 
     async def _forbidden(
@@ -127,19 +133,18 @@ class FabricConformance:
         ranges = Ranges.single(0, 0, 300_000)
         if kind in ("behind", "across"):
             start = MIB if kind == "behind" else MIB - 1
-            return connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])
+            return await connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])
         if kind == "unknown":
             return RemoteKey(12345, 0, LENGTH), ranges
         if kind == "other link":
-            other = await Connection(connection.initiator, connection.target).open()
-            key = other.grant(remote)
-            return key, ranges
+            other = await connection.another()
+            return await other.grant(remote), ranges
         if kind == "no right":
             rights = Rights.READ if opcode is Opcode.WRITE else Rights.WRITE
-            return connection.grant(remote, rights=rights), ranges
-        key = connection.grant(remote, ttl=5.0)
+            return await connection.grant(remote, rights=rights), ranges
+        key = await connection.grant(remote, ttl=5.0)
         if kind == "expired":
-            clock.ahead += 5.0
+            await self.pass_time(connection, clock, 5.0)
         else:
             await connection.target.revoke(key)
         return key, ranges
@@ -149,21 +154,22 @@ class FabricConformance:
     ) -> None:
         memory = memories()
         with pytest.raises(LinkNotFound):
-            connection.target.grant(b"?" * 16, memory, 0, LENGTH, Rights.READ, 10.0)
+            await connection.target.grant(b"?" * 16, memory, 0, LENGTH, Rights.READ, 10.0)
         with pytest.raises(ValueError, match="no range"):
-            connection.grant(memory, offset=1, length=LENGTH)
+            await connection.grant(memory, offset=1, length=LENGTH)
 
     @both_ways
     async def test_revoke_fences_a_running_request(
         self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
     ) -> None:
         local, remote = memories(BIG, 1), FileMemory(BIG, 2)
-        posted = connection.post_all(opcode, local, key := connection.grant(remote))
+        posted = await connection.post_all(opcode, local, key := await connection.grant(remote))
         await connection.events.wait(posted[:1])
         await connection.target.revoke(key)
         written = remote.bytes()
         await turns()
         assert remote.bytes() == written
+        await connection.release(remote)
         remote.close()  # nobody holds it, although requests are still on the way
         statuses = await connection.events.wait(posted)
         assert set(statuses) <= {Status.SUCCESS, Status.REM_ACCESS_ERR}
@@ -173,7 +179,7 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory]
     ) -> None:
         local, remote = memories(BIG, 1), memories(BIG)
-        posted = connection.post_all(Opcode.WRITE, local, key := connection.grant(remote))
+        posted = await connection.post_all(Opcode.WRITE, local, key := await connection.grant(remote))
         await connection.events.wait(posted[:1])
         first = asyncio.create_task(connection.target.revoke(key))
         await turns(1)
@@ -187,9 +193,9 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory], clock: Clock
     ) -> None:
         local, remote = memories(BIG, 1), memories(BIG)
-        posted = connection.post_all(Opcode.WRITE, local, connection.grant(remote, ttl=50.0))
+        posted = await connection.post_all(Opcode.WRITE, local, await connection.grant(remote, ttl=50.0))
         await connection.events.wait(posted[:1])
-        clock.ahead += 50.0
+        await self.pass_time(connection, clock, 50.0)
         statuses = await connection.events.wait(posted)
         assert set(statuses) <= {Status.SUCCESS, Status.REM_ACCESS_ERR}
         size = connection.initiator.limits.slice_bytes
@@ -205,7 +211,7 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
     ) -> None:
         local, remote = memories(4096), memories()
-        key = connection.grant(remote)
+        key = await connection.grant(remote)
         for ranges in (Ranges.single(1, 0, 4096), Ranges.single(-1, 0, 1), ranges_of([0, 4096], [0, 9], [1, 1])):
             assert await connection.run(opcode, local, key, ranges) is Status.LOC_PROT_ERR
         assert await connection.run(opcode, local, key, Ranges.single(0, 0, 4096)) is Status.SUCCESS
@@ -219,7 +225,7 @@ class FabricConformance:
         vanishing = VanishingMemory(MIB)
         sound = memories(MIB, 1)
         local, remote = (vanishing, sound) if side is Status.LOC_PROT_ERR else (sound, vanishing)
-        key = connection.grant(remote)
+        key = await connection.grant(remote)
         vanishing.vanish()
         ranges = Ranges.single(MIB - size, MIB - size, size)
         assert await connection.run(opcode, local, key, ranges) is side
@@ -230,15 +236,18 @@ class FabricConformance:
     async def test_closed_local_memory(
         self, connection: Connection, memories: Callable[..., FileMemory], opcode: Opcode
     ) -> None:
-        local = FileMemory(4096)
+        local, key = FileMemory(4096), await connection.grant(memories())
+        assert await connection.run(opcode, local, key, Ranges.single(0, 0, 4096)) is Status.SUCCESS
+        await connection.release(local)
         local.close()
-        key = connection.grant(memories())
-        assert await connection.run(opcode, local, key, Ranges.single(0, 0, 4096)) is Status.LOC_PROT_ERR
+        posted = connection.post(opcode, local, key, Ranges.single(0, 0, 4096))
+        assert await connection.events.wait([posted]) == [Status.LOC_PROT_ERR]
 
     async def test_a_local_fault_is_flushed_before_close_returns(
         self, connection: Connection, memories: Callable[..., FileMemory]
     ) -> None:
-        wr_id = connection.post(Opcode.WRITE, memories(), connection.grant(memories()), Ranges.single(LENGTH, 0, 1))
+        key = await connection.grant(memories())
+        wr_id = connection.post(Opcode.WRITE, memories(), key, Ranges.single(LENGTH, 0, 1))
         await connection.link.close()
         assert wr_id in connection.events.statuses
 
@@ -248,7 +257,7 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory]
     ) -> None:
         memory = memories()
-        key = connection.grant(memory)
+        key = await connection.grant(memory)
         await connection.link.close()
         await connection.link.close()
         with pytest.raises(LinkClosed):
@@ -260,7 +269,7 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes], opcode: Opcode
     ) -> None:
         local, remote = FileMemory(BIG), memories(BIG, 1)
-        posted = connection.post_all(opcode, local, connection.grant(remote))
+        posted = await connection.post_all(opcode, local, await connection.grant(remote))
         await connection.events.wait(posted[:1])
         await connection.link.close()
         assert set(connection.events.statuses) == set(posted)
@@ -268,17 +277,18 @@ class FabricConformance:
         seen = local.bytes()
         await eventually(lambda: lost == [connection.link_id])
         assert local.bytes() == seen
+        await connection.release(local)
         local.close()
         assert connection.events.ends == []
 
     async def test_a_closed_link_is_lost_at_its_target_with_its_grants(
         self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes]
     ) -> None:
-        connection.grant(memories())
+        await connection.grant(memories())
         await connection.link.close()
         await eventually(lambda: lost == [connection.link_id])
         with pytest.raises(LinkNotFound):
-            connection.grant(memories())
+            await connection.grant(memories())
 
     @both_ways
     @pytest.mark.parametrize("how", ["hang up", "close the fabric"])
@@ -286,13 +296,14 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory], lost: list[bytes], opcode: Opcode, how: str
     ) -> None:
         local, remote = memories(BIG), FileMemory(BIG, 1)
-        posted = connection.post_all(opcode, local, connection.grant(remote))
+        posted = await connection.post_all(opcode, local, await connection.grant(remote))
         await connection.events.wait(posted[:1])
         if how == "hang up":
             await connection.target.hang_up(connection.link_id)
             await connection.target.hang_up(connection.link_id)
         else:
             await connection.target.close()
+        await connection.release(remote)
         remote.close()
         statuses = await connection.events.wait(posted)
         assert set(statuses) <= {Status.SUCCESS, Status.WR_FLUSH_ERR}
@@ -307,7 +318,7 @@ class FabricConformance:
         self, connection: Connection, memories: Callable[..., FileMemory]
     ) -> None:
         local, remote = memories(BIG), memories(BIG)
-        posted = connection.post_all(Opcode.WRITE, local, connection.grant(remote))
+        posted = await connection.post_all(Opcode.WRITE, local, await connection.grant(remote))
         await connection.initiator.close()
         await connection.initiator.close()
         assert set(connection.events.statuses) == set(posted)
@@ -317,7 +328,8 @@ class FabricConformance:
 
     async def test_posting_from_a_completion(self, connection: Connection, memories: Callable[..., FileMemory]) -> None:
         memory, remote = memories(seed=1), memories()
-        key = connection.grant(remote)
+        key = await connection.grant(remote)
+        await connection.register(connection.initiator, memory)
         record = connection.events.completed
 
         def completed(completions: list[object]) -> None:

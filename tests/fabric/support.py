@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.core.types import LinkAttributes, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkEnd, Opcode, Status, WorkRequest
 from peermem.memory import Memory
 
@@ -119,7 +119,7 @@ class Recorder:
 
 
 class Connection:
-    """An open link with its recorder, as a test uses it."""
+    """An open link with its recorder, as a test uses it. It registers what it is given, for both sides."""
 
     def __init__(self, initiator: Fabric, target: Fabric) -> None:
         self.initiator = initiator
@@ -127,18 +127,43 @@ class Connection:
         self.events = Recorder()
         self.link_id = b""
         self.link: Link
+        self._registered: list[tuple[Fabric, Memory]] = []
         self._next_id = 0
 
     async def open(self, rails: int = 1) -> Connection:
         self.link = await self.initiator.connect(self._exchange, self.events, rails)
         return self
 
+    async def another(self) -> Connection:
+        """Open a second link between the same fabrics, for the same memory."""
+        other = Connection(self.initiator, self.target)
+        other._registered = self._registered
+        return await other.open()
+
+    async def close(self) -> None:
+        """Close the link, and release all memory."""
+        await self.link.close()
+        for fabric, memory in self._registered:
+            await fabric.unregister(memory)
+        self._registered.clear()
+
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
         answer = self.target.accept(offer)
         self.link_id = answer.link_id
         return answer
 
-    def grant(
+    async def register(self, fabric: Fabric, memory: Memory, path: Path = Path.HOST) -> None:
+        if not any(known is fabric and memory is other for known, other in self._registered):
+            self._registered.append((fabric, memory))
+            await fabric.register(memory, path)
+
+    async def release(self, memory: Memory) -> None:
+        """Nothing uses this memory any more."""
+        for fabric in {self.initiator, self.target}:
+            await fabric.unregister(memory)
+        self._registered[:] = [entry for entry in self._registered if entry[1] is not memory]
+
+    async def grant(
         self,
         memory: Memory,
         offset: int = 0,
@@ -147,9 +172,11 @@ class Connection:
         ttl: float = 1000.0,
     ) -> RemoteKey:
         length = memory.length - offset if length is None else length
-        return self.target.grant(self.link_id, memory, offset, length, rights, ttl)
+        await self.register(self.target, memory)
+        return await self.target.grant(self.link_id, memory, offset, length, rights, ttl)
 
     def post(self, opcode: Opcode, memory: Memory, key: RemoteKey, ranges: Ranges) -> int:
+        """Post with memory that is registered."""
         self._next_id += 1
         self.events.posting = True
         try:
@@ -159,10 +186,12 @@ class Connection:
         return self._next_id
 
     async def run(self, opcode: Opcode, memory: Memory, key: RemoteKey, ranges: Ranges) -> Status:
+        await self.register(self.initiator, memory)
         return (await self.events.wait([self.post(opcode, memory, key, ranges)]))[0]
 
-    def post_all(self, opcode: Opcode, memory: Memory, key: RemoteKey) -> list[int]:
+    async def post_all(self, opcode: Opcode, memory: Memory, key: RemoteKey) -> list[int]:
         """Post requests for all of `memory`, at the same offsets on both sides."""
+        await self.register(self.initiator, memory)
         size = self.initiator.limits.slice_bytes
         return [
             self.post(opcode, memory, key, Ranges.single(start, start, min(size, memory.length - start)))

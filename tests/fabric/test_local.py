@@ -47,7 +47,7 @@ class TestLocalFabric(FabricConformance):
         gated, sound = GatedMemory(2 * MIB), memories(2 * MIB, 1)
         # the kernel copies from the file of the source into the view of the destination, which is gated
         local, remote = (sound, gated) if opcode is Opcode.WRITE else (gated, sound)
-        key = connection.grant(remote)
+        key = await connection.grant(remote)
         wr_id = connection.post(opcode, local, key, Ranges.single(0, 0, 2 * MIB))
         await eventually(gated.reached.is_set)
         ways = {
@@ -80,7 +80,7 @@ class TestLocalFabric(FabricConformance):
         fabric = LocalFabric(connect_timeout=0.05, on_link_lost=lost.append)
         await fabric.start()
         answer = fabric.accept(LinkAttributes(FabricKind.LOCAL, 1))
-        fabric.grant(answer.link_id, memories(), 0, 1, Rights.READ, 10.0)
+        await fabric.grant(answer.link_id, memories(), 0, 1, Rights.READ, 10.0)
         assert (fabric.accepted_count, fabric.grant_count) == (1, 1)
         await eventually(lambda: lost == [answer.link_id])
         assert (fabric.accepted_count, fabric.grant_count) == (0, 0)

@@ -48,7 +48,7 @@ class Siege:
     async def forged(self, opcode: Opcode, sizes: list[int], changes: list[tuple[int, int]]) -> bytes:
         """Send good frames of which some bytes are changed, and return what comes back."""
         answer = self.fabric.accept(LinkAttributes(FabricKind.TCP, 1))
-        key = self.fabric.grant(
+        key = await self.fabric.grant(
             answer.link_id, self.memory, GUARDED, MIB - 2 * GUARDED, Rights.READ | Rights.WRITE, 100.0
         )
         offsets = [100 * index for index in range(len(sizes))]
@@ -71,7 +71,7 @@ class Siege:
         assert seen[:GUARDED] == self.secret[:GUARDED]
         assert seen[-GUARDED:] == self.secret[-GUARDED:]
         local, remote = FileMemory(8192, 1), FileMemory(8192)
-        key = self.honest.grant(remote)
+        key = await self.honest.grant(remote)
         assert await self.honest.run(Opcode.WRITE, local, key, Ranges.single(0, 0, 8192)) is Status.SUCCESS
         assert local.bytes() == remote.bytes()
         await self.fabric.revoke(key)

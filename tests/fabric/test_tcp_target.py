@@ -75,7 +75,7 @@ async def honest(fabric: TcpFabric) -> AsyncIterator[Connection]:
     connection = await Connection(fabric, fabric).open()
     yield connection
     memory, remote = FileMemory(MIB, 1), FileMemory(MIB)
-    status = await connection.run(Opcode.WRITE, memory, connection.grant(remote), Ranges.single(0, 0, MIB))
+    status = await connection.run(Opcode.WRITE, memory, await connection.grant(remote), Ranges.single(0, 0, MIB))
     assert status is Status.SUCCESS
     assert remote.bytes() == memory.bytes()
     await connection.link.close()
@@ -162,7 +162,7 @@ async def test_a_lost_rail_ends_its_link(
     fabric: TcpFabric, lost: list[bytes], memories: Callable[..., FileMemory]
 ) -> None:
     raw, link_id = await Raw.admitted(fabric)
-    fabric.grant(link_id, memories(), 0, 100, Rights.READ, 10.0)
+    await fabric.grant(link_id, memories(), 0, 100, Rights.READ, 10.0)
     assert (fabric.accepted_count, fabric.grant_count) == (1, 1)
     await raw.close()
     await eventually(lambda: lost == [link_id])
@@ -205,7 +205,7 @@ async def test_a_refused_write_is_drained_and_the_next_one_served(
 ) -> None:
     raw, link_id = admitted
     memory = memories()
-    key = fabric.grant(link_id, memory, 0, MIB, Rights.WRITE, 10.0)
+    key = await fabric.grant(link_id, memory, 0, MIB, Rights.WRITE, 10.0)
     raw.request(Opcode.WRITE, 1, RemoteKey(1, 0, MIB), Ranges.single(0, 0, 2 * MIB))
     raw.writer.write(b"x" * 2 * MIB)
     raw.request(Opcode.WRITE, 2, key, Ranges.single(0, 5, 3))
@@ -227,7 +227,7 @@ async def test_a_malformed_request_is_answered(
 ) -> None:
     raw, link_id = admitted
     memory = memories()
-    key = fabric.grant(link_id, memory, 0, MIB, Rights.READ | Rights.WRITE, 10.0)
+    key = await fabric.grant(link_id, memory, 0, MIB, Rights.READ | Rights.WRITE, 10.0)
     raw.request(opcode, 1, key, ranges_of([0] * len(lengths), [0] * len(lengths), lengths), total)
     if opcode is Opcode.WRITE:
         raw.writer.write(b"x" * total)
@@ -251,7 +251,7 @@ async def test_a_write_stops_in_the_middle_of_its_payload(
 ) -> None:
     raw, link_id = admitted
     memory = memories()
-    key = fabric.grant(link_id, memory, 0, MIB, Rights.WRITE, 10.0)
+    key = await fabric.grant(link_id, memory, 0, MIB, Rights.WRITE, 10.0)
     raw.request(Opcode.WRITE, 1, key, Ranges.single(0, 0, 2000))
     raw.writer.write(b"a" * 1000)
     await eventually(lambda: memory.bytes()[999:1000] == b"a")
@@ -269,7 +269,7 @@ async def test_many_refusals_and_many_ranges_go_out_together(
 ) -> None:
     raw, link_id = admitted
     memory = memories(seed=1)
-    key = fabric.grant(link_id, memory, 0, MIB, Rights.READ, 10.0)
+    key = await fabric.grant(link_id, memory, 0, MIB, Rights.READ, 10.0)
     offsets = [1000 * index for index in range(frames.MAX_RANGES)]
     for wr_id in range(150):
         raw.request(Opcode.WRITE, wr_id, key, Ranges.single(0, 0, 1))
@@ -288,12 +288,12 @@ async def test_a_slow_reader_holds_up_nobody_and_gets_everything(
 ) -> None:
     raw, link_id = admitted
     memory = memories(8192, 1)
-    key = fabric.grant(link_id, memory, 0, 8192, Rights.READ, 10.0)
+    key = await fabric.grant(link_id, memory, 0, 8192, Rights.READ, 10.0)
     count = 9000
     for wr_id in range(count):
         raw.request(Opcode.READ, wr_id, key, Ranges.single(0, wr_id % 4096, 4096))
     local, remote = memories(MIB, 2), memories(MIB)
-    assert await honest.run(Opcode.WRITE, local, honest.grant(remote), Ranges.single(0, 0, MIB)) is Status.SUCCESS
+    assert await honest.run(Opcode.WRITE, local, await honest.grant(remote), Ranges.single(0, 0, MIB)) is Status.SUCCESS
     expected = memory.bytes()
     for wr_id in range(count):
         assert await raw.response() == frames.Response(wr_id, Status.SUCCESS, 4096)
@@ -307,7 +307,7 @@ async def test_a_read_that_is_revoked_in_the_middle_shows_no_more(
     raw, link_id = admitted
     memory = memories(48 * MIB)
     memory.view()[:] = b"s" * memory.length
-    key = fabric.grant(link_id, memory, 0, memory.length, Rights.READ, 10.0)
+    key = await fabric.grant(link_id, memory, 0, memory.length, Rights.READ, 10.0)
     raw.request(Opcode.READ, 1, key, Ranges.single(0, 0, memory.length))
     assert await raw.response() == frames.Response(1, Status.SUCCESS, memory.length)
     assert await raw.reader.readexactly(1) == b"s"

@@ -6,6 +6,7 @@ Rules that every fabric keeps (`tests/fabric/conformance.py` runs them on each o
 * Each posted work request is completed exactly once, also when the link closes or breaks
   (WR_FLUSH_ERR). A WRITE's SUCCESS means that its bytes are in the remote memory, a READ's that they
   are in the local memory.
+* Memory is registered before it is used, locally or by a grant, and unregistered after its last use.
 * The side that owns memory checks each access against the grant: link, right, range, expiry.
 * After `revoke` returns, no byte is read or written under that key. After a link's `close` returns,
   no byte is written into local memory on its behalf.
@@ -14,12 +15,13 @@ Rules that every fabric keeps (`tests/fabric/conformance.py` runs them on each o
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.core.errors import PeermemError
+from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights
 from peermem.memory import Memory
 
 
@@ -115,7 +117,20 @@ class Link(Protocol):
 
 
 Exchange = Callable[[LinkAttributes], Awaitable[LinkAttributes]]
-"""Carries this side's attributes to the remote node's `accept` and returns what that answered."""
+"""Carries this side's attributes to the remote node's `accept` and returns what that answered. A fabric may use it
+again while the link is open, with the link's id in the offer, to have its rails rebuilt after an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a probe that moved the right bytes measured."""
+
+    latency: float
+    """Median time of a 4 KiB WRITE (or of a page, where there is less), from post to completion, in seconds."""
+    write_bandwidth: float
+    """Into the memory, bytes per second."""
+    read_bandwidth: float
+    """Out of the memory, bytes per second."""
 
 
 class Fabric(Protocol):
@@ -129,26 +144,60 @@ class Fabric(Protocol):
     def limits(self) -> FabricLimits:
         """The shape of work that it likes best."""
 
+    @property
+    def nics(self) -> Mapping[str, PeermemError | None]:
+        """NIC ports by name, each with what keeps it from working now; empty for a fabric that uses none."""
+
+    @property
+    def unavailable(self) -> PeermemError | None:
+        """What keeps the whole fabric from working now: PyverbsMissing, NicNotFound where the node has no NIC at all,
+        or else the error of one of `nics`, none of which works; None where it works."""
+
     async def start(self) -> None:
-        """Begin to serve. Raises OSError where a port can't be had."""
+        """Begin to serve. Raises OSError where a port can't be had; what ails NICs is told by `nics`."""
 
     async def close(self) -> None:
         """End all links and serve no more."""
 
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        """Make memory usable on these NIC ports. Takes turns of the loop; must not be called twice for a memory.
+
+        Raises NicNotFound, RegistrationRefused, MemlockTooSmall, OnDemandMissing, and the error of a NIC in `nics`.
+        """
+
+    async def unregister(self, memory: Memory) -> None:
+        """Forget memory; no request and no grant uses it any more. Unknown memory is no error."""
+
+    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        """Prove that a NIC port reads and writes `memory`, whose bytes are overwritten, by moving a pattern both ways
+        through it and comparing. `memory` is not registered.
+
+        Raises as `register`, and ProbeFailed, ProbeMismatch.
+        """
+
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
         """Open a link to the remote node that `exchange` reaches.
 
-        Raises NodeUnreachable, and what `exchange` raises.
+        Raises NodeUnreachable, FabricUnavailable where no NIC here works, and what `exchange` raises.
         """
 
     def accept(self, offer: LinkAttributes) -> LinkAttributes:
-        """Make ready for one link of a remote node and say how to reach this end. Raises FabricUnavailable."""
+        """Make ready for one link of a remote node and say how to reach this end.
+
+        An offer with the id of an accepted link has its rails rebuilt; grants stay. Raises FabricUnavailable,
+        LinkNotFound.
+        """
 
     async def hang_up(self, link_id: bytes) -> None:
         """End an accepted link and its grants; afterwards nothing of it touches memory. Unknown ids are no error."""
 
-    def grant(self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float) -> RemoteKey:
-        """Let an accepted link access a range of `memory` for `ttl` seconds. Raises LinkNotFound."""
+    async def grant(
+        self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
+    ) -> RemoteKey:
+        """Let an accepted link access a range of registered `memory` for `ttl` seconds.
+
+        Raises LinkNotFound, and FabricUnavailable where no rail of the link reaches the memory.
+        """
 
     async def revoke(self, key: RemoteKey) -> None:
         """End a grant: when this returns, no access under it is running or will. Unknown keys are no error."""

@@ -13,13 +13,13 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from peermem import memory as memories
-from peermem.core.errors import FabricUnavailable, NodeUnreachable
-from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
+from peermem.core.errors import FabricUnavailable, NodeUnreachable, NotSupported, PeermemError
+from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.fabric.base import (
     Completion,
     Exchange,
@@ -28,10 +28,12 @@ from peermem.fabric.base import (
     LinkEnd,
     LinkEvents,
     Opcode,
+    Proof,
     Status,
     WorkRequest,
 )
 from peermem.fabric.grants import Clock, Grant, GrantTable, inside
+from peermem.fabric.plain import NicLess
 from peermem.memory import Memory
 
 _INLINE_BYTES = 256 << 10
@@ -47,7 +49,7 @@ _LIMITS = FabricLimits(slice_bytes=4 << 20, slice_ranges=1024, window_bytes=32 <
 _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
 
 
-class LocalFabric:
+class LocalFabric(NicLess):
     """A `Fabric` from this node to itself: `connect` wants an exchange that reaches its own `accept`."""
 
     def __init__(
@@ -79,6 +81,11 @@ class LocalFabric:
         return _LIMITS
 
     @property
+    def nics(self) -> Mapping[str, PeermemError | None]:
+        """See Fabric."""
+        return {}
+
+    @property
     def accepted_count(self) -> int:
         """Links that were accepted."""
         return len(self._links) + len(self._reserved)
@@ -101,6 +108,16 @@ class LocalFabric:
             self._forget(link_id)
             await link.close()
         await self._copier.close()
+
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        """See Fabric. The CPU reaches all memory as it is."""
+
+    async def unregister(self, memory: Memory) -> None:
+        """See Fabric."""
+
+    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        """See Fabric."""
+        raise NotSupported("The local fabric uses no NIC that could be probed.")
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> LocalLink:
         """See Fabric."""
@@ -136,7 +153,9 @@ class LocalFabric:
             await link.hung_up()
         await self._copier.settled(link_id)
 
-    def grant(self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float) -> RemoteKey:
+    async def grant(
+        self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
+    ) -> RemoteKey:
         """See Fabric."""
         return self._grants.grant(link_id, memory, offset, length, rights, ttl)
 

@@ -14,14 +14,15 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peermem.core.errors import FabricUnavailable, NodeUnreachable
-from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
+from peermem.core.errors import FabricUnavailable, NodeUnreachable, NotSupported, PeermemError
+from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.fabric import frames
-from peermem.fabric.base import Exchange, FabricLimits, LinkEvents
+from peermem.fabric.base import Exchange, FabricLimits, LinkEvents, Proof
 from peermem.fabric.grants import Clock, GrantTable
+from peermem.fabric.plain import NicLess
 from peermem.fabric.tcp_initiator import TcpLink, dial
 from peermem.fabric.tcp_stream import Pace
 from peermem.fabric.tcp_target import Target
@@ -37,7 +38,7 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _LIMITS = FabricLimits(slice_bytes=1 << 20, slice_ranges=512, window_bytes=16 << 20)
 
 
-class TcpFabric:
+class TcpFabric(NicLess):
     """A `Fabric` over TCP."""
 
     def __init__(
@@ -82,6 +83,11 @@ class TcpFabric:
         return _LIMITS
 
     @property
+    def nics(self) -> Mapping[str, PeermemError | None]:
+        """See Fabric."""
+        return {}
+
+    @property
     def address(self) -> str:
         """The host:port that is served on; once started, the port is the real one."""
         return join_address(self._host, self._port)
@@ -116,6 +122,16 @@ class TcpFabric:
         self._target.close()
         for link in list(self._links):
             await link.close()
+
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        """See Fabric. The CPU reaches all memory as it is."""
+
+    async def unregister(self, memory: Memory) -> None:
+        """See Fabric."""
+
+    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        """See Fabric."""
+        raise NotSupported("The tcp fabric uses no NIC that could be probed.")
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> TcpLink:
         """See Fabric."""
@@ -164,7 +180,9 @@ class TcpFabric:
         """See Fabric."""
         self._target.hang_up(link_id)
 
-    def grant(self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float) -> RemoteKey:
+    async def grant(
+        self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
+    ) -> RemoteKey:
         """See Fabric."""
         return self._grants.grant(link_id, memory, offset, length, rights, ttl)
 

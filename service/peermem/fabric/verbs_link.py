@@ -1,0 +1,340 @@
+"""The initiator's end of the verbs fabric: a link that spreads requests over its rails.
+
+Rules of this file:
+
+* A reliable connection fails as a whole, although one request was wrong. The link hides that: the request that failed
+  gets its status, and what was flushed behind it is posted again when a rail is up: one-sided work does no harm twice.
+* A request uses a rail whose NIC reaches its memory here and whose other end reaches it there; of several that have
+  room, the one with the least to do.
+* A request is answered when no queue pair uses its memory any more: after its completion, or after a reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+from peermem.core.types import KeyPart, RemoteKey
+from peermem.fabric.base import Completion, Exchange, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
+from peermem.fabric.grants import inside
+from peermem.fabric.verbs_memory import PART, MemoryTable, Registration
+from peermem.fabric.verbs_mend import Mender
+from peermem.fabric.verbs_rail import Rail, Word
+from peermem.fabric.verbs_types import Piece, Settings, WcStatus, WrOpcode
+from peermem.fabric.verbs_work import cut, is_sound
+
+_OPCODES = {Opcode.WRITE: WrOpcode.RDMA_WRITE, Opcode.READ: WrOpcode.RDMA_READ}
+_FAULTS: dict[int, Status] = {
+    WcStatus.LOC_LEN_ERR: Status.LOC_PROT_ERR,
+    WcStatus.LOC_QP_OP_ERR: Status.LOC_PROT_ERR,
+    WcStatus.LOC_PROT_ERR: Status.LOC_PROT_ERR,
+    WcStatus.LOC_ACCESS_ERR: Status.LOC_PROT_ERR,
+    WcStatus.REM_INV_REQ_ERR: Status.REM_INV_REQ_ERR,
+    WcStatus.REM_ACCESS_ERR: Status.REM_ACCESS_ERR,
+    WcStatus.REM_OP_ERR: Status.REM_OP_ERR,
+}
+"""Failures of a request; all others are the rail's."""
+_POSTED_BYTES = 8 << 20
+"""On one rail: enough to keep it busy, and little enough to drain in a moment when the link closes."""
+_SUSPICIONS = 2
+"""Rails that may break under a request before it is the request's fault."""
+_FAREWELL = 0.5
+"""Seconds for what is posted to end, and for the other end to be told, when the link closes."""
+
+
+class _Job:
+    """A request on its way."""
+
+    def __init__(self, request: WorkRequest, number: int) -> None:
+        self.request = request
+        self.number = number
+        self.pieces: Sequence[Piece] = ()
+        self.posted = 0
+        """Pieces that were posted."""
+        self.pending = 0
+        """Posts that have not been answered."""
+        self.suspected = 0
+        """How often a rail broke under it without saying why."""
+        self.status: Status | None = None
+
+
+class _Route:
+    """The rails that reach two memories, with their keys."""
+
+    def __init__(self, registration: Registration, key: RemoteKey, rails: Sequence[Rail]) -> None:
+        self.registration = registration
+        self.key = key
+        local = [rail.port.nic in registration.parts for rail in rails]
+        self.reaches_here = any(local)
+        self.ways: list[tuple[Rail, Sequence[int], Sequence[KeyPart]]] = [
+            (rail, [part.lkey for part in registration.parts[rail.port.nic]], parts)
+            for rail, parts, is_local in zip(rails, key.rails, local, strict=False)
+            if is_local and is_sound(parts, key.length)
+        ]
+
+
+class VerbsLink:
+    """A `Link` over reliable connections; a `RailOwner`."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        events: LinkEvents,
+        memories: MemoryTable,
+        settings: Settings,
+        on_end: Callable[[VerbsLink], None],
+    ) -> None:
+        self._events = events
+        self._memories = memories
+        self._group = max(1, settings.depth // 2)
+        self._on_end = on_end
+        self._rails: list[Rail] = []
+        self._mender = Mender(self._rails, exchange, settings, self._is_busy, self._confirmed, self.go_down)
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[_Job] = deque()
+        self._current: dict[Rail, _Job] = {}
+        """Jobs that were posted in part."""
+        self._outstanding = 0
+        self._next_number = 0
+        self._refusals: list[_Job] = []
+        """Jobs that the remote side refused, or that failed there, and that are not told of yet."""
+        self._finished: list[Completion] = []
+        self._report_due = False
+        self._route: _Route | None = None
+        self._refused = (0, Opcode.READ, 0)
+        """Name of the key that was refused last, for what, and before which request."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_open = self._closed = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+
+    async def open(self, rails: Sequence[Rail]) -> None:
+        """Bring up rails, which are the link's from now on. Raises NodeUnreachable, and what the exchange raises."""
+        self._rails += rails
+        try:
+            await self._mender.open()
+        except BaseException:
+            self._closed = True
+            self._end()
+            raise
+        self._is_open = True
+
+    def uses(self, rails_of: Callable[[Rail], bool]) -> list[Rail]:
+        """Return the rails that are so."""
+        return list(filter(rails_of, self._rails))
+
+    def post(self, request: WorkRequest) -> None:
+        """See Link."""
+        if self._closed:
+            raise LinkClosed
+        job = _Job(request, self._next_number)
+        self._next_number += 1
+        if self._outstanding == 0:
+            self._idle.clear()
+            self._mender.moved()
+        self._outstanding += 1
+        ranges = request.ranges
+        if not inside(ranges.local, ranges.lengths, request.memory.length):
+            self._finish(job, Status.LOC_PROT_ERR)
+        elif not inside(ranges.remote, ranges.lengths, request.key.length):
+            self._finish(job, Status.REM_ACCESS_ERR)
+        else:
+            self._waiting.append(job)
+            self._fill()
+        if self._finished and not self._report_due:
+            self._report_due = True
+            self._loop.call_soon(self._report)
+        self._mender.watch()
+
+    async def close(self) -> None:
+        """See Link."""
+        if self._closed:
+            await asyncio.shield(self._ended)
+            return
+        self._closed = True
+        self._flush()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL):
+                await self._idle.wait()
+        await asyncio.gather(*(rail.farewell(_FAREWELL) for rail in self._rails if rail.up))
+        self._end()
+
+    def go_down(self, end: LinkEnd, cause: str) -> None:
+        """End the link, because it can't go on."""
+        if self._is_open and not self._closed:
+            self._closed = True
+            self._end()
+            self._events.down(end, cause)
+
+    def _end(self) -> None:
+        self._mender.stop()
+        self._flush()
+        for rail in self._rails:
+            rail.close()
+        self._report()
+        self._ended.set_result(None)
+        self._on_end(self)
+
+    # Events of rails
+
+    def heard(self, rail: Rail, word: Word) -> None:
+        """See RailOwner."""
+        self._mender.moved()
+        if word is Word.BYE:
+            rail.fail()
+            self.go_down(LinkEnd.REMOTE_CLOSED, "the remote side closed the link")
+
+    def broke(self, rail: Rail, status: int) -> None:
+        """See RailOwner."""
+        job = self._current.pop(rail, None)
+        if job is not None:
+            self._put_back(job)
+        self._fill()
+        self._report()
+        if self._is_open and not self._closed:
+            self._mender.mend()
+
+    def turned(self, rail: Rail) -> None:
+        """See RailOwner."""
+        self._fill()
+        self._report()
+
+    # Requests
+
+    def _is_busy(self) -> bool:
+        return self._outstanding > 0
+
+    def _fill(self) -> None:
+        """Post what there is room for."""
+        for rail, job in list(self._current.items()):
+            self._post_some(rail, job)
+        while self._waiting:
+            way = self._way_for(self._waiting[0])
+            if way is None:
+                return
+            job = self._waiting.popleft()
+            if isinstance(way, Status):
+                self._finish(job, way)
+            else:
+                self._post_some(way, job)
+
+    def _way_for(self, job: _Job) -> Rail | Status | None:
+        """Return the rail to post a job on, with its pieces made; or how it ends because there can be none; or None
+        while it has to wait for one."""
+        registration = self._memories.find(job.request.memory)
+        if registration is None:
+            return Status.LOC_PROT_ERR
+        route = self._route
+        if route is None or route.registration is not registration or route.key is not job.request.key:
+            route = self._route = _Route(registration, job.request.key, self._rails)
+        if not route.ways:
+            return Status.REM_ACCESS_ERR if route.reaches_here else Status.LOC_PROT_ERR
+        best: tuple[Rail, Sequence[int], Sequence[KeyPart]] | None = None
+        for way in route.ways:
+            rail = way[0]
+            has_room = rail.up and rail.free and rail.load < _POSTED_BYTES and rail not in self._current
+            if has_room and (best is None or rail.load < best[0].load):
+                best = way
+        if best is None:
+            return None
+        rail, lkeys, parts = best
+        job.pieces = cut(job.request.ranges, registration.address, lkeys, PART, parts)
+        job.posted = 0
+        return rail
+
+    def _post_some(self, rail: Rail, job: _Job) -> None:
+        """Post as much of a job as there is room for; the rest stays the rail's current one."""
+        opcode = _OPCODES[job.request.opcode]
+        while job.posted < len(job.pieces) and rail.free and rail.up:
+            group = job.pieces[job.posted : job.posted + min(rail.free, self._group)]
+            job.posted += len(group)
+            job.pending += 1
+            rail.post(opcode, group, sum([piece[1] for piece in group]), partial(self._answered, job))
+        if job.posted < len(job.pieces):
+            self._current[rail] = job
+        else:
+            self._current.pop(rail, None)
+
+    def _answered(self, job: _Job, status: int) -> None:
+        """One post of a job ended. Posts end in order, and after the first failure none succeeds."""
+        job.pending -= 1
+        if status == WcStatus.SUCCESS:
+            self._mender.moved()
+            if job.pending == 0 and job.posted == len(job.pieces):
+                self._finish(job, job.status or Status.SUCCESS)
+            return
+        if status == WcStatus.GENERAL_ERR:
+            job.suspected += 1
+            if job.suspected == _SUSPICIONS:
+                status = WcStatus.LOC_PROT_ERR
+        if status in _FAULTS:
+            job.status = _FAULTS[status]
+            self._mender.moved()
+            if job.status is Status.REM_ACCESS_ERR:
+                self._refuse(job)
+        if job.pending == 0 and job not in self._current.values():
+            self._put_back(job)
+
+    def _refuse(self, refused: _Job) -> None:
+        """What a key does not open for one request, it does not open for those that are outstanding with it: to try
+        each would break a rail each time."""
+        self._refused = refused.request.key.rkey, refused.request.opcode, self._next_number
+        waiting, self._waiting = self._waiting, deque()
+        for job in waiting:
+            self._put_back(job)
+
+    def _is_refused(self, job: _Job) -> bool:
+        rkey, opcode, until = self._refused
+        return job.request.key.rkey == rkey and job.request.opcode is opcode and job.number < until
+
+    def _put_back(self, job: _Job) -> None:
+        """A job's rail is down: it has its status, or goes again, or is flushed."""
+        if job.status is None and self._is_refused(job):
+            job.status = Status.REM_ACCESS_ERR
+        if self._closed or job.status is Status.LOC_PROT_ERR:
+            self._finish(job, job.status if job.status is Status.LOC_PROT_ERR else Status.WR_FLUSH_ERR)
+            return
+        if job.status is not None:
+            self._refusals.append(job)
+            return
+        later = next((i for i, other in enumerate(self._waiting) if other.number > job.number), len(self._waiting))
+        self._waiting.insert(later, job)
+
+    def _confirmed(self) -> None:
+        """The remote node still has the link: so what was refused was refused. A daemon that is being killed loses its
+        memory regions before its queue pairs, and refuses as well."""
+        refusals, self._refusals = self._refusals, []
+        for job in refusals:
+            self._finish(job, job.status or Status.REM_ACCESS_ERR)
+        self._report()
+
+    def _flush(self) -> None:
+        """Post no more."""
+        refusals, self._refusals = self._refusals, []
+        for job in refusals:
+            self._finish(job, Status.WR_FLUSH_ERR)
+        while self._waiting:
+            self._finish(self._waiting.popleft(), Status.WR_FLUSH_ERR)
+        current, self._current = self._current, {}
+        for job in current.values():
+            job.status = Status.WR_FLUSH_ERR
+            job.pieces = job.pieces[: job.posted]
+            if job.pending == 0:
+                self._finish(job, job.status)
+
+    def _finish(self, job: _Job, status: Status) -> None:
+        self._finished.append(Completion(job.request.wr_id, status))
+
+    def _report(self) -> None:
+        """Tell what has ended."""
+        self._report_due = False
+        if not self._finished:
+            return
+        finished, self._finished = self._finished, []
+        self._outstanding -= len(finished)
+        if self._outstanding == 0:
+            self._idle.set()
+        self._events.completed(finished)
