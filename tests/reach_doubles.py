@@ -103,7 +103,7 @@ class StagedMemory:
 
     async def store(self, buffer: Memory, pieces: Sequence[tuple[int, int, int]]) -> None:
         await self._device.turn()
-        for offset, start, length in pieces:
+        for offset, start, length in () if self._device.forgets else pieces:
             memories.copy(buffer, start, self.inner, offset, length)
 
 
@@ -120,6 +120,8 @@ class StagedDevice(MemfdDevice):
         """Copies that wait."""
         self.copies = 0
         self.vanished = False
+        self.forgets = False
+        """What is written is not kept, as by registers."""
 
     async def allocate(self, length: int) -> DeviceMemory:
         return StagedMemory(await super().allocate(length), self)

@@ -54,6 +54,7 @@ def test_a_transfer_crosses_the_wire(fabric: FabricKind | None) -> None:
         crc32c=7,
         path=Path.HOST,
         executed_by="nodes/b/transfers/u",
+        fabric_why="Both nodes have a NIC that works.",
     )
     back = transfer_from_proto(transfer_to_proto(facts))
     assert back.error is not None

@@ -17,6 +17,7 @@ from peermem.core.errors import InvalidField, PeermemError
 from peermem.core.names import parse_node, parse_region, parse_transfer
 from peermem.core.node import DeviceFacts, NicPort, NodeFacts
 from peermem.core.plan import Direction
+from peermem.core.preflight import Verdict
 from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import error_pb2, node_pb2, region_pb2, transfer_pb2
@@ -114,6 +115,8 @@ def region_to_proto(facts: core_region.RegionFacts) -> region_pb2.Region:
         path=PATHS[facts.path],
         state=_REGION_STATES[facts.state],
         create_time=time_to_proto(facts.created_at),
+        nics=facts.nics,
+        why=facts.why,
     )
 
 
@@ -168,6 +171,7 @@ def transfer_to_proto(facts: core_transfer.TransferFacts) -> transfer_pb2.Transf
         crc32c=facts.crc32c,
         executed_by=facts.executed_by,
         path=PATHS[facts.path] if facts.path else region_pb2.PATH_UNSPECIFIED,
+        fabric_why=facts.fabric_why,
     )
     if facts.error is not None:
         message.error.CopyFrom(error_to_proto(facts.error))
@@ -194,6 +198,7 @@ def transfer_from_proto(message: transfer_pb2.Transfer) -> core_transfer.Transfe
         crc32c=message.crc32c if message.HasField("crc32c") else None,
         path=next((path for path, value in PATHS.items() if value == message.path), None),
         executed_by=message.executed_by,
+        fabric_why=message.fabric_why,
     )
 
 
@@ -241,14 +246,47 @@ def device_to_proto(facts: DeviceFacts) -> node_pb2.Device:
         available=facts.available,
         path=PATHS[facts.path],
         region_count=facts.region_count,
+        pci_address=facts.pci_address,
+        nics=facts.nics,
+        why=facts.why,
     )
 
 
-def nic_to_proto(port: NicPort) -> node_pb2.Nic:
-    """Return the message for a NIC port."""
+def nic_to_proto(port: NicPort, error: PeermemError | None) -> node_pb2.Nic:
+    """Return the message for a NIC port that works, or that `error` keeps from working."""
     return node_pb2.Nic(
-        name=port.name, state=port.state, link_layer=port.link_layer, rate=port.rate, numa_node=port.numa_node
+        name=port.name,
+        state=port.state,
+        link_layer=port.link_layer,
+        rate=port.rate,
+        numa_node=port.numa_node,
+        pci_address=port.pci_address,
+        gids=map(str, port.gids),
+        error=error_to_proto(error) if error is not None else None,
     )
+
+
+def verdict_to_proto(verdict: Verdict, done: int, total: int) -> node_pb2.PreflightVerdict:
+    """Return the message for a finding of preflight, the one after which `done` of `total` are done."""
+    message = node_pb2.PreflightVerdict(
+        device=verdict.device,
+        fabric=transfer_pb2.FABRIC_VERBS if verdict.nic else transfer_pb2.FABRIC_UNSPECIFIED,
+        path=PATHS[verdict.path] if verdict.path else region_pb2.PATH_UNSPECIFIED,
+        works=verdict.error is None,
+        write_bandwidth=round(verdict.write_bandwidth),
+        read_bandwidth=round(verdict.read_bandwidth),
+        nic=verdict.nic,
+        check=verdict.check.value if verdict.check else "",
+        detail=verdict.detail,
+        advice=verdict.advice,
+        done=done,
+        total=total,
+    )
+    if verdict.error is not None:
+        message.error.CopyFrom(error_to_proto(verdict.error))
+    elif verdict.device:
+        message.latency.CopyFrom(duration_to_proto(verdict.latency))
+    return message
 
 
 def _list_from_proto(message: transfer_pb2.SegmentList, limit: int) -> SegmentList:

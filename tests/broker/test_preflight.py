@@ -17,6 +17,7 @@ from peermem.core.errors import (
     NicNotFound,
     PortDown,
     ProbeFailed,
+    ProbeMismatch,
 )
 from peermem.core.node import NicPort
 from peermem.core.preflight import Capability, Check, HostFacts, Verdict
@@ -131,6 +132,11 @@ async def test_a_daemon_that_uses_no_nic() -> None:
         found = await verdicts(made[0])
         assert len(found) == len(Check)
         assert isinstance(found[-1].error, FabricUnavailable)
+
+
+async def test_a_bar_that_is_registers_and_not_memory(host: NicHost) -> None:
+    host.staged.forgets = True
+    assert isinstance((await verdicts(host, "bar1"))[-1].error, ProbeMismatch)
 
 
 async def test_a_caller_that_does_not_read_holds_up_nobody(host: NicHost) -> None:

@@ -97,3 +97,20 @@ def test_a_quiet_meter_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with output.Meter("put x", quiet=True) as meter:
         meter.show(1, None, 0.0)
     assert capsys.readouterr().err == ""
+
+
+def test_steps_are_plain_where_stderr_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 1.0, 2.5, 2.5])
+    monkeypatch.setattr("peermem.cli.output.time.monotonic", lambda: next(now))
+    with output.Steps("preflight", quiet=False) as steps:
+        steps.show(1, 3, "kernel")
+        steps.show(2, 3, "bar0 with mlx5_0/1")
+    assert capsys.readouterr().err.splitlines() == ["preflight: 2 of 3, bar0 with mlx5_0/1"]
+
+
+def test_a_sentence_is_not_cut_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "word " * 99 + "end."
+    output.print_sentence(sentence)
+    assert capsys.readouterr().out == f"  {sentence}\n"

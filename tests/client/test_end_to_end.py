@@ -39,6 +39,7 @@ def test_what_a_node_tells(a: peermem.Node) -> None:
     assert {device.name: device.size for device in a.devices()}["bar0"] == 1 << 30
     assert a.nics() == []
     assert a.info("nodes/b").name == "nodes/b"
+    assert [verdict.check for verdict in a.preflight("bar0")][:2] == ["kernel", "lockdown"]
 
 
 def test_a_mapped_region_is_written_by_numpy_and_read_by_a_remote_node(a: peermem.Node, b: peermem.Node) -> None:

@@ -20,7 +20,17 @@ def region(name: str, length: int) -> RegionInfo:
 
     lease = Lease(LeaseKind.NONE, None, None)
     return RegionInfo(
-        name, length, "bar0", "uid:0", {}, lease, Path.HOST, RegionState.READY, datetime(2026, 1, 1, tzinfo=UTC)
+        name=name,
+        length=length,
+        device="bar0",
+        owner="uid:0",
+        labels={},
+        lease=lease,
+        path=Path.HOST,
+        state=RegionState.READY,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+        nics=(),
+        why="",
     )
 
 

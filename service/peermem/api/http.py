@@ -88,11 +88,11 @@ class HttpServer:
             self._listener = None
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
-        response = self._route(request)
+        response = await self._route(request)
         response.force_close()
         return response
 
-    def _route(self, request: web.BaseRequest) -> web.Response:
+    async def _route(self, request: web.BaseRequest) -> web.Response:
         if request.method not in _METHODS:
             return web.Response(status=405, headers={"Allow": ", ".join(_METHODS)}, text="Only GET and HEAD.\n")
         match request.path:
@@ -105,6 +105,7 @@ class HttpServer:
                 lines = ["ready"] if health.ready else ["not ready", *health.reasons]
                 return web.Response(status=200 if health.ready else 503, text="\n".join(lines) + "\n")
             case "/metrics":
+                await self._metrics.refresh()
                 body, content_type = self._metrics.render(request.headers.get("Accept", ""))
                 return web.Response(body=body, headers={"Content-Type": content_type})
         return web.Response(status=404, text="There is /, /healthz, /readyz and /metrics.\n")

@@ -1,25 +1,30 @@
-"""NodeService: what this node is and has, and which others there are."""
+"""NodeService: what this node is and has, what works on it, and which others there are."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 from peermem.api.calls import Context
 from peermem.broker.broker import Broker
-from peermem.core.errors import NotSupported
+from peermem.broker.preflight import Preflight
+from peermem.core.errors import FabricUnavailable, PeermemError
 from peermem.core.names import parse_node
-from peermem.core.node import NicPort, NodeFacts
+from peermem.core.node import NodeFacts
+from peermem.core.topology import Topology
+from peermem.offload import in_thread
 from peermem.v1 import node_pb2, node_pb2_grpc
-from peermem.wire import device_to_proto, nic_to_proto, node_to_proto
+from peermem.wire import device_to_proto, nic_to_proto, node_to_proto, verdict_to_proto
 
 
 class NodeService(node_pb2_grpc.NodeServiceServicer):
     """See protos/peermem/v1/node.proto."""
 
-    def __init__(self, broker: Broker, nics: Callable[[], Sequence[NicPort]]) -> None:
-        """`nics` returns this node's NIC ports as of now."""
+    def __init__(self, broker: Broker, topology: Callable[[], Topology], preflight: Preflight) -> None:
+        """`topology` reads this node's NIC ports as of now, in a thread."""
         self._broker = broker
-        self._nics = nics
+        self._topology = topology
+        self._preflight = preflight
 
     async def GetNode(self, request: node_pb2.GetNodeRequest, context: Context) -> node_pb2.Node:
         """See the contract."""
@@ -35,15 +40,30 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     async def ListDevices(self, request: node_pb2.ListDevicesRequest, context: Context) -> node_pb2.ListDevicesResponse:
         """See the contract."""
-        return node_pb2.ListDevicesResponse(devices=[device_to_proto(facts) for facts in self._broker.device_facts()])
+        facts = await self._preflight.reach(self._broker.device_facts())
+        return node_pb2.ListDevicesResponse(devices=[device_to_proto(each) for each in facts])
 
     async def ListNics(self, request: node_pb2.ListNicsRequest, context: Context) -> node_pb2.ListNicsResponse:
         """See the contract."""
-        return node_pb2.ListNicsResponse(nics=[nic_to_proto(port) for port in self._nics()])
+        topology = await in_thread(self._topology)
+        return node_pb2.ListNicsResponse(
+            nics=[nic_to_proto(port, self._obstacle(port.name)) for port in topology.nics.values()]
+        )
+
+    def _obstacle(self, nic: str) -> PeermemError | None:
+        used = self._broker.proofs.nics
+        if nic in used:
+            return used[nic]
+        return self._preflight.obstacle or FabricUnavailable(
+            f"The daemon does not use NIC port {nic}: its configuration does not name it, or the NIC came later than "
+            "the daemon, which then needs a restart.",
+            nic=nic,
+        )
 
     async def Preflight(
         self, request: node_pb2.PreflightRequest, context: Context
     ) -> AsyncIterator[node_pb2.PreflightVerdict]:
         """See the contract."""
-        raise NotSupported("This release has no NIC path to prove; preflight comes with the verbs fabric.")
-        yield node_pb2.PreflightVerdict()  # makes this a stream
+        async with aclosing(self._preflight.run(request.devices)) as steps:
+            async for step in steps:
+                yield verdict_to_proto(*step)

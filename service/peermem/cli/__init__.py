@@ -27,7 +27,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from peermem.cli import bench, nodes, output, regions, transfers
+from peermem.cli import bench, nodes, output, preflight, regions, transfers
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.core.errors import Code, InvalidField, PeermemError
@@ -101,7 +101,7 @@ for command in (
     nodes.nodes,
     nodes.devices,
     nodes.nics,
-    nodes.preflight,
+    preflight.preflight,
     regions.regions,
     transfers.transfer,
     transfers.transfers,

@@ -1,13 +1,13 @@
-"""Commands about nodes: node, nodes, devices, nics, preflight."""
+"""Commands about what a node is and has: node, nodes, devices, nics."""
 
 from __future__ import annotations
 
 import click
 
-from peermem.cli import output, parsing
+from peermem.cli import output
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
-from peermem.core.units import format_duration, format_size
+from peermem.core.units import format_size
 
 
 @click.command()
@@ -63,10 +63,13 @@ def devices(settings: Settings) -> None:
             format_size(device.available),
             device.path,
             device.region_count,
+            device.pci_address,
+            device.nics,
+            device.why,
         )
         for device in known
     ]
-    output.print_table(("NAME", "KIND", "SIZE", "AVAILABLE", "PATH", "REGIONS"), rows)
+    output.print_table(("NAME", "KIND", "SIZE", "AVAILABLE", "PATH", "REGIONS", "PCI", "NICS", "WHY"), rows)
 
 
 @click.command()
@@ -77,31 +80,17 @@ def nics(settings: Settings) -> None:
     if settings.json:
         output.print_json({"nics": known})
         return
-    rows = [(nic.name, nic.state, nic.link_layer, f"{nic.rate / 1e9:g}Gb/s", nic.numa_node) for nic in known]
-    output.print_table(("NAME", "STATE", "LINK LAYER", "RATE", "NUMA"), rows)
-
-
-@click.command()
-@click.argument("devices", nargs=-1, shell_complete=parsing.complete_devices)
-@pass_settings
-def preflight(settings: Settings, devices: tuple[str, ...]) -> None:
-    """Prove each way from each device, or from DEVICES, by moving bytes through it."""
-    verdicts = list(settings.node.preflight(*devices))
-    if settings.json:
-        output.print_json({"verdicts": verdicts})
-    else:
-        rows = [
-            (
-                verdict.device,
-                verdict.fabric,
-                verdict.path,
-                "works" if verdict.works else "fails",
-                format_duration(verdict.latency) if verdict.works else None,
-                output.rate(verdict.bandwidth) if verdict.works else None,
-                verdict.error.message if verdict.error else None,
-            )
-            for verdict in verdicts
-        ]
-        output.print_table(("DEVICE", "FABRIC", "PATH", "VERDICT", "LATENCY", "BANDWIDTH", "WHY"), rows)
-    if not all(verdict.works for verdict in verdicts):
-        raise click.exceptions.Exit(1)
+    rows = [
+        (
+            nic.name,
+            nic.state,
+            nic.link_layer,
+            f"{nic.rate / 1e9:g}Gb/s" if nic.rate else None,
+            nic.numa_node,
+            nic.pci_address,
+            nic.gids,
+            nic.error.message if nic.error else "in use",
+        )
+        for nic in known
+    ]
+    output.print_table(("NAME", "STATE", "LINK LAYER", "RATE", "NUMA", "PCI", "GIDS", "VERBS"), rows)

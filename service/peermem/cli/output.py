@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from enum import Enum
+from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +26,9 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -88,6 +91,12 @@ def print_facts(facts: Mapping[str, object]) -> None:
         click.echo(f"{key + ':':<{width}}{cell(value)}")
 
 
+def print_sentence(text: str) -> None:
+    """Print a sentence of any length, indented, to stdout."""
+    width = _stdout().width
+    click.echo(fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+
+
 def cell(value: object) -> str:
     """Return `value` as people read it."""
     if value is None or value == "":
@@ -113,12 +122,13 @@ def _stdout() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, width=_UNBOUNDED)
 
 
-class Meter:
+class _Progress:
     """Shows how far something is, on stderr. `quiet` shows nothing."""
 
-    def __init__(self, what: str, quiet: bool) -> None:
+    def __init__(self, what: str, quiet: bool, *columns: ProgressColumn) -> None:
         self._what = what
         self._quiet = quiet
+        self._columns = columns
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._next = time.monotonic() + _PLAIN_INTERVAL
@@ -128,13 +138,11 @@ class Meter:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(binary_units=True),
-                TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(),
+                *self._columns,
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self._what, total=None, speed="")
+            self._task = self._bar.add_task(self._what, total=None, note="")
             self._bar.start()
         return self
 
@@ -144,12 +152,35 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, done: int, total: int | None, speed: float) -> None:
-        """Show `done` of `total` bytes; a total of None is not known."""
+    def _draw(self, done: int, total: int | None, note: str, line: str) -> None:
+        """Move the bar and set its note; without one print the line, if the last one is some time ago."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, speed=rate(speed))
+            self._bar.update(self._task, completed=done, total=total, note=note)
         elif not self._quiet and time.monotonic() >= self._next:
             self._next = time.monotonic() + _PLAIN_INTERVAL
-            whole = f" of {format_size(total)}" if total else ""
-            left = f", {(total - done) / speed:.0f}s left" if total and speed else ""
-            click.echo(f"{self._what}: {format_size(done)}{whole}, {rate(speed)}{left}", err=True)
+            click.echo(f"{self._what}: {line}", err=True)
+
+
+class Meter(_Progress):
+    """Shows how many bytes something has moved."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        note = TextColumn("{task.fields[note]}")
+        super().__init__(what, quiet, DownloadColumn(binary_units=True), note, TimeRemainingColumn())
+
+    def show(self, done: int, total: int | None, speed: float) -> None:
+        """Show `done` of `total` bytes; a total of None is not known."""
+        whole = f" of {format_size(total)}" if total else ""
+        left = f", {(total - done) / speed:.0f}s left" if total and speed else ""
+        self._draw(done, total, rate(speed) or "", f"{format_size(done)}{whole}, {rate(speed)}{left}")
+
+
+class Steps(_Progress):
+    """Shows how many steps of something are done."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        super().__init__(what, quiet, MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+
+    def show(self, done: int, total: int, last: str) -> None:
+        """Show `done` of `total` steps, of which `last` was the last."""
+        self._draw(done, total, last, f"{done} of {total}, {last}")

@@ -159,6 +159,8 @@ def _print(settings: Settings, region: peermem.Region) -> None:
             "length": format_size(region.length),
             "device": region.device,
             "path": region.path,
+            "nics": region.nics,
+            "why": region.why,
             "state": region.state,
             "lease": _lease(region),
             "owner": region.owner,

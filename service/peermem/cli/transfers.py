@@ -109,6 +109,8 @@ def _print(settings: Settings, info: peermem.TransferInfo) -> None:
             "duration": format_duration(info.duration) if info.duration is not None else None,
             "bandwidth": output.rate(info.bandwidth),
             "fabric": info.fabric,
+            "why": info.fabric_why,
+            "path": info.path,
             "direction": info.direction,
             "crc32c": f"{info.crc32c:08x}" if info.crc32c is not None else None,
             "reason": info.error.reason if info.error else None,

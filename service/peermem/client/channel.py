@@ -45,9 +45,13 @@ class Channel:
             return method(request, timeout=self._timeout, metadata=self._metadata)
 
     def preflight(self, request: node_pb2.PreflightRequest) -> Iterator[node_pb2.PreflightVerdict]:
-        """Stream preflight's verdicts; it lasts as long as it lasts."""
+        """Stream preflight's verdicts; it lasts as long as it lasts, or until the caller has enough."""
         with self._faults():
-            yield from self.nodes.Preflight(request, metadata=self._metadata)
+            call = self.nodes.Preflight(request, metadata=self._metadata)
+            try:
+                yield from call
+            finally:
+                call.cancel()
 
     def read(self, request: region_pb2.ReadRegionRequest) -> bytes:
         """Return bytes of a region."""

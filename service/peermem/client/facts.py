@@ -127,12 +127,27 @@ class Device:
     available: int
     path: Path | None
     region_count: int
+    pci_address: str | None
+    """None for host memory."""
+    nics: tuple[str, ...]
+    """NIC ports that its regions use, nearest first."""
+    why: str
+    """Why these, or why none."""
 
     @classmethod
     def from_proto(cls, device: node_pb2.Device) -> Self:
         """Return the message's facts."""
-        path = _PATHS.get(device.path)
-        return cls(device.name, device.kind, device.size, device.available, path, device.region_count)
+        return cls(
+            name=device.name,
+            kind=device.kind,
+            size=device.size,
+            available=device.available,
+            path=_PATHS.get(device.path),
+            region_count=device.region_count,
+            pci_address=device.pci_address or None,
+            nics=tuple(device.nics),
+            why=device.why,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,37 +158,77 @@ class Nic:
     state: str
     link_layer: str
     rate: int
+    """Bits per second."""
     numa_node: int | None
+    pci_address: str | None
+    """None for a software NIC."""
+    gids: tuple[str, ...]
+    error: PeermemError | None
+    """Why the daemon does not use it; None when it does."""
 
     @classmethod
     def from_proto(cls, nic: node_pb2.Nic) -> Self:
         """Return the message's facts."""
-        return cls(nic.name, nic.state, nic.link_layer, nic.rate, nic.numa_node if nic.numa_node >= 0 else None)
+        return cls(
+            name=nic.name,
+            state=nic.state,
+            link_layer=nic.link_layer,
+            rate=nic.rate,
+            numa_node=nic.numa_node if nic.numa_node >= 0 else None,
+            pci_address=nic.pci_address or None,
+            gids=tuple(nic.gids),
+            error=errors.from_proto(nic.error) if nic.HasField("error") else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one trial of preflight showed."""
+    """One finding of preflight: about the node, where `check` is set; about a NIC port, where only `nic` is; or about
+    a device as a NIC port reaches it."""
 
-    device: str
+    check: str | None
+    """What was checked of the node, such as memlock."""
+    nic: str | None
+    device: str | None
     fabric: FabricKind | None
     path: Path | None
     works: bool
     error: PeermemError | None
-    latency: float
-    bandwidth: int
+    """Why it does not work."""
+    detail: str
+    """What was found, in words."""
+    advice: str
+    """What would make it better, or what else to try; empty when nothing would."""
+    latency: float | None
+    """Of a 4 KiB write, where a device works."""
+    write_bandwidth: int | None
+    """Bytes per second of 1 MiB writes into the memory, where a device works."""
+    read_bandwidth: int | None
+    """Bytes per second of 1 MiB reads out of the memory, where a device works."""
+    done: int
+    """Findings so far, this one included."""
+    total: int
+    """Findings that there will be."""
 
     @classmethod
     def from_proto(cls, verdict: node_pb2.PreflightVerdict) -> Self:
         """Return the message's facts."""
+        measured = verdict.HasField("latency")
         return cls(
-            device=verdict.device,
+            check=verdict.check or None,
+            nic=verdict.nic or None,
+            device=verdict.device or None,
             fabric=_FABRICS.get(verdict.fabric),
             path=_PATHS.get(verdict.path),
             works=verdict.works,
             error=errors.from_proto(verdict.error) if verdict.HasField("error") else None,
-            latency=_seconds(verdict.latency),
-            bandwidth=verdict.bandwidth,
+            detail=verdict.detail,
+            advice=verdict.advice,
+            latency=_seconds(verdict.latency) if measured else None,
+            write_bandwidth=verdict.write_bandwidth if measured else None,
+            read_bandwidth=verdict.read_bandwidth if measured else None,
+            done=verdict.done,
+            total=verdict.total,
         )
 
 
@@ -208,6 +263,10 @@ class RegionInfo:
     path: Path | None
     state: RegionState
     create_time: datetime
+    nics: tuple[str, ...]
+    """NIC ports that it is registered with, nearest first."""
+    why: str
+    """Why these, or why none."""
 
     def __getitem__(self, key: slice) -> Slice:
         """Return the range `[start:stop]`, counted as Python counts."""
@@ -228,6 +287,8 @@ class RegionInfo:
             path=_PATHS.get(region.path),
             state=_REGION_STATES.get(region.state, RegionState.UNSPECIFIED),
             create_time=_time(region.create_time),
+            nics=tuple(region.nics),
+            why=region.why,
             **bound,
         )
 
@@ -250,6 +311,10 @@ class TransferInfo:
     duration: float | None
     crc32c: int | None
     executed_by: str
+    path: Path | None
+    """How the memory of the asked node's region is reached; None for a relayed transfer."""
+    fabric_why: str
+    """Why the fabric was chosen; empty for a relayed transfer."""
 
     @property
     def bandwidth(self) -> float | None:
@@ -274,6 +339,8 @@ class TransferInfo:
             duration=_seconds(transfer.duration) if transfer.HasField("duration") else None,
             crc32c=transfer.crc32c if transfer.HasField("crc32c") else None,
             executed_by=transfer.executed_by,
+            path=_PATHS.get(transfer.path),
+            fabric_why=transfer.fabric_why,
         )
 
 

@@ -106,7 +106,9 @@ class Node:
         return [Nic.from_proto(nic) for nic in answer.nics]
 
     def preflight(self, *devices: str) -> Iterator[Verdict]:
-        """Move a pattern each way from each device, or from those named, and tell what worked."""
+        """Check the node, its NIC ports, and each device, or those named, with each NIC port by moving a pattern both
+        ways; tell each finding as it comes. Raises DeviceNotFound.
+        """
         verdicts = self._channel.preflight(node_pb2.PreflightRequest(devices=devices))
         return (Verdict.from_proto(verdict) for verdict in verdicts)
 

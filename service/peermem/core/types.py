@@ -109,7 +109,7 @@ class QueuePair:
     nic: str
     """NIC port, such as mlx5_0/1; for logs and the choice of rails."""
     number: int
-    """24 bits."""
+    """24 bits; 0 in an answer for an end that can't be connected now."""
     psn: int
     """First packet sequence number that this end sends, 24 bits, random."""
     gid: bytes

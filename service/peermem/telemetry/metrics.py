@@ -1,12 +1,13 @@
-"""Every metric of the daemon: names, labels, buckets, and one method for each thing that happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`): names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
 * Names are peermem_..., in seconds and bytes; gRPC's are the de-facto grpc_server_....
-* A label comes from a closed list: an enum, the reasons of core.errors, the methods of the contract,
-  the devices of the configuration. Never a name that a caller chose, never an address, never a key.
+* A label comes from a closed list: an enum, the reasons of core.errors, the methods of the contract, the
+  devices of the configuration, the node's NICs. Never a name that a caller chose, never an address, never a key.
 * Counters start at 0 for what is bound to happen, so that rates are right from the first event on.
-* What has a current state is asked for when the page is made (`Snapshot`), so it can't drift.
+* What has a current state is asked for when the page is made (`Snapshot`), so it can't drift; what takes time to
+  read, in a thread before (`refresh`).
 * Bandwidth is the rate of a counter that moves while bytes move; there is no gauge of it.
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from prometheus_client import (
@@ -35,6 +36,8 @@ from peermem.core.errors import Code, Internal, PeermemError
 from peermem.core.plan import Direction
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.offload import in_thread
+from peermem.telemetry.nics import NicUse, nic_metrics
 
 DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
 """10 us to 500 s."""
@@ -96,6 +99,12 @@ class Snapshot:
     attach_sessions: int
     rejected_connections: Mapping[FabricKind, int]
     """Connections to a fabric's port that were dropped since the start, because they showed no good secret."""
+    verbs_objects: Mapping[str, int] = field(default_factory=dict)
+    """Objects of the verbs fabric by their kind, such as qp or mr."""
+    nics: Mapping[str, bool] = field(default_factory=dict)
+    """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
+    paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
+    """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,8 @@ class Metrics:
         self._registry = registry or CollectorRegistry()
         self._grpc_methods: dict[tuple[str, str], GrpcMethod] = {}
         self._state = _StateCollector()
+        self._nics: Callable[[], Sequence[NicUse]] | None = None
+        self._refreshing = asyncio.Lock()
         self._registry.register(self._state)
         self._declare_transfers()
         self._declare_others()
@@ -246,6 +257,16 @@ class Metrics:
         """Ask `snapshot` for the current state each time the page is made."""
         self._state.snapshot = snapshot
 
+    def observe_nics(self, nics: Callable[[], Sequence[NicUse]]) -> None:
+        """Ask `nics` for the NIC ports and their counters each time the page is refreshed, in a thread."""
+        self._nics = nics
+
+    async def refresh(self) -> None:
+        """Read what takes time to read; without it the page shows what was read last."""
+        if self._nics is not None:
+            async with self._refreshing:  # however many ask, they take one thread
+                self._state.nics = await in_thread(self._nics)
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Return the page and its content type: OpenMetrics for who accepts it, else Prometheus text."""
         # The caller's header goes no further: the library raises on versions that are no numbers, and echoes others.
@@ -257,8 +278,10 @@ class _StateCollector(Collector):
     """Gauges of what there is now; none before somebody can say."""
 
     snapshot: Callable[[], Snapshot] | None = None
+    nics: Sequence[NicUse] = ()
 
     def collect(self) -> Iterator[Metric]:
+        yield from nic_metrics(self.nics)
         if self.snapshot is None:
             return
         now = self.snapshot()
@@ -277,6 +300,13 @@ class _StateCollector(Collector):
         for fabric, count in now.rejected_connections.items():
             rejected.add_metric((fabric.value,), count)
         yield rejected
+        objects = [((kind,), count) for kind, count in now.verbs_objects.items()]
+        yield _gauge("peermem_verbs_objects", "Objects of the verbs fabric.", ("kind",), objects)
+        nics = [(name.partition("/")[::2], int(works)) for name, works in now.nics.items()]
+        yield _gauge("peermem_nic_works", "Whether the verbs fabric can use a NIC port.", ("device", "port"), nics)
+        paths = [((device, nic, path.value), int(works)) for (device, nic, path), works in now.paths.items()]
+        text = "Whether the last trial of a device with a NIC port moved the right bytes."
+        yield _gauge("peermem_path_works", text, ("device", "nic", "path"), paths)
 
 
 def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:

@@ -47,10 +47,14 @@ class Channel:
             return await method(request, timeout=self._timeout, metadata=self._metadata)
 
     async def preflight(self, request: node_pb2.PreflightRequest) -> AsyncIterator[node_pb2.PreflightVerdict]:
-        """Stream preflight's verdicts; it lasts as long as it lasts."""
+        """Stream preflight's verdicts; it lasts as long as it lasts, or until the caller has enough."""
         with self._faults():
-            async for verdict in self.nodes.Preflight(request, metadata=self._metadata):
-                yield verdict
+            call = self.nodes.Preflight(request, metadata=self._metadata)
+            try:
+                async for verdict in call:
+                    yield verdict
+            finally:
+                call.cancel()
 
     async def read(self, request: region_pb2.ReadRegionRequest) -> bytes:
         """Return bytes of a region."""
