@@ -23,17 +23,23 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test bench check fix protos lock clean
+.PHONY: help venv demo test lab lab-soak bench check fix protos lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
 demo: $(READY) ## Move a file between two nodes and compare it (FILE=path)
 	$(BIN)/python -m bench.demo $(if $(FILE),"$(FILE)")
 
 test: $(READY) ## Run the tests (ARGS="-k tcp" goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(READY) ## Run the tests that need RDMA NICs and BARs, on a machine that is emulated (ARGS=--help tells how)
+	$(BIN)/python -m tests.lab $(ARGS)
+
+lab-soak: $(READY) ## Run the lab's soak whole: hours
+	$(BIN)/python -m tests.lab --soak --only soak $(ARGS)
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
@@ -85,7 +91,8 @@ lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 	compile="$$tools/bin/uv pip compile --no-config --quiet --no-header --generate-hashes --universal \
 		--python-version 3.11 --fork-strategy fewest pyproject.toml --extra daemon $(ARGS)" && \
 	$$compile --output-file requirements/runtime.txt && \
-	$$compile --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt
+	$$compile --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt && \
+	$$compile --group test --constraint requirements/dev.txt --output-file requirements/lab.txt
 
 venv: $(READY) ## Make the environment (PYTHON=python3.13 chooses the interpreter)
 

@@ -1,4 +1,4 @@
-"""Real daemons as separate processes on loopback, for tests, the demo and the benchmarks.
+"""Real daemons as separate processes, for tests, the demo and the benchmarks.
 
 Each has its sockets and its log in a folder of its own; all end with `Daemons.close`, whatever happened.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from urllib.error import URLError
@@ -22,20 +23,44 @@ _OPENER = build_opener(ProxyHandler({}))
 _SOURCE = Path(__file__).parents[1] / "service"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a daemon runs and what sets it apart there."""
+
+    host: str = "127.0.0.1"
+    """The address that it serves on."""
+    prefix: tuple[str, ...] = ()
+    """What its command is handed to, such as `ip netns exec NAME`; it must exec, not fork."""
+    config: str = ""
+    """TOML of this daemon alone, behind that of all."""
+
+
+HERE = Place()
+
+
 class Daemon:
     """One daemon process."""
 
-    def __init__(self, node: str, folder: Path, ports: Sequence[int], others: Mapping[str, str], extra: str) -> None:
+    def __init__(
+        self,
+        node: str,
+        folder: Path,
+        ports: Sequence[int],
+        others: Mapping[str, str],
+        extra: str,
+        place: Place = HERE,
+    ) -> None:
         self.node = node
         self.folder = folder
+        self.place = place
         self.log = folder / "log"
-        self.grpc, self.tcp, self.http = (f"127.0.0.1:{port}" for port in ports)
+        self.grpc, self.tcp, self.http = (f"{place.host}:{port}" for port in ports)
         self.target = f"unix://{folder}/peermem.sock"
         self.config = folder / "peermem.toml"
         directory = "\n".join(f'{name} = "{address}"' for name, address in others.items())
         folder.mkdir()
         self.config.write_text(
-            f'node = "{node}"\n{extra}\n'
+            f'node = "{node}"\n{extra}\n{place.config}\n'
             f'[grpc]\nsocket = "{folder}/peermem.sock"\naddress = "{self.grpc}"\nreflection = true\n'
             f'[attach]\nsocket = "{folder}/attach.sock"\n'
             f'[http]\naddress = "{self.http}"\n[tcp]\naddress = "{self.tcp}"\n'
@@ -56,13 +81,13 @@ class Daemon:
         environ["PYTHONPATH"] = str(_SOURCE)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "peermem", "--config", str(self.config)],
+                [*self.place.prefix, sys.executable, "-m", "peermem", "--config", str(self.config)],
                 stdout=log,
                 stderr=log,
                 env=environ | dict(self.environ),
             )
 
-    def ready(self, timeout: float = 30.0) -> None:
+    def ready(self, timeout: float = 60.0) -> None:
         """Wait until the daemon is ready. Raises AssertionError with its log when it isn't in time."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
@@ -94,19 +119,25 @@ class Daemon:
 
 @contextmanager
 def daemons(
-    folder: Path, nodes: Sequence[str] = ("a", "b"), extra: str = "", environ: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    nodes: Sequence[str] = ("a", "b"),
+    extra: str = "",
+    environ: Mapping[str, str] = MappingProxyType({}),
+    places: Mapping[str, Place] = MappingProxyType({}),
 ) -> Iterator[dict[str, Daemon]]:
     """Run one daemon per node, each of which knows the others.
 
-    `extra` is TOML for the top of each file; `environ` are settings as PEERMEM_... variables.
+    `extra` is TOML for the top of each file; `environ` are settings as PEERMEM_... variables; a node without a place
+    runs here.
     """
     ports = iter(_free_ports(3 * len(nodes)))
     mine = {node: [next(ports) for _ in range(3)] for node in nodes}
+    at = {node: places.get(node, HERE) for node in nodes}
     started = {}
     try:
         for node in nodes:
-            others = {name: f"127.0.0.1:{mine[name][0]}" for name in nodes if name != node}
-            started[node] = Daemon(node, folder / node, mine[node], others, extra)
+            others = {name: f"{at[name].host}:{mine[name][0]}" for name in nodes if name != node}
+            started[node] = Daemon(node, folder / node, mine[node], others, extra, at[node])
             started[node].environ = environ
             started[node].start()
         for daemon in started.values():

@@ -1,0 +1,196 @@
+"""Nodes in the guest: real daemons in network namespaces, their memory, their links and their verbs objects.
+
+Rules of this file:
+
+* Node a is in namespace n1 and node b in n2, with two NICs each; node c is in the initial namespace and has none.
+* Calls, tcp and HTTP use a network of their own, so that the NICs' links can be hurt while everybody is heard; tests
+  are in the initial namespace, and reach everybody over it.
+* All of a node's memory is one device for each kind: host memory, the NVMe's memory buffer that both nodes share, and
+  a range of the plain BAR for each node.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from bench.daemons import Daemon, Place, daemons
+
+import peermem
+from peermem.core.types import Path as Way
+from tests.e2e.support import eventually, holdings
+
+MIB = 1 << 20
+PATIENCE = "60s"
+NAMESPACES = {"a": "n1", "b": "n2"}
+HOSTS = {"a": "10.1.1.2", "b": "10.1.2.2", "c": "10.1.1.1"}
+HOST, BAR = "host", "bar"
+BAR_BYTES = 4 * MIB
+BAR_OFFSETS = {"a": 0, "b": 8 * MIB}
+_PCI = Path("/sys/bus/pci/devices")
+_IVSHMEM = "0x1110"
+_HOST_DEVICE = f'[[device]]\nname = "{HOST}"\nsize = "256MiB"\n'
+
+
+def command(*words: str) -> str:
+    """Run a command; return what it prints. Raises AssertionError with what it complains of."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def inside(node: str) -> tuple[str, ...]:
+    """Return what a command is handed to, to run where a node is."""
+    return ("ip", "netns", "exec", NAMESPACES[node]) if node in NAMESPACES else ()
+
+
+@contextmanager
+def control_network() -> Iterator[None]:
+    """Join the namespaces of the nodes by a network that no NIC uses, through the initial namespace."""
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    try:
+        for number, namespace in enumerate(NAMESPACES.values(), 1):
+            near, far, net = f"m{number}", f"m{number}n", f"10.1.{number}"
+            command("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", namespace)
+            command("ip", "addr", "add", f"{net}.1/24", "dev", near)
+            command("ip", "link", "set", near, "up")
+            command("ip", "-n", namespace, "addr", "add", f"{net}.2/24", "dev", far)
+            command("ip", "-n", namespace, "link", "set", far, "up")
+            command("ip", "-n", namespace, "route", "add", "default", "via", f"{net}.1")
+        yield
+    finally:
+        for number in range(1, len(NAMESPACES) + 1):
+            subprocess.run(["ip", "link", "delete", f"m{number}"], check=False)
+
+
+def ivshmem() -> str:
+    """Return the address of the function whose BAR 2 is plain memory, switched on."""
+    (address,) = (entry.name for entry in _PCI.iterdir() if (entry / "device").read_text().strip() == _IVSHMEM)
+    (_PCI / address / "enable").write_text("1")
+    return address
+
+
+def bar_bytes(node: str) -> bytes:
+    """Return what is in a node's range of the BAR, as the test's own mapping of it shows."""
+    with (
+        (_PCI / ivshmem() / "resource2").open("r+b", buffering=0) as file,
+        mmap.mmap(file.fileno(), BAR_BYTES, offset=BAR_OFFSETS[node]) as mapping,
+    ):
+        return bytes(mapping)
+
+
+def place(node: str, config: str = "") -> Place:
+    """Return where a node's daemon runs, with its devices."""
+    bar = ""
+    if node in BAR_OFFSETS:
+        bar = f'[[device]]\nkind = "pci_resource"\nname = "{BAR}"\naddress = "{ivshmem()}"\nbar = 2\n'
+        bar += f"offset = {BAR_OFFSETS[node]}\nsize = {BAR_BYTES}\n"
+    return Place(HOSTS[node], inside(node), f"{config}\n{_HOST_DEVICE}{bar}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Memory of a kind, as a node's device and as the path on which it is reached."""
+
+    device: str
+    path: Way
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Running daemons, a connection to each, and the kinds of memory that they have."""
+
+    daemons: Mapping[str, Daemon]
+    nodes: Mapping[str, peermem.Node]
+    kinds: Mapping[str, Kind]
+
+
+@contextmanager
+def lab(folder: Path, config: str = "", places: Mapping[str, Place] | None = None) -> Iterator[Lab]:
+    """Run the three nodes; `config` is TOML for the top of each file. At the end they have met no defect."""
+    folder.mkdir(exist_ok=True)
+    where = {node: place(node) for node in HOSTS} | dict(places or {})
+    with ExitStack() as stack:
+        stack.enter_context(control_network())
+        running = stack.enter_context(daemons(folder, tuple(where), f"insecure_network = true\n{config}", places=where))
+        nodes = {name: stack.enter_context(peermem.connect(daemon.target)) for name, daemon in running.items()}
+        (pool,) = (device.name for device in nodes["a"].devices() if device.kind == "p2pmem")
+        kinds = {
+            "memfd": Kind(HOST, Way.HOST),
+            "p2pmem": Kind(pool, Way.P2PDMA),
+            "staged": Kind(BAR, Way.STAGED),
+        }
+        yield Lab(running, nodes, kinds)
+    for daemon in running.values():
+        check_log(daemon)
+
+
+def check_log(daemon: Daemon) -> None:
+    """No test may make a daemon write of a defect."""
+    text = daemon.log.read_text()
+    assert "Traceback" not in text, text
+    assert "_defect" not in text, text
+
+
+def noise(length: int, seed: int = 7) -> bytes:
+    """Return bytes that follow no pattern, without taking an emulated processor's time."""
+    return numpy.random.default_rng(seed).bytes(length)
+
+
+def sample(daemon: Daemon, name: str, **labels: str) -> float:
+    """Return the sum of a metric's samples that have these labels; 0 where there are none."""
+    wanted = {f'{label}="{value}"' for label, value in labels.items()}
+    total = 0.0
+    for line in daemon.scrape().splitlines():
+        series, _, value = line.rpartition(" ")
+        metric, _, has = series.partition("{")
+        if metric == name and wanted <= set(has.rstrip("}").split(",")):
+            total += float(value)
+    return total
+
+
+def resources(node: str) -> dict[str, dict[str, int]]:
+    """Return how many objects the kernel has for each NIC of a node's namespace, of each kind."""
+    devices = json.loads(command(*inside(node), "rdma", "-j", "resource", "show"))
+    counted = ("pd", "cq", "qp", "mr", "ctx")
+    return {device["ifname"]: {kind: device[kind] for kind in counted} for device in devices}
+
+
+def held(lab: Lab, node: str) -> dict[str, object]:
+    """Return all that a node's daemon holds for others, by its own account and by the kernel's."""
+    daemon = lab.daemons[node]
+    objects = {kind: sample(daemon, "peermem_verbs_objects", kind=kind) for kind in ("pd", "mr", "mw", "cq", "qp")}
+    return holdings(daemon, lab.nodes[node]) | {
+        "links": sample(daemon, "peermem_links"),
+        "grants held": sample(daemon, "peermem_grants", side="held"),
+        "verbs objects": objects,
+        "kernel objects": resources(node),
+    }
+
+
+def until_held(lab: Lab, node: str, expected: Mapping[str, object]) -> None:
+    """Wait until a node's daemon holds what it held before."""
+    try:
+        eventually(lambda: held(lab, node) == expected, "the baseline")
+    except AssertionError:
+        assert held(lab, node) == expected
+
+
+@contextmanager
+def nics_down(node: str) -> Iterator[None]:
+    """Take the links of a node's NICs down; its other network stays."""
+    number = NAMESPACES[node][1:]
+    names = [f"v{number}", f"v{number}b"]
+    for name in names:
+        command("ip", "-n", NAMESPACES[node], "link", "set", name, "down")
+    try:
+        yield
+    finally:
+        for name in names:
+            command("ip", "-n", NAMESPACES[node], "link", "set", name, "up")

@@ -1,0 +1,240 @@
+"""How fast the fabric and the daemons are, beside perftest and bare pyverbs on the same NICs in the same boot.
+
+Rules of this file:
+
+* What is compared takes turns, round by round; the median of the rounds decides. Absolute figures say nothing.
+* A bar that is not met is written down as not met (`bench/RESULTS.md` tells it) and fails the test only when it is
+  missed by FAR: the guest's two processors are emulated by threads that share the host with others.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import grpc
+import pytest
+from bench import echo
+from bench.bars import Bar
+from bench.figures import percentile
+
+from peermem import Region
+from peermem.device.word_copier import Words
+from peermem.fabric.base import Opcode
+from peermem.memory import HostMemory
+from tests.lab.guest import nodes, perftest
+from tests.lab.guest.conftest import Figures
+from tests.lab.guest.ends import End
+from tests.lab.guest.nodes import MIB, PATIENCE, Lab
+from tests.lab.guest.speed_memory import SLICE
+
+pytestmark = pytest.mark.timeout(400)
+
+ROUNDS = 3
+FAR = 2.0
+SLICES = 96
+"""Of 1 MiB, in one measurement."""
+LARGE, SEGMENT, SEGMENTS = 256 * MIB, 64 << 10, 512
+REGISTERED = 1 << 30
+PORTS = {"a": "rxe1/1", "b": "rxe2/1"}
+
+Bars = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def bars(figures: Figures) -> Bars:
+    """Return what writes a bar down: its file, what a Bar has, and what was measured round by round."""
+
+    def write(name: str, what: str, ours: list[float], reference: list[float], **fields: object) -> None:
+        ratios = [each / other for each, other in zip(ours, reference, strict=True)]
+        fields = {"unit": "bytes/s", "at_least": True, "rounds": (min(ratios), max(ratios))} | fields
+        bar = Bar(what, figure=median(ours), reference_figure=median(reference), **fields)  # type: ignore[arg-type]
+        figures(name, asdict(bar) | {"ratio": bar.ratio, "met": bar.met, "ours": ours, "theirs": reference})
+        assert bar.ratio
+        assert bar.ratio >= bar.bound / FAR if bar.at_least else bar.ratio <= bar.bound * FAR
+
+    return write
+
+
+# The fabric itself
+
+
+@contextmanager
+def fabric_ends() -> Iterator[tuple[End, End]]:
+    with End("n1", "speed_fabric", PORTS["a"]) as near, End("n2", "speed_fabric", PORTS["b"]) as far:
+        near("start")
+        far("start")
+        near("connect", far("accept", near("offer")))
+        yield near, far
+
+
+@contextmanager
+def bare_ends() -> Iterator[tuple[End, End]]:
+    with End("n1", "speed_bare", "rxe1") as near, End("n2", "speed_bare", "rxe2") as far:
+        here, there = near("end"), far("end")
+        near("connect", *there)
+        far("connect", *here)
+        yield near, far
+
+
+def moved(ends: tuple[End, End], kind: str, key: object, opcode: Opcode, segment: int = SLICE) -> float:
+    """Move slices between host memory of the near end and memory of the far one; return bytes per second."""
+    near, far = ends
+    if opcode is Opcode.WRITE:
+        near("mark", "host", segment)
+    else:
+        far("mark", kind, segment)
+    seconds: float = near("move", opcode, key, segment, SLICES)
+    assert near("marks", "host", segment) == far("marks", kind, segment)
+    return SLICES * SLICE / seconds
+
+
+def test_small_writes(bars: Bars) -> None:
+    ours, reference = [], []
+    with fabric_ends() as (near, far):
+        key = far("grant", "host")
+        near("latencies", Opcode.WRITE, key, 64, 100)
+        for _ in range(ROUNDS):
+            reference.append(2 * perftest.typical_latency("ib_write_lat", 64, 1000))
+            ours.append(median(near("latencies", Opcode.WRITE, key, 64, 1000)))
+    what = "verbs, WRITE of 64 bytes, post to completion, p50"
+    bars("small_write", what, ours, reference, unit="s", at_least=False, bound=2.5, reference="2 x ib_write_lat")
+
+
+@pytest.mark.parametrize("opcode", list(Opcode))
+def test_bar_memory(bars: Bars, opcode: Opcode) -> None:
+    ours, reference = [], []
+    with fabric_ends() as fabric, bare_ends() as bare:
+        fabric_key, bare_key = fabric[1]("grant", "bar"), bare[1]("key", "bar")
+        for _ in range(ROUNDS):
+            reference.append(moved(bare, "bar", bare_key, opcode))
+            ours.append(moved(fabric, "bar", fabric_key, opcode))
+    what = f"verbs, {'WRITE into' if opcode is Opcode.WRITE else 'READ from'} a BAR, 1 MiB each"
+    bars(f"bar_{opcode.name.lower()}", what, ours, reference, bound=0.9, reference="bare pyverbs")
+
+
+# The fabric and the daemons, beside perftest
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    large = f'[[device]]\nname = "large"\nsize = "{REGISTERED >> 20}MiB"\n'
+    places = {node: nodes.place(node, f'[verbs]\nnics = ["{port}"]\n{large}') for node, port in PORTS.items()}
+    with nodes.lab(tmp_path_factory.mktemp("speed"), places=places) as lab:
+        yield lab
+
+
+@contextmanager
+def regions(lab: Lab, source: str, sink: str, length: int) -> Iterator[tuple[Region, Region]]:
+    a, b = lab.nodes["a"], lab.nodes["b"]
+    with (
+        a.create_region(device=lab.kinds[source].device, length=length) as x,
+        b.create_region(device=lab.kinds[sink].device, length=length) as y,
+    ):
+        yield x, y
+
+
+def transferred(lab: Lab, columns: tuple[Region, range, Region, range, int]) -> float:
+    """Carry out one transfer; return bytes per second, from the request to the outcome."""
+    began = time.perf_counter()
+    info = lab.nodes["a"].transfer(segments=[columns], fabric="verbs").wait(PATIENCE)
+    return info.bytes_total / (time.perf_counter() - began)
+
+
+STREAMS = {
+    "write": ("ib_write_bw", Opcode.WRITE, SLICE, 0.9),
+    "read": ("ib_read_bw", Opcode.READ, SLICE, 0.9),
+    "write_64k": ("ib_write_bw", Opcode.WRITE, SEGMENT, 0.8),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_streams(lab: Lab, bars: Bars, stream: str) -> None:
+    tool, opcode, size, bound = STREAMS[stream]
+    rounds: dict[str, list[float]] = {"perftest": [], "fabric": [], "daemons": []}
+    with fabric_ends() as ends, regions(lab, "memfd", "memfd", LARGE) as (x, y):
+        key = ends[1]("grant", "host")
+        source, sink = (x, y) if opcode is Opcode.WRITE else (y, x)
+        offsets = range(0, 1) if size == SLICE else range(0, 2 * SEGMENT * SEGMENTS, 2 * SEGMENT)
+        columns = (source, offsets, sink, offsets, LARGE if size == SLICE else SEGMENT)
+        for _ in range(ROUNDS):
+            rounds["perftest"].append(perftest.bandwidth(tool, size, max(128, SLICES * SLICE // size)))
+            rounds["fabric"].append(moved(ends, "host", key, opcode, size))
+            rounds["daemons"].append(transferred(lab, columns))
+    of = "1 MiB each" if size == SLICE else "64 KiB each"
+    whole = f"1 transfer of {'256 MiB' if size == SLICE else '512 x 64 KiB, scattered'}"
+    name = {Opcode.WRITE: "WRITE, push", Opcode.READ: "READ, pull"}[opcode]
+    fields = {"bound": bound, "reference": tool}
+    bars(f"fabric_{stream}", f"verbs, {name[: name.index(',')]}, {of}", rounds["fabric"], rounds["perftest"], **fields)
+    bars(f"daemons_{stream}", f"verbs, {name}, {whole}", rounds["daemons"], rounds["perftest"], **fields)
+
+
+@pytest.mark.parametrize("order", ["load", "store"])
+def test_staged(lab: Lab, figures: Figures, order: str) -> None:
+    """A BAR that no NIC reaches has no bar of its own: the processor's copies of 8 bytes are its limit."""
+    source, sink = ("staged", "memfd") if order == "load" else ("memfd", "staged")
+    with regions(lab, source, sink, nodes.BAR_BYTES) as (x, y):
+        whole = (x, range(1), y, range(1), nodes.BAR_BYTES)
+        transferred(lab, whole)
+        limit, ours = [], []
+        for _ in range(ROUNDS):
+            limit.append(copied(order))
+            ours.append(transferred(lab, whole))
+    figures(f"staged_{order}", {"bytes_per_s": median(ours), "limit": median(limit), "ours": ours, "copies": limit})
+
+
+def copied(order: str) -> float:
+    """Copy between a BAR and host memory as a daemon does and do nothing else; return bytes per second."""
+    resource = Path("/sys/bus/pci/devices") / nodes.ivshmem() / "resource2"
+    with resource.open("r+b", buffering=0) as file, closing(HostMemory(nodes.BAR_BYTES, "limit")) as memory:
+        words = Words(mmap.mmap(file.fileno(), nodes.BAR_BYTES, offset=nodes.BAR_OFFSETS["a"]))
+        began = time.perf_counter()
+        (words.load if order == "load" else words.store)(memory.open_fd(), 0, 0, nodes.BAR_BYTES)
+        return nodes.BAR_BYTES / (time.perf_counter() - began)
+
+
+# The control plane
+
+
+def test_the_control_plane_stays_awake(lab: Lab, figures: Figures, tmp_path: Path) -> None:
+    """The bar of 50 ms means nothing on an emulated processor: what counts is the same without the daemon's work."""
+    with echo.server(tmp_path) as target:
+        bare = answers(target, f"/{echo._SERVICE}/Unary", lambda: time.sleep(4))
+    health = "/grpc.health.v1.Health/Check"
+    idle = answers(lab.daemons["a"].target, health, lambda: time.sleep(4))
+    busy = answers(lab.daemons["a"].target, health, lambda: registered(lab))
+    with End("n2", "speed_fabric", PORTS["b"]) as end:
+        end("start")
+        seconds, pause = end("registering", REGISTERED // 2)
+    found = {"bare": bare, "idle": idle, "registering": busy}
+    loop = {"bytes": REGISTERED // 2, "seconds": seconds, "longest_turn": pause}
+    figures("awake", found | {"p99_ratio": busy["p99"] / bare["p99"], "fabric_alone": loop})
+
+
+def registered(lab: Lab) -> None:
+    with lab.nodes["a"].create_region(device="large", length=REGISTERED) as region:
+        assert PORTS["a"] in region.nics
+
+
+def answers(target: str, method: str, work: Callable[[], None]) -> dict[str, float]:
+    """Call a method over and over while `work` is done; return what the calls took, in seconds."""
+    times: list[float] = []
+    with grpc.insecure_channel(target) as channel:
+        call: Callable[..., bytes] = channel.unary_unary(method)
+        for _ in range(10):
+            call(b"", timeout=60)
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive():
+            began = time.perf_counter()
+            call(b"", timeout=60)
+            times.append(time.perf_counter() - began)
+            time.sleep(0.001)
+        thread.join()
+    return {"p50": median(times), "p99": percentile(times, 0.99), "slowest": max(times), "calls": len(times)}
