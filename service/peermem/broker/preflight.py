@@ -79,16 +79,11 @@ class Preflight:
         total = len(verdicts) + len(devices) * len(nics)
         for done, verdict in enumerate(verdicts, 1):
             yield Step(verdict, done, total)
-        done = len(verdicts)
-        tried: dict[str, Outcome] = {}
-        for device in devices:
-            for nic in nics:
-                if device.path is not Path.HOST or nic not in tried:
-                    outcome = await self._try(device, nic)
-                if device.path is Path.HOST:
-                    outcome = tried.setdefault(nic, outcome)
-                done += 1
-                yield Step(_verdict(device, nic, topology, outcome), done, total)
+        host_memory: dict[str, Outcome] = {}
+        pairs = [(device, nic) for device in devices for nic in nics]
+        for done, (device, nic) in enumerate(pairs, len(verdicts) + 1):
+            outcome = await self._outcome(device, nic, host_memory)
+            yield Step(_verdict(device, nic, topology, outcome), done, total)
 
     async def reach(self, facts: Sequence[DeviceFacts]) -> list[DeviceFacts]:
         """Return facts of devices with where they are and which NICs reach them, as far as that is known."""
@@ -116,6 +111,14 @@ class Preflight:
             device.size for device in self._devices.values() if device.path is Path.HOST and device.name != ADOPTED
         )
         return Needs(self.obstacle, paths, host + SLOT * SLOTS)
+
+    async def _outcome(self, device: Device, nic: str, host_memory: dict[str, Outcome]) -> Outcome:
+        """Return what came of a trial; `host_memory` keeps it for each NIC and host memory."""
+        if device.path is not Path.HOST:
+            return await self._try(device, nic)
+        if nic not in host_memory:
+            host_memory[nic] = await self._try(device, nic)
+        return host_memory[nic]
 
     async def _try(self, device: Device, nic: str) -> Outcome:
         async with self._one_at_a_time:
