@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 
@@ -74,8 +75,6 @@ async def test_closing_twice_is_no_error(fabric: VerbsFabric) -> None:
 
 def test_trying_to_load_the_library_leaves_logging_alone() -> None:
     before = list(logging.root.handlers), logging.root.level
-    try:
+    with contextlib.suppress(PyverbsMissing):
         verbs.load()
-    except PyverbsMissing as error:
-        assert "libibverbs" in error.message
     assert (list(logging.root.handlers), logging.root.level) == before
