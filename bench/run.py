@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench import health, report, rounds, scale
+from bench import health, lab, report, rounds, scale
 from bench.bars import bars
 from bench.daemons import daemons
 from bench.figures import Series
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines = {name: command for name in report.OPTIONS if (command := getattr(options, name))}
     run = _measured(effort, options.only or PARTS, engines)
     if not options.quick and not options.only:
-        (_HERE / "RESULTS.md").write_text(report.as_markdown(run))
+        results = _HERE / "RESULTS.md"
+        results.write_text(lab.with_section(report.as_markdown(run), lab.section_of(results.read_text())))
         (_HERE / "results.json").write_text(json.dumps(report.as_json(run), indent=1) + "\n")
     print(json.dumps(report.as_json(run)) if options.json else report.as_text(run))
     return exit_code(run, no_fail=options.no_fail)

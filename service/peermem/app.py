@@ -53,8 +53,8 @@ from peermem.fabric.base import Fabric, Proof
 from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.verbs_fabric import VerbsFabric
+from peermem.fabric.verbs_types import Marks, Timing
 from peermem.fabric.verbs_types import Settings as VerbsSettings
-from peermem.fabric.verbs_types import Timing
 from peermem.remote.client import GrpcRemotes
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
 from peermem.telemetry.nics import NicUse
@@ -249,6 +249,8 @@ def _verbs_settings(config: Verbs) -> VerbsSettings:
     return VerbsSettings(
         timing=timing,
         mtu=config.mtu or _LARGEST_MTU,
+        marks=Marks(config.hop_limit, config.traffic_class, config.service_level),
+        gid_index=None if config.gid_index < 0 else config.gid_index,
         queue_pairs=config.queue_pairs,
         stall_timeout=config.stall_timeout,
     )

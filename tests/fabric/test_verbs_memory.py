@@ -30,7 +30,7 @@ def port(*, on_demand: bool) -> Port:
     ],
 )
 def test_what_can_not_be_registered_is_not_tried(path: Path, on_demand: bool, fault: type[errors.PeermemError]) -> None:
-    with pytest.raises(fault, match="nic0/1|not registered"):
+    with pytest.raises(fault, match=r"nic0/1|not registered"):
         check(port(on_demand=on_demand), FileMemory(4096), path)
 
 

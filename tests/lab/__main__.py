@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ _SHELL_SECONDS = 900
 _LIMIT_SECONDS = 3600
 _SOAK_LIMIT_SECONDS = 6 * 3600
 _ENDING_SECONDS = 60
+_RUN = ".run-"
 _CACHE = ROOT / "build" / "lab" / "cache"
 
 
@@ -46,7 +48,7 @@ class Lab:
         out = self._output / "out" / release
         console.unlink(missing_ok=True)
         with (
-            tempfile.TemporaryDirectory(prefix=".run-", dir=self._output) as temporary,
+            tempfile.TemporaryDirectory(prefix=_RUN, dir=self._output) as temporary,
             (self._output / f"progress-{release}.log").open("w", buffering=1) as progress,
         ):
             folder = Path(temporary)
@@ -124,7 +126,7 @@ def main() -> int:
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Keep other runs out of the output folder."""
+    """Keep other runs out of the output folder, and remove what one left that was killed."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / "lock").open("w") as lock:
         try:
@@ -132,6 +134,8 @@ def _alone(output: Path) -> Iterator[None]:
         except BlockingIOError:
             told = f"Another run of the lab writes to {output}: wait for its end, or name another --output."
             raise ValueError(told) from None
+        for stale in output.glob(f"{_RUN}*"):
+            shutil.rmtree(stale)
         yield
 
 

@@ -142,7 +142,7 @@ def _run_inside(system: Path, mounts: dict[str, Path], place: str, *command: str
     """
     binds = [str(word) for at, tree in mounts.items() for word in (tree, f"{system}{at}")]
     inside = ["sh", "-c", 'cd "$0" && exec "$@"', place, *command]
-    alone = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _MOUNT_AND_CHROOT, "sh"]
+    alone = ["timeout", "60", "unshare", "--mount", "--propagation", "private", "sh", "-c", _MOUNT_AND_CHROOT, "sh"]
     subprocess.run(
         [*alone, *binds, "--", str(system), *inside],
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "PEERMEM_LAB_OUT": "/tmp"},

@@ -21,23 +21,24 @@ class Settings:
     """How a suite runs.
 
     `releases` names the guests; `namespace` is a network namespace, "" for the initial one, from which tests start
-    daemons by `ip netns exec`; `seconds` is all the time that it may take, `soak_seconds` when the soak is whole;
-    `skips` are the names of the tests that may be skipped; `arguments` are for pytest.
+    daemons by `ip netns exec`; `seconds` is all the time that it may take, or `soak_seconds`, if more, when the soak is
+    whole; `skips` are the names of the tests that may be skipped.
     """
 
     releases: tuple[str, ...] = ("trixie",)
     namespace: str = ""
     seconds: int = 300
-    soak_seconds: int = 300
+    soak_seconds: int = 0
     skips: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
 
 
 TABLE = {
     "fabric_verbs": Settings(releases=("trixie", "bookworm"), namespace="n1"),
     "fabric_verbs_nodes": Settings(namespace="n1"),
     "lab": Settings(releases=("trixie", "bookworm")),
-    "preflight": Settings(namespace="n1"),
+    "preflight": Settings(namespace="n1", seconds=600),
+    "soak": Settings(namespace="n1", soak_seconds=7200),
+    "speed": Settings(seconds=480),
 }
 
 
@@ -83,7 +84,8 @@ def chosen(suites: Iterable[Suite], choice: Choice) -> list[Suite]:
 
 def limit(suite: Suite, choice: Choice) -> int:
     """Return the seconds that a suite may take."""
-    return suite.settings.soak_seconds if choice.soak == WHOLE_SOAK else suite.settings.seconds
+    soak_seconds = suite.settings.soak_seconds if choice.soak == WHOLE_SOAK else 0
+    return max(suite.settings.seconds, soak_seconds)
 
 
 def plan(suites: Iterable[Suite], choice: Choice) -> str:
@@ -99,7 +101,7 @@ def shell_plan(command: str, seconds: int) -> str:
 def _suite_line(suite: Suite, choice: Choice) -> str:
     pytest = ["env", f"PEERMEM_LAB_SOAK={choice.soak}", "python3", "-m", "pytest", "--verbose", "--tb=short"]
     pytest += ["--durations=5", "--color=no", "-p", "no:cacheprovider", f"--junitxml=/out/{suite.name}/junit.xml"]
-    pytest += [*suite.settings.arguments, *choice.pytest, f"tests/lab/guest/test_{suite.name}.py"]
+    pytest += [*choice.pytest, f"tests/lab/guest/test_{suite.name}.py"]
     return _line(suite.name, suite.settings.namespace, limit(suite, choice), pytest)
 
 

@@ -54,6 +54,7 @@ def test_the_plan_quotes_what_the_guest_s_shell_would_read() -> None:
 def test_a_whole_soak_has_its_own_limit() -> None:
     words = shlex.split(suites.plan(LAB[:1], Choice(soak=WHOLE_SOAK)))
     assert words[3] == "900"
+    assert suites.limit(LAB[2], Choice(soak=WHOLE_SOAK)) == LAB[2].settings.seconds
     assert "PEERMEM_LAB_SOAK=1.0" in words
 
 

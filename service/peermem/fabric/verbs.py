@@ -119,7 +119,12 @@ def faults() -> Iterator[None]:
     try:
         yield
     except loaded().error as error:
-        raise VerbsError(str(error), max(0, abs(getattr(error, "error_code", 0)))) from None
+        raise fault(error) from None
+
+
+def fault(error: Exception) -> VerbsError:
+    """Return what pyverbs raised as ours."""
+    return VerbsError(str(error), max(0, abs(getattr(error, "error_code", 0))))
 
 
 def device_names() -> list[str]:
@@ -147,10 +152,9 @@ class Owned:
         return self._thing
 
     def close(self) -> None:
-        """Give it back. Raises VerbsError."""
+        """Give it back. Raises VerbsError, unless the device is gone, and all that was on it."""
         if self._thing is not None:
-            with faults():
-                close(self._thing)
+            self.device.release(self._thing)
             self._thing = None
             self.device.counts[self.kind] -= 1
 
@@ -163,6 +167,8 @@ class Device:
         self.name = name
         with faults():
             self._context, self.event_fd = _Pyverbs.open_with_fd(lambda: loaded().device.Context(name=name))
+        self.is_lost = False
+        """Whether its driver or the kernel took it away; the owner is told so by an event."""
         self.counts: Counter[str] = Counter()
         """Open objects by kind: pd, mr, mw, cq, qp."""
         self.extended = True
@@ -219,10 +225,18 @@ class Device:
         event.ack()
         return kind
 
+    def release(self, thing: Any) -> None:
+        """Close an object of pyverbs that is on this device. Raises VerbsError, unless the device is gone."""
+        try:
+            with faults():
+                close(thing)
+        except VerbsError:
+            if not self.is_lost:
+                raise
+
     def close(self) -> None:
-        """Raises VerbsError."""
-        with faults():
-            close(self._context)
+        """Raises VerbsError, unless the device is gone."""
+        self.release(self._context)
 
 
 class Domain(Owned):
@@ -274,6 +288,7 @@ class CompletionQueue(Owned):
     def __init__(self, device: Device, depth: int) -> None:
         """Raises VerbsError."""
         library = loaded()
+        self._error = library.error
         with faults():
             self._channel, self.fd = _Pyverbs.open_with_fd(lambda: library.cq.CompChannel(device.context))
             try:
@@ -284,9 +299,11 @@ class CompletionQueue(Owned):
 
     def poll(self, count: int) -> Sequence[tuple[int, int, int | None]]:
         """Take up to `count` completions: number of the request, status, and what a SEND brought. Raises VerbsError."""
-        with faults():
-            _, found = self._thing.poll(count)
-        return [
+        try:  # not `faults`: this is called most
+            found = self._thing.poll(count)[1]
+        except self._error as error:
+            raise fault(error) from None
+        return found and [
             (wc.wr_id, int(wc.status), socket.ntohl(wc.imm_data) if wc.wc_flags & _WITH_IMM else None) for wc in found
         ]
 
@@ -304,7 +321,6 @@ class CompletionQueue(Owned):
         self._thing.ack_events(1)
 
     def close(self) -> None:
-        """Raises VerbsError."""
+        """See Owned."""
         super().close()
-        with faults():
-            close(self._channel)
+        self.device.release(self._channel)

@@ -22,8 +22,8 @@ from peermem.core.types import QueuePair
 from peermem.fabric import verbs
 from peermem.fabric.verbs_grants import Grant
 from peermem.fabric.verbs_nic import Port, nearest
-from peermem.fabric.verbs_rail import Rail, Word
-from peermem.fabric.verbs_types import Settings, VerbsError
+from peermem.fabric.verbs_rail import Rail
+from peermem.fabric.verbs_types import Settings, VerbsError, Word
 
 _FAREWELL = 0.5
 
@@ -49,8 +49,9 @@ class AcceptedLink:
         self._fences: dict[Rail, asyncio.Task[None]] = {}
         self._queued_fences: dict[Rail, asyncio.Task[None]] = {}
         self._keeper: asyncio.Task[None] | None = None
-        self._deadline = self._loop.call_later(settings.connect_timeout, self._give_up)
+        self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
+        self._expect(settings.connect_timeout)
 
     def open(self, offered: Sequence[QueuePair], ports: Sequence[Port]) -> list[QueuePair]:
         """Make this side's ends, each on the port nearest to what it is offered. Raises FabricUnavailable where none
@@ -78,10 +79,14 @@ class AcceptedLink:
         return [rail.here if rail.up else replace(rail.here, number=0) for rail in self.rails]
 
     def _add(self, port: Port, gid: Gid, there: QueuePair) -> FabricUnavailable | None:
+        nic, own = port.nic, None
         try:
-            own = None if self._settings.windows and port.nic.caps.windows else verbs.Domain(port.nic.device)
-            rail = Rail(port, gid, own or port.nic.domain, self, self._settings)
+            if not (self._settings.windows and nic.caps.windows):
+                own = verbs.Domain(nic.device)
+            rail = Rail(port, gid, own or nic.domain, self, self._settings)
         except VerbsError as error:
+            if own is not None:
+                own.close()
             raise FabricUnavailable(f"The NIC port {port.name} has no queue pair for a link: {error}.") from error
         self.rails.append(rail)
         if own is not None:
@@ -98,6 +103,7 @@ class AcceptedLink:
                 _bring_up(rail, there)
         self.news.set()
         self.news.clear()
+        self._expect(self._settings.stall_timeout)
         return self._ends()
 
     # Events of rails
@@ -107,16 +113,14 @@ class AcceptedLink:
         if word is Word.BYE:
             self._give_up()
             return
-        self._deadline.cancel()
+        self._stop_expecting()
         if not self._is_heard:
             self._is_heard = True
             self._keeper = self._loop.create_task(self._keep())
 
     def broke(self, rail: Rail, status: int) -> None:
         """See RailOwner."""
-        if not self._closed and not any(rail.up for rail in self.rails):
-            self._deadline.cancel()
-            self._deadline = self._loop.call_later(self._settings.stall_timeout, self._give_up)
+        self._expect(self._settings.stall_timeout)
 
     def turned(self, rail: Rail) -> None:
         """See RailOwner."""
@@ -126,6 +130,16 @@ class AcceptedLink:
         while True:
             await asyncio.sleep(self._settings.keepalive)
             await asyncio.gather(*(rail.ask(self._settings.keepalive) for rail in self.rails if rail.up))
+
+    def _expect(self, seconds: float) -> None:
+        """Give the link up unless the initiator is heard on some rail in time."""
+        if self._deadline is None and not self._closed and not any(rail.is_heard for rail in self.rails):
+            self._deadline = self._loop.call_later(seconds, self._give_up)
+
+    def _stop_expecting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _give_up(self) -> None:
         if not self._closed:
@@ -151,7 +165,7 @@ class AcceptedLink:
         self._fences[rail] = self._queued_fences.pop(rail)
         if not await rail.ask(self._settings.fence_timeout) and rail.up:
             rail.offer(True)  # reset, with a PSN by which the initiator can tell
-            self.broke(rail, 0)
+            self._expect(self._settings.stall_timeout)
 
     # Ends
 
@@ -164,7 +178,7 @@ class AcceptedLink:
         if self._closed:
             return
         self._closed = True
-        self._deadline.cancel()
+        self._stop_expecting()
         if self._keeper is not None:
             self._keeper.cancel()
         doors = [door for grant in self.grants.values() for door in grant.doors]

@@ -42,11 +42,11 @@ class VerbsFabric:
         clock: Clock = time.monotonic,
         on_link_lost: Callable[[bytes], None] = lambda _: None,
     ) -> None:
-        """`nics` names the ports to use; empty means all. `clock` is what grants expire by. `on_link_lost` gets the
-        ids of accepted links that end by themselves."""
+        """`nics` names the ports to use, or devices for all their ports; empty means all. `clock` is what grants expire
+        by. `on_link_lost` gets the ids of accepted links that end by themselves."""
         self._settings = settings or Settings()
         self._memories = MemoryTable()
-        self._nics = NicTable(nics, self._lose)
+        self._nics = NicTable(nics, self._lose, self._settings.gid_index)
         self._target = Target(self._nics, self._memories, self._settings, clock, on_link_lost)
         self._links: set[VerbsLink] = set()
         self._serving = False

@@ -22,14 +22,12 @@ from peermem.fabric.base import Completion, Exchange, LinkClosed, LinkEnd, LinkE
 from peermem.fabric.grants import inside
 from peermem.fabric.verbs_memory import PART, MemoryTable, Registration
 from peermem.fabric.verbs_mend import Mender
-from peermem.fabric.verbs_rail import Rail, Word
-from peermem.fabric.verbs_types import Piece, Settings, WcStatus, WrOpcode
+from peermem.fabric.verbs_rail import Rail
+from peermem.fabric.verbs_types import Piece, Settings, WcStatus, Word, WrOpcode
 from peermem.fabric.verbs_work import cut, is_sound
 
-_OPCODES = {Opcode.WRITE: WrOpcode.RDMA_WRITE, Opcode.READ: WrOpcode.RDMA_READ}
 _FAULTS: dict[int, Status] = {
     WcStatus.LOC_LEN_ERR: Status.LOC_PROT_ERR,
-    WcStatus.LOC_QP_OP_ERR: Status.LOC_PROT_ERR,
     WcStatus.LOC_PROT_ERR: Status.LOC_PROT_ERR,
     WcStatus.LOC_ACCESS_ERR: Status.LOC_PROT_ERR,
     WcStatus.REM_INV_REQ_ERR: Status.REM_INV_REQ_ERR,
@@ -39,14 +37,23 @@ _FAULTS: dict[int, Status] = {
 """Failures of a request; all others are the rail's."""
 _POSTED_BYTES = 8 << 20
 """On one rail: enough to keep it busy, and little enough to drain in a moment when the link closes."""
-_SUSPICIONS = 2
-"""Rails that may break under a request before it is the request's fault."""
-_FAREWELL = 0.5
-"""Seconds for what is posted to end, and for the other end to be told, when the link closes."""
+_SUSPICIONS = 3
+"""How often a rail that worked may break under a request, without saying why, before it is the request's fault."""
+_DRAIN, _FAREWELL = 1.0, 0.5
+"""Seconds for what is posted to end, and then for the other end to be told, when the link closes."""
+
+
+def _inside(offsets: Sequence[int], lengths: Sequence[int], limit: int) -> bool:
+    """As `inside`, which takes its time where there is one range."""
+    if len(lengths) == 1:
+        return offsets[0] >= 0 and lengths[0] >= 1 and offsets[0] + lengths[0] <= limit
+    return inside(offsets, lengths, limit)
 
 
 class _Job:
     """A request on its way."""
+
+    __slots__ = ("number", "pending", "pieces", "posted", "request", "status", "suspected")
 
     def __init__(self, request: WorkRequest, number: int) -> None:
         self.request = request
@@ -57,7 +64,7 @@ class _Job:
         self.pending = 0
         """Posts that have not been answered."""
         self.suspected = 0
-        """How often a rail broke under it without saying why."""
+        """How often a rail broke under it without saying why; it then waits for one that has been heard."""
         self.status: Status | None = None
 
 
@@ -137,9 +144,9 @@ class VerbsLink:
             self._mender.moved()
         self._outstanding += 1
         ranges = request.ranges
-        if not inside(ranges.local, ranges.lengths, request.memory.length):
+        if not _inside(ranges.local, ranges.lengths, request.memory.length):
             self._finish(job, Status.LOC_PROT_ERR)
-        elif not inside(ranges.remote, ranges.lengths, request.key.length):
+        elif not _inside(ranges.remote, ranges.lengths, request.key.length):
             self._finish(job, Status.REM_ACCESS_ERR)
         else:
             self._waiting.append(job)
@@ -156,8 +163,9 @@ class VerbsLink:
             return
         self._closed = True
         self._flush()
+        self._report()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL):
+            async with asyncio.timeout(_DRAIN):
                 await self._idle.wait()
         await asyncio.gather(*(rail.farewell(_FAREWELL) for rail in self._rails if rail.up))
         self._end()
@@ -170,6 +178,8 @@ class VerbsLink:
             self._events.down(end, cause)
 
     def _end(self) -> None:
+        if self._ended.done():
+            return
         self._mender.stop()
         self._flush()
         for rail in self._rails:
@@ -199,7 +209,8 @@ class VerbsLink:
 
     def turned(self, rail: Rail) -> None:
         """See RailOwner."""
-        self._fill()
+        if self._waiting or self._current:
+            self._fill()
         self._report()
 
     # Requests
@@ -209,8 +220,9 @@ class VerbsLink:
 
     def _fill(self) -> None:
         """Post what there is room for."""
-        for rail, job in list(self._current.items()):
-            self._post_some(rail, job)
+        if self._current:
+            for rail, job in list(self._current.items()):
+                self._post_some(rail, job)
         while self._waiting:
             way = self._way_for(self._waiting[0])
             if way is None:
@@ -236,7 +248,7 @@ class VerbsLink:
         for way in route.ways:
             rail = way[0]
             has_room = rail.up and rail.free and rail.load < _POSTED_BYTES and rail not in self._current
-            if has_room and (best is None or rail.load < best[0].load):
+            if has_room and (rail.is_heard or not job.suspected) and (best is None or rail.load < best[0].load):
                 best = way
         if best is None:
             return None
@@ -247,15 +259,18 @@ class VerbsLink:
 
     def _post_some(self, rail: Rail, job: _Job) -> None:
         """Post as much of a job as there is room for; the rest stays the rail's current one."""
-        opcode = _OPCODES[job.request.opcode]
-        while job.posted < len(job.pieces) and rail.free and rail.up:
-            group = job.pieces[job.posted : job.posted + min(rail.free, self._group)]
+        opcode = WrOpcode.RDMA_WRITE if job.request.opcode is Opcode.WRITE else WrOpcode.RDMA_READ
+        pieces = job.pieces
+        while job.posted < len(pieces) and rail.free and rail.up:
+            room = min(rail.free, self._group)
+            group = pieces if len(pieces) <= room and not job.posted else pieces[job.posted : job.posted + room]
+            size = job.request.ranges.total if group is pieces else sum([piece[1] for piece in group])
             job.posted += len(group)
             job.pending += 1
-            rail.post(opcode, group, sum([piece[1] for piece in group]), partial(self._answered, job))
-        if job.posted < len(job.pieces):
+            rail.post(opcode, group, size, partial(self._answered, job))
+        if job.posted < len(pieces):
             self._current[rail] = job
-        else:
+        elif self._current:
             self._current.pop(rail, None)
 
     def _answered(self, job: _Job, status: int) -> None:

@@ -25,6 +25,8 @@ from peermem.fabric.verbs_work import is_sound_answer
 _TICK = 0.25
 _FIRST_DELAY = 0.05
 _MAX_DELAY = 0.5
+_MAX_CALM_DELAY = 8.0
+"""While other rails of the link are up."""
 _DEAD_AFTER = 0.5
 """Seconds for which the remote daemon's port has to refuse before the daemon counts as dead."""
 
@@ -99,13 +101,13 @@ class Mender:
 
     def _look(self) -> None:
         self._timer = None
-        if not self._is_busy() and all(rail.up for rail in self._rails):
+        if not self._is_busy() and self._is_whole():
             return
         still = self._loop.time() - self._moved_at
         if still >= self._settings.stall_timeout:
             self._on_down(LinkEnd.STALLED, f"nothing moved for {self._settings.stall_timeout:g} s")
             return
-        if still >= self._settings.ask_after or not all(rail.up for rail in self._rails):
+        if still >= self._settings.ask_after or not self._is_whole():
             self.mend()
         self.watch()
 
@@ -113,20 +115,25 @@ class Mender:
         self._task = None
         if not task.cancelled() and not self._stopped:
             task.result()
-            if not all(rail.up for rail in self._rails):  # one broke while the last one came up
+            if not self._is_whole():  # one broke while the last one came up
                 self.mend()
+
+    def _is_whole(self) -> bool:
+        """Whether all rails are up that ever can be again; at least one is, or the link is past mending."""
+        return any(rail.up for rail in self._rails) and all(rail.up or rail.is_lost for rail in self._rails)
 
     async def _mend(self) -> None:
         delay = _FIRST_DELAY
         while not self._stopped:
             end = await self._attempt()
-            if self._stopped or (end is None and all(rail.up for rail in self._rails)):
+            if self._stopped or (end is None and self._is_whole()):
                 return
             if end is not None:
                 self._on_down(*end)
                 return
             await asyncio.sleep(delay)
-            delay = min(2 * delay, _MAX_DELAY)
+            is_up = any(rail.up for rail in self._rails)
+            delay = min(2 * delay, _MAX_CALM_DELAY if is_up else _MAX_DELAY)
 
     async def _attempt(self) -> tuple[LinkEnd, str] | None:
         """Try to bring up what is down; return why the link is to go down, if it is."""

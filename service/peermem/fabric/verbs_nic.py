@@ -25,14 +25,14 @@ _REFRESHING = {AsyncEvent.PORT_ACTIVE, AsyncEvent.PORT_ERR, AsyncEvent.LID_CHANG
 class Nic:
     """An opened device, with the protection domain that registrations are made in."""
 
-    def __init__(self, name: str, on_lost: Callable[[Nic], None]) -> None:
-        """Raises VerbsError."""
+    def __init__(self, name: str, on_lost: Callable[[Nic], None], gid_index: int | None) -> None:
+        """`gid_index` is the address of its ports to use. Raises VerbsError."""
         self.name = name
         self.device = verbs.Device(name)
         try:
             self.caps: DeviceCaps = self.device.caps()
             self.domain = verbs.Domain(self.device)
-            self.ports = [Port(self, number) for number in range(1, self.caps.ports + 1)]
+            self.ports = [Port(self, number, gid_index) for number in range(1, self.caps.ports + 1)]
         except VerbsError:
             self.device.close()
             raise
@@ -51,6 +51,7 @@ class Nic:
 
     def _lose(self) -> None:
         self._loop.remove_reader(self.device.event_fd)
+        self.device.is_lost = True
         for port in self.ports:
             port.error = NicLost(
                 f"The NIC {self.name} was removed or its driver reported a fatal error. See the kernel's log, "
@@ -69,8 +70,9 @@ class Nic:
 class Port:
     """One port of an opened device."""
 
-    def __init__(self, nic: Nic, number: int) -> None:
-        """Raises VerbsError."""
+    def __init__(self, nic: Nic, number: int, gid_index: int | None) -> None:
+        """`gid_index` is the address to use, None: the one that fits best. Raises VerbsError."""
+        self._gid_index = gid_index
         self.nic = nic
         self.number = number
         self.name = f"{nic.name}/{number}"
@@ -98,7 +100,9 @@ class Port:
 
     def gid_for(self, remote: bytes | None = None) -> Gid | None:
         """Return the address to use, to the port with GID `remote` where that is known."""
-        index = choose_gid(self.gids, self.link_layer, remote)
+        index = self._gid_index
+        if index is None:
+            index = choose_gid(self.gids, self.link_layer, remote)
         return next((gid for gid in self.gids if gid.index == index), None)
 
     def _judge(self) -> None:
@@ -120,8 +124,10 @@ class Port:
 class NicTable:
     """All NIC ports that the fabric may use."""
 
-    def __init__(self, wanted: Sequence[str], on_lost: Callable[[Nic], None]) -> None:
-        """`wanted` names ports; empty means all. `on_lost` is called when a device is gone."""
+    def __init__(self, wanted: Sequence[str], on_lost: Callable[[Nic], None], gid_index: int | None = None) -> None:
+        """`wanted` names ports, or devices for all their ports; empty means all. `on_lost` is called when a device is
+        gone. `gid_index` is the address to use of each port, None: the one that fits best."""
+        self._gid_index = gid_index
         self._wanted = wanted
         self._on_lost = on_lost
         self._nics: list[Nic] = []
@@ -137,21 +143,22 @@ class NicTable:
             self._missing = error
             return
         for name in names:
-            if not self._wanted or any(port.rpartition("/")[0] == name for port in self._wanted):
+            if not self._wanted or any(wanted.partition("/")[0] == name for wanted in self._wanted):
                 self._open(name)
-        for port in self._wanted:
-            if port not in self._ports and port not in self._failed:
-                self._failed[port] = not_found(port)
+        for wanted in self._wanted:
+            known = {*self._ports, *self._failed}
+            if not {wanted, f"{wanted}/1"} & known and not any(port.startswith(f"{wanted}/") for port in known):
+                self._failed[wanted if "/" in wanted else f"{wanted}/1"] = not_found(wanted)
 
     def _open(self, name: str) -> None:
         try:
-            nic = Nic(name, self._on_lost)
+            nic = Nic(name, self._on_lost, self._gid_index)
         except VerbsError as error:
             self._failed[f"{name}/1"] = _not_opened(name, error)
             return
         self._nics.append(nic)
         for port in nic.ports:
-            if not self._wanted or port.name in self._wanted:
+            if not self._wanted or {name, port.name} & set(self._wanted):
                 self._ports[port.name] = port
 
     @property

@@ -28,7 +28,7 @@ from peermem.fabric.base import Proof
 from peermem.fabric.verbs_memory import Mapping, access_for, check, refusal
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_qp import QueuePair
-from peermem.fabric.verbs_types import Access, Settings, VerbsError, WcStatus, WrOpcode
+from peermem.fabric.verbs_types import Access, Marks, Settings, VerbsError, WcStatus, WrOpcode
 from peermem.fabric.verbs_types import Path as Way
 from peermem.memory import Memory
 
@@ -152,7 +152,8 @@ class _Loopback:
         gid = port.gid_for()
         if gid is None:
             raise NoGid(f"The port {port.name} has no GID.", nic=port.name)
-        way = Way(port.number, gid.index, gid.value, port.state.lid, port.state.ethernet, port.state.mtu)
+        state = port.state
+        way = Way(port.number, gid.index, gid.value, state.lid, state.ethernet, state.mtu, Marks())
         for pair in pairs:
             self._stack.callback(pair.reset)
             pair.prepare(port.number, LOOPBACK_ACCESS)

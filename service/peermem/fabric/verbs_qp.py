@@ -10,14 +10,13 @@ Rules of this file:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from peermem.fabric.verbs import CompletionQueue, Domain, MemoryRegion, Owned, Window, faults, loaded
+from peermem.fabric.verbs import CompletionQueue, Domain, MemoryRegion, Owned, Window, fault, faults, loaded
 from peermem.fabric.verbs_types import MTUS, Access, Path, Piece, Timing, VerbsError, WrOpcode
 
 _MTU_CODES = {size: code for code, size in MTUS.items()}
@@ -26,7 +25,6 @@ _SIGNALED = 2  # IBV_SEND_SIGNALED
 _EX_MASK = 1 | 64  # IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS
 _EX_OPS = 1 | 8 | 16 | 256  # IBV_QP_EX_WITH_RDMA_WRITE | SEND_WITH_IMM | RDMA_READ | BIND_MW
 _RESET, _STATE = 0, 1  # IBV_QPS_RESET, IBV_QP_STATE
-_HOP_LIMIT = 64
 _NO_EXTENDED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -92,11 +90,14 @@ class QueuePair(Owned):
     def _address(self, path: Path) -> Any:
         addr = self._library.addr
         if not path.is_global:
-            return addr.AHAttr(port_num=path.port, dlid=path.remote_lid)
+            return addr.AHAttr(port_num=path.port, dlid=path.remote_lid, sl=path.marks.service_level)
         route = addr.GlobalRoute(
-            dgid=addr.GID(path.remote_gid.hex(":", 2)), sgid_index=path.gid_index, hop_limit=_HOP_LIMIT
+            dgid=addr.GID(path.remote_gid.hex(":", 2)),
+            sgid_index=path.gid_index,
+            hop_limit=path.marks.hop_limit,
+            traffic_class=path.marks.traffic_class,
         )
-        return addr.AHAttr(port_num=path.port, dlid=path.remote_lid, is_global=1, gr=route)
+        return addr.AHAttr(port_num=path.port, dlid=path.remote_lid, sl=path.marks.service_level, is_global=1, gr=route)
 
     def reset(self) -> None:
         """To RESET: when this returns nothing moves any more, and nothing that was posted will complete.
@@ -121,8 +122,9 @@ class QueuePair(Owned):
             return
         qp, sge = self._thing, self._library.sge
         start = qp.wr_rdma_write if opcode is WrOpcode.RDMA_WRITE else qp.wr_rdma_read
-        last = pieces[-1]
-        with self._batch():
+
+        def fill() -> None:
+            last = pieces[-1]
             qp.wr_id = wr_id
             qp.wr_flags = 0
             for piece in pieces:
@@ -132,7 +134,9 @@ class QueuePair(Owned):
                 start(rkey, remote_address)
                 qp.wr_set_sge(sge)
 
-    def tell(self, word: int, wr_id: int, flags: int = 0) -> None:
+        self._batch(fill)
+
+    def tell(self, word: int, flags: int, wr_id: int) -> None:
         """Post a message of 32 bits and no payload, signalled. Raises VerbsError."""
         if not self._extended:
             send = self._send(WrOpcode.SEND_WITH_IMM, wr_id, _SIGNALED | flags, socket.htonl(word))
@@ -140,11 +144,14 @@ class QueuePair(Owned):
             self._post([send])
             return
         qp = self._thing
-        with self._batch():
+
+        def fill() -> None:
             qp.wr_id = wr_id
             qp.wr_flags = _SIGNALED | flags
             qp.wr_send_imm(word)  # to network order here, unlike SendWR
             qp.wr_set_sge_list(0, [])
+
+        self._batch(fill)
 
     def bind(self, window: Window, region: MemoryRegion, access: Access, wr_id: int) -> None:
         """Post the bind of a window to all of a region, signalled. Raises VerbsError."""
@@ -155,21 +162,27 @@ class QueuePair(Owned):
             self._post([send])
             return
         qp = self._thing
-        with self._batch():
+
+        def fill() -> None:
             qp.wr_id = wr_id
             qp.wr_flags = _SIGNALED
             qp.wr_bind_mw(window.thing, window.rkey, info)
 
-    @contextlib.contextmanager
-    def _batch(self) -> Iterator[None]:
-        with faults():
-            self._thing.wr_start()
+        self._batch(fill)
+
+    def _batch(self, fill: Callable[[], None]) -> None:
+        """Post what `fill` adds, all or nothing."""
+        qp = self._thing
+        try:
+            qp.wr_start()
             try:
-                yield
+                fill()
             except BaseException:
-                self._thing.wr_abort()
+                qp.wr_abort()
                 raise
-            self._thing.wr_complete()
+            qp.wr_complete()
+        except self._library.error as error:
+            raise fault(error) from None
 
     def _send(self, opcode: WrOpcode, wr_id: int, flags: int, imm: int = 0) -> Any:
         return self._library.wr.SendWR(

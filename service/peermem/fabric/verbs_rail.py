@@ -15,11 +15,11 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from functools import partial
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from peermem.core.gid import Gid
@@ -27,7 +27,7 @@ from peermem.core.types import QueuePair
 from peermem.fabric import verbs
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_qp import QueuePair as Pair
-from peermem.fabric.verbs_types import Access, Path, Piece, Settings, VerbsError, WcStatus, WrOpcode
+from peermem.fabric.verbs_types import Access, Path, Piece, Settings, VerbsError, WcStatus, Word, WrOpcode
 
 Done = Callable[[int], None]
 """Gets the WcStatus of a post."""
@@ -41,20 +41,15 @@ _RECEIVE = 0xFFFFFFFF
 """Number of all receives; posts count from 0 on."""
 _FENCE = 1  # IBV_SEND_FENCE: after this end's READs
 _BATCH = 64
-_SMALL = 64 << 10
-"""Bytes of a post that is worth waiting for."""
-_MAX_SPIN = 0.001
+_BATCHES = 4
+"""Taken in one turn of the loop, at most."""
+_MAX_WORDS_PER_SECOND = 10_000
+_SMALL = 32 << 10
+"""Bytes on the way that are worth waiting for."""
+_LOOKS = 4
+"""In one turn of the loop while polling: a turn costs more than a look."""
+_MAX_SPIN = 0.002
 """Seconds of polling, at most: longer than that, being woken costs little."""
-
-
-class Word(IntEnum):
-    """What an end says, in the upper 8 bits of a word; the lower 24 are a number."""
-
-    ASK = 1
-    """Answer with the same number."""
-    ANSWER = 2
-    BYE = 3
-    """This end is closed."""
 
 
 class _Post(NamedTuple):
@@ -88,7 +83,8 @@ class Rail:
     def __init__(self, port: Port, gid: Gid, domain: verbs.Domain, owner: RailOwner, settings: Settings) -> None:
         """Raises VerbsError."""
         self.port = port
-        self.up = self.is_lost = False
+        self.up = self.is_heard = self.is_lost = False
+        """Whether it can be posted on; whether the other end has said something since; whether its NIC is gone."""
         self.load = 0
         """Bytes posted that have not been answered."""
         self._gid = gid
@@ -112,11 +108,9 @@ class Rail:
         self._asked: dict[int, asyncio.Future[bool]] = {}
         self._ends = _NOBODY, _NOBODY
         self._armed = self._spinning = self._closed = False
-        self._spin_until = 0.0
-        self._small_time = 0.0001
+        self._spin_until, self._small_time = 0.0, 0.0001
+        self._second, self._words_heard = 0.0, 0
         self._loop.add_reader(self._queue.fd, self._wake)
-
-    # Coming up
 
     @property
     def here(self) -> QueuePair:
@@ -132,13 +126,16 @@ class Rail:
         """Reset, take a new random PSN, and return this end as the other one has to know it. Only an accepting end
         can be written and read. Raises VerbsError."""
         self.reset()
+        port = self.port
+        if self.is_lost:
+            raise VerbsError(f"{port.name} is gone", errno.ENODEV)
+        self._gid = port.gid_for(self.there.gid or None) or self._gid
         psn = self.here.psn
         while psn == self.here.psn:
             psn = secrets.randbits(24)
         access = Access.LOCAL_WRITE
         if is_accepting:
             access |= Access.REMOTE_READ | Access.REMOTE_WRITE
-        port = self.port
         self._pair.prepare(port.number, access)
         self._pair.post_receives(self._generation << 32 | _RECEIVE, _RECEIVES)
         mtu = min(port.state.mtu, self._settings.mtu)
@@ -150,26 +147,27 @@ class Rail:
     def connect(self, there: QueuePair) -> None:
         """Come up towards the other end, which is sound. Raises VerbsError."""
         here, port = self.here, self.port
-        path = Path(port.number, self._gid.index, there.gid, there.lid, port.state.ethernet, min(here.mtu, there.mtu))
+        mtu, marks = min(here.mtu, there.mtu), self._settings.marks
+        path = Path(port.number, self._gid.index, there.gid, there.lid, port.state.ethernet, mtu, marks)
         reads = here.reads, max(1, min(there.reads, port.nic.caps.reads_sent, 255))
         self._pair.connect(path, there.number, (here.psn, there.psn), reads, self._settings.timing)
         self._ends = here, there
         self.up = True
         self._loop.call_soon(self._sleep)
 
-    # Posting
-
     def post(self, opcode: WrOpcode, pieces: Sequence[Piece], size: int, done: Done) -> None:
         """Post WRITEs or READs of `size` bytes in all, no more than `free`; the rail is up."""
-        if self._accepts(partial(self._pair.move, opcode, pieces, self._next()), len(pieces), size, done):
+        if self._takes(done, self._pair.move, opcode, pieces):
+            self._taken(len(pieces), size, done)
             self.free -= len(pieces)
             self.load += size
-            if size <= _SMALL:
+            if self.load <= _SMALL:
                 self._spin()
 
     def bind(self, window: verbs.Window, region: verbs.MemoryRegion, access: Access, done: Done) -> None:
         """Post the bind of a window; `free` is not 0 and the rail is up."""
-        if self._accepts(partial(self._pair.bind, window, region, access, self._next()), 1, 0, done):
+        if self._takes(done, self._pair.bind, window, region, access):
+            self._taken(1, 0, done)
             self.free -= 1
             self._spin()
 
@@ -183,12 +181,12 @@ class Rail:
 
     async def ask(self, timeout: float) -> bool:
         """Return whether the other end answers in time; by then it has no more of what it posted before."""
+        if not self.up:
+            return False
         number = secrets.randbits(24)
         while number in self._asked:
             number = secrets.randbits(24)
         answered: asyncio.Future[bool] = self._loop.create_future()
-        if not self.up:
-            return False
         self._asked[number] = answered
         self.say(Word.ASK, number)
         try:
@@ -205,30 +203,29 @@ class Rail:
         self.say(Word.BYE, 0, lambda _: None if told.done() else told.set_result(None))
         await asyncio.wait([told], timeout=timeout)
 
-    def _next(self) -> int:
-        return self._generation << 32 | self._sequence
-
-    def _accepts(self, post: Callable[[], None], slots: int, size: int, done: Done) -> bool:
-        """Post; what the queue pair does not take breaks the rail."""
+    def _takes(self, done: Done, post: Callable[..., None], *arguments: object) -> bool:
+        """Post under the next number; what the queue pair does not take breaks it."""
         try:
-            post()
+            post(*arguments, self._generation << 32 | self._sequence)
+            return True
         except VerbsError:
             self._loop.call_soon(done, WcStatus.WR_FLUSH_ERR)
             self._loop.call_soon(self._break, WcStatus.LOC_QP_OP_ERR)
             return False
-        self._posts.append(_Post(self._next(), slots, size, self._loop.time(), done))
+
+    def _taken(self, slots: int, size: int, done: Done) -> None:
+        wr_id = self._generation << 32 | self._sequence
+        self._posts.append(_Post(wr_id, slots, size, self._loop.time(), done))
         self._sequence = (self._sequence + 1) % _RECEIVE
-        return True
 
     def _send_words(self) -> None:
         while self._words and self._word_slots:
             word, flags, done = self._words.popleft()
-            if not self._accepts(partial(self._pair.tell, word, self._next(), flags), 0, 0, done):
+            if not self._takes(done, self._pair.tell, word, flags):
                 return
             self._word_slots -= 1
+            self._taken(0, 0, done)
             self._spin()
-
-    # Completions
 
     def _wake(self) -> None:
         self._queue.acknowledge()
@@ -251,17 +248,25 @@ class Rail:
     def _spin(self) -> None:
         budget = 2 * self._small_time
         if budget <= _MAX_SPIN:
-            self._spin_until = self._loop.time() + budget
-            if not self._spinning:
-                self._spinning = True
-                self._loop.call_soon(self._spin_turn)
+            self._stay_awake(budget)
+
+    def _stay_awake(self, seconds: float) -> None:
+        """Look again in the next turn of the loop, and in those of some time."""
+        self._spin_until = self._loop.time() + seconds
+        if not self._spinning:
+            self._spinning = True
+            self._loop.call_soon(self._spin_turn)
 
     def _spin_turn(self) -> None:
         if self._closed:
             return
-        if self._drain():
-            self._spin_until = self._loop.time() + 2 * self._small_time
-        if self._loop.time() < self._spin_until:
+        looks = _LOOKS
+        while looks and not self._drain():
+            looks -= 1
+        now = self._loop.time()
+        if looks and self.load <= _SMALL:
+            self._spin_until = now + 2 * self._small_time
+        if now < self._spin_until:
             self._loop.call_soon(self._spin_turn)
         else:
             self._spinning = False
@@ -269,18 +274,21 @@ class Rail:
 
     def _drain(self) -> bool:
         """Handle what is complete, and return whether there was anything."""
-        found = False
+        found = is_full = False
         try:
-            while not self._closed:
-                batch = self._queue.poll(_BATCH)
+            for _ in range(_BATCHES):
+                batch = () if self._closed else self._queue.poll(_BATCH)
+                is_full = len(batch) == _BATCH
                 for wr_id, status, word in batch:
+                    found = True
                     if wr_id >> 32 == self._generation:
                         self._complete(wr_id, status, word)
-                found = found or bool(batch)
-                if len(batch) < _BATCH:
+                if not is_full:
                     break
         except VerbsError:
             self._break(WcStatus.LOC_QP_OP_ERR)
+        if is_full:
+            self._stay_awake(0.0)
         if found and not self._closed:
             self._owner.turned(self)
         return found
@@ -310,10 +318,10 @@ class Rail:
     def _receive(self, word: int) -> None:
         self._pair.post_receives(self._generation << 32 | _RECEIVE, 1)
         kind, number = word >> 24, word & 0xFFFFFF
+        if len(self._words) >= _MAX_WAITING_WORDS or self._is_flooded():
+            self._break(WcStatus.RNR_RETRY_EXC_ERR)
+            return
         if kind == Word.ASK:
-            if len(self._words) >= _MAX_WAITING_WORDS:
-                self._break(WcStatus.RNR_RETRY_EXC_ERR)
-                return
             self.say(Word.ANSWER, number)
         elif kind == Word.ANSWER:
             answered = self._asked.get(number)
@@ -321,9 +329,15 @@ class Rail:
                 answered.set_result(True)
         elif kind != Word.BYE:
             return
+        self.is_heard = True
         self._owner.heard(self, Word(kind))
 
-    # Ends
+    def _is_flooded(self) -> bool:
+        now = self._loop.time()
+        if now >= self._second + 1:
+            self._second, self._words_heard = now, 0
+        self._words_heard += 1
+        return self._words_heard > _MAX_WORDS_PER_SECOND
 
     def fail(self) -> None:
         """Break it: the other end does not agree, or does not answer."""
@@ -337,20 +351,22 @@ class Rail:
     def _break(self, status: int, wr_id: int | None = None) -> None:
         """Reset; what the completion was for gets its status, everything else is flushed.
 
-        What breaks a rail can come as a mere flush (rxe, for a WRITE from pages that are gone): then the first post is
-        suspected, and gets GENERAL_ERR.
+        Some failures don't say whether the request or the rail is at fault: a mere flush (rxe, for a WRITE from pages
+        that are gone), or LOC_QP_OP_ERR (rxe, where there is no route now). Then the first post gets GENERAL_ERR, if
+        the other end has been heard on this rail, and is flushed like the others if not.
         """
         if not self.up:
             return
-        if self._posts and (status == WcStatus.WR_FLUSH_ERR or self._posts[0].wr_id == wr_id):
-            suspect = self._posts.popleft()
-            suspect.done(WcStatus.GENERAL_ERR if status == WcStatus.WR_FLUSH_ERR else status)
+        is_unclear = status in (WcStatus.WR_FLUSH_ERR, WcStatus.LOC_QP_OP_ERR)
+        if self._posts and (is_unclear or self._posts[0].wr_id == wr_id):
+            unclear = WcStatus.GENERAL_ERR if self.is_heard else WcStatus.WR_FLUSH_ERR
+            self._posts.popleft().done(unclear if is_unclear else status)
         self.reset()
         self._owner.broke(self, status)
 
     def reset(self) -> None:
         """Take the rail down: nothing of it moves any more, and what was posted is flushed."""
-        self.up = False
+        self.up = self.is_heard = False
         posts, self._posts = self._posts, deque()
         words, self._words = self._words, deque()
         self._generation = (self._generation + 1) & 0xFFFFFFFF
@@ -358,13 +374,15 @@ class Rail:
         for answered in self._asked.values():
             if not answered.done():
                 answered.set_result(False)
-        try:
-            self._pair.reset()
-            while self._queue.poll(_BATCH):
-                pass
-        except VerbsError:
-            self.is_lost = True
-            self._pair.close()  # the device is gone, or its driver fails: destroying is what is left
+        if not self.is_lost:
+            try:
+                self._pair.reset()
+                while self._queue.poll(_BATCH):
+                    pass
+            except VerbsError:  # its driver fails, or the NIC is going: destroying is what is left
+                self.is_lost = True
+                with suppress(VerbsError):
+                    self._pair.close()
         for done in [*(post.done for post in posts), *(done for *_, done in words)]:
             done(WcStatus.WR_FLUSH_ERR)
 

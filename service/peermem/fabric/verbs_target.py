@@ -155,7 +155,9 @@ class Target:
         await self._end(name, self._revoke(name, grant))
 
     async def _revoke(self, name: int, grant: Grant) -> None:
-        link = self._links[grant.link_id]
+        link = self._links.get(grant.link_id)
+        if link is None:
+            return  # it has ended since, and its grants with it
         del link.grants[name]
         for door in grant.doors:
             door.shut()

@@ -50,6 +50,16 @@ class WcStatus(IntEnum):
     GENERAL_ERR = 21
 
 
+class Word(IntEnum):
+    """What an end says, in the upper 8 bits of a word; the lower 24 are a number."""
+
+    ASK = 1
+    """Answer with the same number."""
+    ANSWER = 2
+    BYE = 3
+    """This end is closed."""
+
+
 class AsyncEvent(IntEnum):
     """enum ibv_event_type, as far as it is acted on."""
 
@@ -97,6 +107,16 @@ class DeviceCaps:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """What packets carry for the routers and switches on their way."""
+
+    hop_limit: int = 64
+    """Routers that a packet passes, at most."""
+    traffic_class: int = 0
+    service_level: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Path:
     """How packets of a reliable connection get to its other end."""
 
@@ -106,6 +126,7 @@ class Path:
     remote_lid: int
     is_global: bool
     mtu: int
+    marks: Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,9 @@ class Settings:
     """Bytes of payload in one packet, at most."""
     depth: int = 256
     """WRITEs and READs on one queue pair, at most."""
+    marks: Marks = Marks()
+    gid_index: int | None = None
+    """The address of each port to use; None: chosen by type and subnet."""
     queue_pairs: int = 1
     """Per NIC port and link."""
     windows: bool = True

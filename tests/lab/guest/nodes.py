@@ -16,7 +16,7 @@ import mmap
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -31,11 +31,11 @@ PATIENCE = "60s"
 NAMESPACES = {"a": "n1", "b": "n2"}
 HOSTS = {"a": "10.1.1.2", "b": "10.1.2.2", "c": "10.1.1.1"}
 HOST, BAR = "host", "bar"
+IVSHMEM, NVME = "0x1110", "0x0010"
 BAR_BYTES = 4 * MIB
 BAR_OFFSETS = {"a": 0, "b": 8 * MIB}
 _PCI = Path("/sys/bus/pci/devices")
-_IVSHMEM = "0x1110"
-_HOST_DEVICE = f'[[device]]\nname = "{HOST}"\nsize = "256MiB"\n'
+HOST_DEVICE = f'[[device]]\nname = "{HOST}"\nsize = "256MiB"\n'
 
 
 def command(*words: str) -> str:
@@ -69,9 +69,15 @@ def control_network() -> Iterator[None]:
             subprocess.run(["ip", "link", "delete", f"m{number}"], check=False)
 
 
+def function(device: str) -> str:
+    """Return the address of the PCI function with this device id."""
+    (address,) = (entry.name for entry in _PCI.iterdir() if (entry / "device").read_text().strip() == device)
+    return address
+
+
 def ivshmem() -> str:
     """Return the address of the function whose BAR 2 is plain memory, switched on."""
-    (address,) = (entry.name for entry in _PCI.iterdir() if (entry / "device").read_text().strip() == _IVSHMEM)
+    address = function(IVSHMEM)
     (_PCI / address / "enable").write_text("1")
     return address
 
@@ -85,13 +91,22 @@ def bar_bytes(node: str) -> bytes:
         return bytes(mapping)
 
 
+def bar_device(node: str) -> str:
+    """Return the TOML of a node's range of the BAR as a device."""
+    return (
+        f'[[device]]\nkind = "pci_resource"\nname = "{BAR}"\naddress = "{ivshmem()}"\nbar = 2\n'
+        f"offset = {BAR_OFFSETS[node]}\nsize = {BAR_BYTES}\n"
+    )
+
+
+def bare_place(node: str) -> Place:
+    """Return where a node's daemon runs, without a device of its own."""
+    return Place(HOSTS[node], inside(node))
+
+
 def place(node: str, config: str = "") -> Place:
-    """Return where a node's daemon runs, with its devices."""
-    bar = ""
-    if node in BAR_OFFSETS:
-        bar = f'[[device]]\nkind = "pci_resource"\nname = "{BAR}"\naddress = "{ivshmem()}"\nbar = 2\n'
-        bar += f"offset = {BAR_OFFSETS[node]}\nsize = {BAR_BYTES}\n"
-    return Place(HOSTS[node], inside(node), f"{config}\n{_HOST_DEVICE}{bar}")
+    """Return where a node's daemon runs, with its devices; `config` is TOML of this node alone."""
+    return replace(bare_place(node), config=config + HOST_DEVICE + (bar_device(node) if node in BAR_OFFSETS else ""))
 
 
 @dataclass(frozen=True)
@@ -107,19 +122,36 @@ class Lab:
     """Running daemons, a connection to each, and the kinds of memory that they have."""
 
     daemons: Mapping[str, Daemon]
-    nodes: Mapping[str, peermem.Node]
+    nodes: dict[str, peermem.Node]
     kinds: Mapping[str, Kind]
+
+    def restart(self, name: str) -> None:
+        """Start a daemon that was killed, and connect to it."""
+        self.nodes[name].close()
+        self.daemons[name].start()
+        self.daemons[name].ready()
+        self.nodes[name] = peermem.connect(self.daemons[name].target)
+
+
+def _close(nodes: Mapping[str, peermem.Node]) -> None:
+    for node in nodes.values():
+        node.close()
 
 
 @contextmanager
 def lab(folder: Path, config: str = "", places: Mapping[str, Place] | None = None) -> Iterator[Lab]:
-    """Run the three nodes; `config` is TOML for the top of each file. At the end they have met no defect."""
-    folder.mkdir(exist_ok=True)
+    """Run the three nodes, in these places where they are not their own; `config` is TOML for the top of each file.
+
+    At the end they have met no defect and hold nothing.
+    """
     where = {node: place(node) for node in HOSTS} | dict(places or {})
     with ExitStack() as stack:
         stack.enter_context(control_network())
         running = stack.enter_context(daemons(folder, tuple(where), f"insecure_network = true\n{config}", places=where))
-        nodes = {name: stack.enter_context(peermem.connect(daemon.target)) for name, daemon in running.items()}
+        nodes: dict[str, peermem.Node] = {}
+        stack.callback(_close, nodes)
+        for name, daemon in running.items():
+            nodes[name] = peermem.connect(daemon.target)
         (pool,) = (device.name for device in nodes["a"].devices() if device.kind == "p2pmem")
         kinds = {
             "memfd": Kind(HOST, Way.HOST),
@@ -127,8 +159,10 @@ def lab(folder: Path, config: str = "", places: Mapping[str, Place] | None = Non
             "staged": Kind(BAR, Way.STAGED),
         }
         yield Lab(running, nodes, kinds)
-    for daemon in running.values():
-        check_log(daemon)
+        for name, daemon in running.items():
+            assert daemon.stop() == 0
+            check_log(daemon)
+            assert not any(any(counted.values()) for counted in resources(name).values())
 
 
 def check_log(daemon: Daemon) -> None:
@@ -182,15 +216,32 @@ def until_held(lab: Lab, node: str, expected: Mapping[str, object]) -> None:
         assert held(lab, node) == expected
 
 
+def interfaces(node: str) -> tuple[str, str]:
+    """Return the network interfaces of a node's NICs."""
+    number = NAMESPACES[node].removeprefix("n")
+    return f"v{number}", f"v{number}b"
+
+
 @contextmanager
 def nics_down(node: str) -> Iterator[None]:
     """Take the links of a node's NICs down; its other network stays."""
-    number = NAMESPACES[node][1:]
-    names = [f"v{number}", f"v{number}b"]
-    for name in names:
+    for name in interfaces(node):
         command("ip", "-n", NAMESPACES[node], "link", "set", name, "down")
     try:
         yield
     finally:
-        for name in names:
+        for name in interfaces(node):
             command("ip", "-n", NAMESPACES[node], "link", "set", name, "up")
+
+
+@contextmanager
+def netem(*how: str) -> Iterator[None]:
+    """Have the network between the NICs lose, delay or reorder packets, both ways."""
+    places = [(NAMESPACES[node], name) for node in NAMESPACES for name in interfaces(node)]
+    for namespace, name in places:
+        command("tc", "-n", namespace, "qdisc", "add", "dev", name, "root", "netem", "limit", "100000", *how)
+    try:
+        yield
+    finally:
+        for namespace, name in places:
+            command("tc", "-n", namespace, "qdisc", "delete", "dev", name, "root")

@@ -61,11 +61,12 @@ class BareEnd:
         await self._memory(kind)
         return self._regions[kind].buf, self._regions[kind].rkey
 
-    async def move(self, opcode: Opcode, key: tuple[int, int], count: int) -> float:
-        """Move so many slices of host memory; return the seconds that it took."""
+    async def move(self, opcode: Opcode, key: tuple[int, int], segment: int, count: int) -> float:
+        """Move so many slices of host memory, a segment at a time; return the seconds that it took."""
         await self._memory("host")
-        sends = [self._send(opcode, key, ranges.local[0]) for ranges in slices(SLICE)]
+        sends = [self._send(opcode, key, at, segment) for ranges in slices(segment) for at in ranges.local]
         posted = done = 0
+        count *= SLICE // segment
         began = perf_counter()
         while done < count:
             while posted < min(count, done + OUTSTANDING):
@@ -76,9 +77,9 @@ class BareEnd:
             done += len(found)
         return perf_counter() - began
 
-    def _send(self, opcode: Opcode, key: tuple[int, int], offset: int) -> Any:
+    def _send(self, opcode: Opcode, key: tuple[int, int], offset: int, length: int) -> Any:
         region, (address, rkey) = self._regions["host"], key
-        piece = self._wr.SGE(region.buf + offset, SLICE, region.lkey)
+        piece = self._wr.SGE(region.buf + offset, length, region.lkey)
         send = self._wr.SendWR(opcode=_OPCODES[opcode], num_sge=1, sg=[piece], send_flags=_SIGNALED)
         send.set_wr_rdma(rkey, address + offset)
         return send

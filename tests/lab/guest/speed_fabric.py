@@ -75,8 +75,9 @@ class FabricEnd:
 
     async def _run(self, opcode: Opcode, key: RemoteKey, requests: list[Ranges], at_once: int) -> list[float]:
         memory = await self._memory("host")
-        self._work = _Work(self._link, opcode, memory, key, requests)
-        for _ in range(min(at_once, len(requests))):
+        made = [WorkRequest(number, opcode, memory, key, ranges) for number, ranges in enumerate(requests)]
+        self._work = _Work(self._link, made)
+        for _ in range(min(at_once, len(made))):
             self._work.post()
         return await self._work.done
 
@@ -119,17 +120,17 @@ class FabricEnd:
 class _Work:
     """Requests that are posted one for each that completes."""
 
-    def __init__(self, link: Link, opcode: Opcode, memory: Memory, key: RemoteKey, requests: list[Ranges]) -> None:
+    def __init__(self, link: Link, requests: list[WorkRequest]) -> None:
         self.done: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        self._link, self._opcode, self._memory, self._key = link, opcode, memory, key
+        self._link = link
         self._requests = requests
         self._began: list[float] = []
         self._taken: list[float] = []
 
     def post(self) -> None:
-        number = len(self._began)
+        request = self._requests[len(self._began)]
         self._began.append(perf_counter())
-        self._link.post(WorkRequest(number, self._opcode, self._memory, self._key, self._requests[number]))
+        self._link.post(request)
 
     def completed(self, completions: list[Completion]) -> None:
         now = perf_counter()

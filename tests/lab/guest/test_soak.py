@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 
@@ -53,14 +53,13 @@ RSS = 4 << 20
 
 
 class _Mallinfo(ctypes.Structure):
-    """struct mallinfo2 (glibc 2.33, malloc.h)."""
+    """struct mallinfo2 (glibc 2.33, malloc.h): ten numbers."""
 
-    _fields_ = [  # noqa: RUF012
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
 
 
+_MAPPED, _IN_USE = 4, 7
+"""hblkhd and uordblks: bytes of what has a mapping of its own, and of all the rest that was given out."""
 _LIBC = ctypes.CDLL(None)
 _LIBC.mallinfo2.restype = _Mallinfo
 
@@ -82,10 +81,13 @@ class Held:
 class Soak:
     """Two fabrics with a link between them that is opened anew now and then."""
 
-    def __init__(self, near: VerbsFabric, far: VerbsFabric, memories: Sequence[tuple[Memory, Path]]) -> None:
-        self._near, self._far = near, far
-        self._memories = memories
-        self._local, self._target = HostMemory(LENGTH, "soak-near"), HostMemory(LENGTH, "soak-far")
+    def __init__(
+        self, fabrics: Sequence[VerbsFabric], ends: Sequence[Memory], registered: Sequence[tuple[Memory, Path]]
+    ) -> None:
+        """`ends` are what bytes move between; `registered` is registered, again and again."""
+        self._near, self._far = fabrics
+        self._local, self._target = ends
+        self._memories = registered
         self._random = random.Random(11)
         self._link: Link
         self._link_id = b""
@@ -155,10 +157,10 @@ class Soak:
         objects = self._near.object_counts() + self._far.object_counts()
         listed = subprocess.run(["rdma", "-j", "resource", "show"], capture_output=True, check=True).stdout
         pages = int(FilePath("/proc/self/statm").read_text().split()[1])
-        malloc = _LIBC.mallinfo2()
+        malloc = _LIBC.mallinfo2().numbers
         return Held(
             rss=pages * os.sysconf("SC_PAGESIZE"),
-            malloc=malloc.uordblks + malloc.hblkhd,
+            malloc=malloc[_MAPPED] + malloc[_IN_USE],
             blocks=sys.getallocatedblocks(),
             files=len(os.listdir("/proc/self/fd")),
             objects=dict(objects),
@@ -168,19 +170,17 @@ class Soak:
 
 @asynccontextmanager
 async def soaking() -> AsyncIterator[Soak]:
-    near, far = VerbsFabric([NIC]), VerbsFabric([NIC])
     (device,) = p2pmem_devices()
-    bars = [await device.allocate(length) for length in (4096, LENGTH)]
-    hosts = [HostMemory(length, "soak") for length in (4096, 12_345, LENGTH)]
-    for fabric in (near, far):
-        await fabric.start()
-    try:
-        yield Soak(near, far, [*((bar, Path.P2PDMA) for bar in bars), *((host, Path.HOST) for host in hosts)])
-    finally:
+    async with AsyncExitStack() as stack:
+        bars = [stack.enter_context(closing(await device.allocate(length))) for length in (4096, LENGTH)]
+        hosts = [stack.enter_context(closing(HostMemory(length, "soak"))) for length in (4096, 12_345, LENGTH)]
+        ends = [stack.enter_context(closing(HostMemory(LENGTH, name))) for name in ("soak-near", "soak-far")]
+        near, far = VerbsFabric([NIC]), VerbsFabric([NIC])
         for fabric in (near, far):
-            await fabric.close()
-        for memory in (*bars, *hosts):
-            memory.close()
+            stack.push_async_callback(fabric.close)
+            await fabric.start()
+        registered = [*((bar, Path.P2PDMA) for bar in bars), *((host, Path.HOST) for host in hosts)]
+        yield Soak((near, far), ends, registered)
 
 
 async def test_nothing_is_left(soak_share: float, figures: Figures) -> None:

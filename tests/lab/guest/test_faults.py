@@ -1,0 +1,215 @@
+"""Networks that lose packets, links that go down, daemons that die: what transfers say, and what is left afterwards."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+from bench.daemons import Daemon
+
+import peermem
+from peermem import FabricKind, Region, errors
+from tests.e2e.support import eventually, moving
+from tests.lab.guest import nodes
+from tests.lab.guest.conftest import Figures
+from tests.lab.guest.nodes import MIB, PATIENCE, Lab, held, noise, until_held
+
+BIG = 128 * MIB
+STALL, GRANT = 6.0, 6.0
+SLACK = 10.0
+"""Seconds that an emulated machine is late."""
+CONFIG = f"""
+[verbs]
+stall_timeout = "{STALL:.0f}s"
+[transfer]
+grant_ttl = "{GRANT:.0f}s"
+link_idle = "1s"
+"""
+VERBS = FabricKind.VERBS
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with nodes.lab(tmp_path_factory.mktemp("faults"), CONFIG) as lab:
+        yield lab
+
+
+@dataclass
+class Baseline:
+    """What the daemons held before a test, which they must hold again after it."""
+
+    lab: Lab
+    before: dict[str, dict[str, object]]
+
+    def wait(self) -> None:
+        """Wait until nothing is left over."""
+        for name, expected in self.before.items():
+            until_held(self.lab, name, expected)
+
+
+@pytest.fixture
+def baseline(lab: Lab) -> Iterator[Baseline]:
+    for daemon in lab.daemons.values():
+        eventually(partial(_has_no_links, daemon), "the end of links that nobody uses")
+    baseline = Baseline(lab, {name: held(lab, name) for name in ("a", "b")})
+    yield baseline
+    baseline.wait()
+
+
+def _has_no_links(daemon: Daemon) -> bool:
+    return nodes.sample(daemon, "peermem_links") == 0
+
+
+@contextmanager
+def regions(lab: Lab, order: str, length: int, kind: str = "memfd") -> Iterator[tuple[Region, Region]]:
+    """Make a region on a and one on b; yield them as source and destination of a transfer that a runs."""
+    device = lab.kinds[kind].device
+    here, there = (lab.nodes[name].create_region(device=device, length=length) for name in ("a", "b"))
+    try:
+        yield (here, there) if order == "push" else (there, here)
+    finally:
+        for region in (here, there):
+            with suppress(errors.RegionNotFound, errors.NodeUnreachable):  # its daemon may have been killed
+                region.delete(force=True)
+
+
+def works(lab: Lab, order: str = "push") -> None:
+    """Move some bytes over verbs, as soon as there is a link again."""
+
+    def try_once() -> bool:
+        try:
+            return lab.nodes["a"].transfer(x, y, checksum=True).wait(PATIENCE).fabric is VERBS
+        except errors.NodeUnreachable:
+            return False
+
+    with regions(lab, order, MIB) as (x, y):
+        x.write(noise(MIB))
+        eventually(try_once, "verbs again", 60)
+        assert y.read() == noise(MIB)
+
+
+@pytest.mark.parametrize("how", ["loss 1%", "delay 5ms", "delay 5ms reorder 25% 50%"])
+def test_a_bad_network(lab: Lab, baseline: Baseline, how: str, figures: Figures) -> None:
+    begun = time.monotonic()
+    with nodes.netem(*how.split()):
+        for order in ("push", "pull"):
+            with regions(lab, order, 2 * MIB) as (x, y):
+                x.write(noise(x.length))
+                half = MIB
+                large = lab.nodes["a"].transfer(x[:half], y[:half], checksum=True)
+                small = lab.nodes["a"].transfer(
+                    segments=[peermem.Strided(x, y, 61, 512, 1024, 1024, half, half)], checksum=True
+                )
+                assert {large.wait(PATIENCE).fabric, small.wait(PATIENCE).fabric} == {VERBS}
+                assert y.read(0, half) == noise(x.length)[:half]
+    figures(f"netem_{how.replace(' ', '_').replace('%', '')}", {"seconds": time.monotonic() - begun})
+
+
+@contextmanager
+def port_down() -> Iterator[None]:
+    """The cables are pulled: both ends see it."""
+    with nodes.nics_down("b"):
+        yield
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """A switch between the nodes fails: nothing arrives, and no port is down."""
+    with nodes.netem("loss", "100%"):
+        yield
+
+
+@contextmanager
+def no_network() -> Iterator[None]:
+    """Nothing of node b is reached any more, its daemon included."""
+    nodes.command("ip", "link", "set", "m2", "down")
+    try:
+        with nodes.nics_down("b"):
+            yield
+    finally:
+        nodes.command("ip", "link", "set", "m2", "up")
+
+
+Outage = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize("order", ["push", "pull"])
+@pytest.mark.parametrize("outage", [port_down, silence, no_network])
+def test_an_outage_of_two_seconds(lab: Lab, baseline: Baseline, outage: Outage, order: str, figures: Figures) -> None:
+    with regions(lab, order, BIG) as (x, y):
+        pattern = noise(MIB)
+        for start in range(0, BIG, 16 * MIB):
+            x.write(pattern, start)
+        transfer = lab.nodes["a"].transfer(x, y)
+        moving(transfer)
+        over = threading.Event()
+        with outage():
+            over.wait(2.0)
+        outcome = "survived"
+        try:
+            transfer.wait(PATIENCE)
+        except errors.NodeUnreachable as error:
+            outcome = error.message
+        if outcome == "survived":
+            assert all(y.read(start, MIB) == pattern for start in range(0, BIG, 16 * MIB))
+        else:
+            assert 0 < transfer.progress.bytes_done < BIG
+        figures(f"outage_of_2_s_{outage.__name__}_{order}", {"outcome": outcome})
+    works(lab, order)
+
+
+@pytest.mark.parametrize("order", ["push", "pull"])
+@pytest.mark.parametrize("outage", [port_down, silence, no_network])
+def test_an_outage_without_end(lab: Lab, baseline: Baseline, outage: Outage, order: str) -> None:
+    with regions(lab, order, BIG) as (x, y):
+        transfer = lab.nodes["a"].transfer(x, y)
+        moving(transfer)
+        with outage():
+            begun = time.monotonic()
+            with pytest.raises(errors.NodeUnreachable) as caught:
+                transfer.wait(PATIENCE)
+            assert time.monotonic() - begun < STALL + GRANT + SLACK
+        assert 0 < int(caught.value.metadata["bytes_done"]) < BIG
+        assert "nodes/b" in caught.value.message
+    works(lab, order)
+
+
+@pytest.mark.parametrize("order", ["push", "pull"])
+@pytest.mark.parametrize("victim", ["a", "b"])
+def test_a_daemon_that_is_killed(lab: Lab, baseline: Baseline, victim: str, order: str) -> None:
+    survivor = {"a": "b", "b": "a"}[victim]
+    pid = lab.daemons[survivor].pid
+    with regions(lab, order, BIG, "memfd") as (x, y):
+        transfer = lab.nodes["a"].transfer(x, y)
+        moving(transfer)
+        lab.daemons[victim].kill()
+        if victim == "b":
+            with pytest.raises(errors.NodeUnreachable) as caught:
+                transfer.wait(PATIENCE)
+            assert 0 < int(caught.value.metadata["bytes_done"]) < BIG
+        eventually(lambda: not any(any(kinds.values()) for kinds in nodes.resources(victim).values()), "cleaned up")
+    until_held(lab, survivor, baseline.before[survivor])
+    lab.restart(victim)
+    works(lab, order)
+    assert lab.daemons[survivor].pid == pid
+
+
+@pytest.mark.parametrize("order", ["push", "pull"])
+def test_a_region_deleted_in_the_middle_ends_its_transfer_alone(lab: Lab, baseline: Baseline, order: str) -> None:
+    with regions(lab, order, 32 * MIB) as (x, y), regions(lab, order, BIG) as (source, sink):
+        x.write(noise(MIB))
+        other = lab.nodes["a"].transfer(x, y, checksum=True)
+        doomed = lab.nodes["a"].transfer(source, sink)
+        moving(doomed)
+        (sink if order == "push" else source).delete(force=True)
+        with pytest.raises(errors.RegionDeleted):
+            doomed.wait(PATIENCE)
+        assert other.wait(PATIENCE).state == "SUCCEEDED"
+        assert y.read(0, MIB) == noise(MIB)
+        assert lab.nodes["a"].transfer(x, y).wait(PATIENCE).fabric is VERBS
+        assert nodes.sample(lab.daemons["a"], "peermem_links", fabric="verbs", side="opened") == 1
