@@ -53,6 +53,7 @@ def inside(node: str) -> tuple[str, ...]:
 @contextmanager
 def control_network() -> Iterator[None]:
     """Join the namespaces of the nodes by a network that no NIC uses, through the initial namespace."""
+    _heal()
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     try:
         for number, namespace in enumerate(NAMESPACES.values(), 1):
@@ -65,8 +66,18 @@ def control_network() -> Iterator[None]:
             command("ip", "-n", namespace, "route", "add", "default", "via", f"{net}.1")
         yield
     finally:
-        for number in range(1, len(NAMESPACES) + 1):
-            subprocess.run(["ip", "link", "delete", f"m{number}"], check=False)
+        _heal()
+
+
+def _heal() -> None:
+    """Undo what a suite that was ended in the middle has left of this network and of what it did to the NICs'."""
+    for number, (node, namespace) in enumerate(NAMESPACES.items(), 1):
+        subprocess.run(["ip", "link", "delete", f"m{number}"], capture_output=True, check=False)
+        for name in interfaces(node):
+            subprocess.run(
+                ["tc", "-n", namespace, "qdisc", "delete", "dev", name, "root"], capture_output=True, check=False
+            )
+            command("ip", "-n", namespace, "link", "set", name, "up")
 
 
 def function(device: str) -> str:

@@ -20,7 +20,7 @@ from tests.lab.guest.conftest import Figures
 from tests.lab.guest.nodes import MIB, PATIENCE, Lab, held, noise, until_held
 
 BIG = 128 * MIB
-STALL, GRANT = 6.0, 6.0
+STALL, GRANT = 4.0, 4.0
 SLACK = 10.0
 """Seconds that an emulated machine is late."""
 CONFIG = f"""
@@ -136,10 +136,12 @@ def no_network() -> Iterator[None]:
 
 
 Outage = Callable[[], AbstractContextManager[None]]
+outages = pytest.mark.parametrize(
+    ("outage", "order"), [(port_down, "push"), (silence, "push"), (silence, "pull"), (no_network, "pull")]
+)
 
 
-@pytest.mark.parametrize("order", ["push", "pull"])
-@pytest.mark.parametrize("outage", [port_down, silence, no_network])
+@outages
 def test_an_outage_of_two_seconds(lab: Lab, baseline: Baseline, outage: Outage, order: str, figures: Figures) -> None:
     with regions(lab, order, BIG) as (x, y):
         pattern = noise(MIB)
@@ -163,8 +165,7 @@ def test_an_outage_of_two_seconds(lab: Lab, baseline: Baseline, outage: Outage, 
     works(lab, order)
 
 
-@pytest.mark.parametrize("order", ["push", "pull"])
-@pytest.mark.parametrize("outage", [port_down, silence, no_network])
+@outages
 def test_an_outage_without_end(lab: Lab, baseline: Baseline, outage: Outage, order: str) -> None:
     with regions(lab, order, BIG) as (x, y):
         transfer = lab.nodes["a"].transfer(x, y)

@@ -121,6 +121,7 @@ def test_a_large_transfer(lab: Lab, order: str, source: str, sink: str, figures:
         figures(f"{order}_{source}_to_{sink}", {"bytes": length, "mib_per_s": info.bandwidth / MIB})
 
 
+@pytest.mark.skip(reason="rxe of Linux 7.3.4 puts what begins within a page of on-demand memory at the page's start")
 @pytest.mark.parametrize("order", ["push", "pull"])
 @pytest.mark.parametrize(("source", "sink"), [("memfd", "p2pmem"), ("p2pmem", "p2pmem"), ("p2pmem", "memfd")])
 def test_offsets_within_a_page_of_the_pool(lab: Lab, order: str, source: str, sink: str) -> None:
