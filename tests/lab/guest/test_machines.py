@@ -69,7 +69,7 @@ MACHINES = {
     ),
     "no permission": Machine(errors.NicForbidden, "/dev/infiniband", prefix=_NOBODY, made=closed_device_files),
     "port down": Machine(errors.PortDown, "ip link set", made=lambda: nodes.nics_down("a")),
-    "memlock too small": Machine(errors.MemlockTooSmall, "memlock", prefix=_NO_LOCKING),
+    "memlock too small": Machine(errors.MemlockTooSmall, "LimitMEMLOCK", prefix=_NO_LOCKING),
 }
 
 
