@@ -128,10 +128,10 @@ def test_bar_memory(fabric: tuple[End, End], bars: Bars) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(out: Path) -> Iterator[Lab]:
     large = f'[[device]]\nname = "large"\nsize = "{REGISTERED >> 20}MiB"\n'
     places = {node: nodes.place(node, f'[verbs]\nnics = ["{port}"]\n{large}') for node, port in PORTS.items()}
-    with nodes.lab(tmp_path_factory.mktemp("speed"), places=places) as lab:
+    with nodes.lab(out / "nodes", places=places) as lab:  # their logs come out
         yield lab
 
 
