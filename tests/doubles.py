@@ -109,6 +109,10 @@ class CuedLink:
         self._events = events
         self.held: list[WorkRequest] = []
 
+    @property
+    def packet(self) -> int:
+        return self._link.packet
+
     def post(self, request: WorkRequest) -> None:
         if self._fabric.hold:
             self.held.append(request)
@@ -262,10 +266,10 @@ class DirectRemote:
         await self._broker.serving.close_link(link_id)
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
     ) -> GrantedKey:
         await self.cues.pass_through("acquire_grant")
-        return await self._broker.serving.acquire(link_id, epoch, region, right, subject)
+        return await self._broker.serving.acquire(link_id, epoch, region, right, subject, staged=staged)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         await self.cues.pass_through("release_grants")

@@ -18,12 +18,15 @@ from peermem.core.errors import NicNotFound, PeermemError, ProbeFailed, RegionRe
 from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.device.base import Copier, DeviceMemory
 from peermem.device.memfd import MemfdDevice
-from peermem.fabric.base import Exchange, Fabric, Link, LinkEvents, Proof
+from peermem.fabric.base import Exchange, Fabric, Link, LinkEvents, Proof, WorkRequest
 from peermem.fabric.tcp import TcpFabric
 from peermem.memory import Memory
-from tests.doubles import CuedFabric
+from tests.doubles import CuedFabric, CuedLink
 
 MIB = 1 << 20
+PAGE = 4096
+_MISPLACING: set[int] = set()
+"""Keys of memory in which the far end's NIC misplaces bytes."""
 
 
 class NicFabric(CuedFabric):
@@ -37,6 +40,10 @@ class NicFabric(CuedFabric):
         self.unreachable: set[Path] = set()
         """Paths that a probe finds not to work."""
         self.probed: list[tuple[str, Path]] = []
+        self.packet = 4096
+        self.misplaces = False
+        """Whether it takes every address in a page of memory on demand for the page's first one, as rxe does."""
+        self._on_demand: list[Memory] = []
 
     @property
     def nics(self) -> Mapping[str, PeermemError | None]:
@@ -55,13 +62,30 @@ class NicFabric(CuedFabric):
             raise ProbeFailed("The NIC does not reach it.")
         memories.write(memory, 0, b"pattern")
         assert memories.read(memory, 0, 7) == b"pattern"
-        return Proof(1e-5, 1e9, 2e9)
+        return Proof(1e-5, 1e9, 2e9, PAGE if self.misplaces and path is Path.P2PDMA else 1)
+
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        await super().register(memory, path, nics)
+        if path is Path.P2PDMA:
+            self._on_demand.append(memory)
+
+    def placed(self, request: WorkRequest) -> WorkRequest:
+        """Return a request as the NICs of both ends carry it out."""
+        local, remote = request.ranges.local, request.ranges.remote
+        if self.misplaces and request.memory in self._on_demand:
+            local = [start // PAGE * PAGE for start in local]
+        if request.key.rkey in _MISPLACING:
+            remote = [start // PAGE * PAGE for start in remote]
+        return replace(request, ranges=replace(request.ranges, local=local, remote=remote))
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
         async def relabelled(offer: LinkAttributes) -> LinkAttributes:
             return replace(await exchange(replace(offer, fabric=FabricKind.VERBS)), fabric=FabricKind.TCP)
 
-        return await super().connect(relabelled, events, rails)
+        link = await super().connect(relabelled, events, rails)
+        assert isinstance(link, CuedLink)
+        link._link = _NicLink(self, link._link)
+        return link
 
     def accept(self, offer: LinkAttributes) -> LinkAttributes:
         return replace(super().accept(replace(offer, fabric=FabricKind.TCP)), fabric=FabricKind.VERBS)
@@ -70,7 +94,35 @@ class NicFabric(CuedFabric):
         self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
     ) -> RemoteKey:
         assert memory in self.registered
-        return await super().grant(link_id, memory, offset, length, rights, ttl)
+        key = await super().grant(link_id, memory, offset, length, rights, ttl)
+        if self.misplaces and memory in self._on_demand:
+            _MISPLACING.add(key.rkey)
+        return key
+
+
+class _NicLink:
+    """A link whose packets are those of a NIC."""
+
+    def __init__(self, fabric: NicFabric, inner: Link) -> None:
+        self._fabric = fabric
+        self._inner = inner
+
+    @property
+    def packet(self) -> int:
+        return self._fabric.packet
+
+    def post(self, request: WorkRequest) -> None:
+        self._inner.post(self._fabric.placed(request))
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class OnDemandDevice(MemfdDevice):
+    """A device whose memory NICs reach on demand."""
+
+    path = Path.P2PDMA
+    paths: Sequence[Path] = (Path.P2PDMA, Path.STAGED)
 
 
 class StagedMemory:
@@ -111,6 +163,7 @@ class StagedDevice(MemfdDevice):
     """A device whose memory is staged; its copies can be held back, and its memory can vanish."""
 
     path = Path.STAGED
+    paths: Sequence[Path] = (Path.STAGED,)
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
@@ -139,3 +192,4 @@ class StagedDevice(MemfdDevice):
 if TYPE_CHECKING:
     _fabric: type[Fabric] = NicFabric
     _memory: type[DeviceMemory] = StagedMemory
+    _link: type[Link] = _NicLink

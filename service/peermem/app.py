@@ -326,8 +326,9 @@ def _snapshot(broker: Broker, sessions: SessionTable, parts: _Parts) -> Snapshot
         verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
         nics={nic: error is None for nic, error in broker.proofs.nics.items()},
         paths={
-            (device.name, nic, device.path): isinstance(outcome, Proof)
+            (device.name, nic, path): isinstance(outcome, Proof)
             for device in broker.devices.values()
-            for nic, outcome in broker.proofs.known(device).items()
+            for path in device.paths
+            for nic, outcome in broker.proofs.known(device, path).items()
         },
     )

@@ -94,6 +94,7 @@ def grant_to_proto(granted: GrantedKey) -> link_pb2.Grant:
         region_uid=granted.region_uid,
         region_length=granted.region_length,
         staged=granted.staged,
+        alignment=granted.alignment,
         rails=rails,
     )
 
@@ -112,4 +113,5 @@ def grant_from_proto(message: link_pb2.Grant) -> GrantedKey:
         message.region_uid,
         message.region_length,
         message.staged,
+        max(message.alignment, 1),
     )

@@ -45,7 +45,7 @@ async def test_preflight_crosses_the_wire(node: peermem.aio.Node, host: NicHost)
     assert (kernel.detail, kernel.works, kernel.fabric, kernel.nic) == ("Linux 7.3.4-amd64.", True, None, None)
     assert (nic.nic, nic.device, nic.fabric) == ("nic0/1", None, FabricKind.VERBS)
     assert "a software NIC, for tests" in nic.advice
-    assert (last.device, last.nic, last.path, last.works, last.error) == ("bar1", "nic0/1", Path.STAGED, True, None)
+    assert (last.device, last.nic, last.path, last.works, last.error) == ("bar2", "nic0/1", Path.STAGED, True, None)
     assert last.latency is not None
     assert last.write_bandwidth is not None
     assert last.read_bandwidth is not None

@@ -10,7 +10,7 @@ import pytest
 from peermem.broker.broker import Broker
 from peermem.fabric.tcp import TcpFabric
 from tests.doubles import MIB, Host
-from tests.reach_doubles import NicFabric, StagedDevice
+from tests.reach_doubles import NicFabric, OnDemandDevice, StagedDevice
 
 
 @asynccontextmanager
@@ -23,14 +23,15 @@ async def hosts(*nodes: str, **settings: float) -> AsyncIterator[list[Host]]:
 
 
 class NicHost(Host):
-    """A broker that also has the NIC port nic0/1 and the staged device bar1."""
+    """A broker that also has the NIC port nic0/1, the staged device bar1, and bar2, which NICs reach on demand."""
 
     def __init__(self, node: str, brokers: dict[str, Broker], settings: Mapping[str, float]) -> None:
         self.nic = NicFabric(
             TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: brokers[node].serving.link_lost(link_id))
         )
         self.staged = StagedDevice("bar1", 64 * MIB)
-        super().__init__(node, brokers, settings, self.nic, {"bar1": self.staged})
+        self.on_demand = OnDemandDevice("bar2", 64 * MIB)
+        super().__init__(node, brokers, settings, self.nic, {"bar1": self.staged, "bar2": self.on_demand})
 
 
 @asynccontextmanager
@@ -42,6 +43,7 @@ async def nic_hosts(*nodes: str, **settings: float) -> AsyncIterator[list[NicHos
         yield made
     for host in made:
         assert host.staged.available == host.staged.size
+        assert host.on_demand.available == host.on_demand.size
         assert host.nic.registered == []
 
 

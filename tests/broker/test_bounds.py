@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from peermem.broker.links import Wanted
 from peermem.core import errors
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
@@ -103,7 +104,7 @@ async def test_checksums_of_nonsense(
     await outcome(await start(a, whole(source, sink)))
     link = a.broker.links.kept("b", next(kind for kind in a.broker.fabrics if kind.value == "tcp"))
     assert link is not None
-    held = await link.grant(sink.name, Rights.WRITE, "anonymous")
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, "anonymous", staged=False))
     with pytest.raises(kind):
         await link.source.checksum(link._link_id, held.grant_id, offsets, lengths, 0)
     with pytest.raises(errors.GrantRefused):

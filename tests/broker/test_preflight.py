@@ -63,6 +63,8 @@ async def test_the_node_then_its_nics_then_each_device_with_each_nic(host: NicHo
         ("adopted", "nic0/1", Path.HOST),
         ("bar0", "nic0/1", Path.HOST),
         ("bar1", "nic0/1", Path.STAGED),
+        ("bar2", "nic0/1", Path.P2PDMA),
+        ("bar2", "nic0/1", Path.STAGED),
     ]
     assert all(verdict.error is None for verdict in found)
     assert (tried[0].latency, tried[0].write_bandwidth, tried[0].read_bandwidth) == (1e-5, 1e9, 2e9)
@@ -82,10 +84,28 @@ async def test_some_devices_only(host: NicHost) -> None:
 
 
 async def test_a_nic_that_reaches_nothing(host: NicHost) -> None:
-    host.nic.unreachable.add(Path.HOST)
+    host.nic.unreachable = {Path.HOST, Path.P2PDMA}
     found = await verdicts(host)
-    assert [type(verdict.error) for verdict in found if verdict.device] == [ProbeFailed] * 3
-    assert [verdict.latency for verdict in found if verdict.device] == [0.0] * 3
+    assert [type(verdict.error) for verdict in found if verdict.device] == [ProbeFailed] * 5
+    assert [verdict.latency for verdict in found if verdict.device] == [0.0] * 5
+
+
+async def test_a_path_that_does_not_work_beside_one_that_does(host: NicHost) -> None:
+    host.nic.unreachable = {Path.P2PDMA}
+    direct, staged = (await verdicts(host, "bar2"))[-2:]
+    assert isinstance(direct.error, ProbeFailed)
+    assert (staged.path, staged.error) == (Path.STAGED, None)
+    await region(host, 4096, device="bar2")
+    (facts,) = (each for each in await preflight(host).reach(host.broker.device_facts()) if each.name == "bar2")
+    assert (facts.path, facts.nics) == (Path.STAGED, ("nic0/1",))
+
+
+async def test_a_nic_that_misplaces_is_told(host: NicHost) -> None:
+    host.nic.misplaces = True
+    found = {verdict.path: verdict for verdict in await verdicts(host, "bar2") if verdict.device}
+    assert found[Path.P2PDMA].error is None
+    assert "multiples of 4096" in found[Path.P2PDMA].advice
+    assert "multiples" not in found[Path.STAGED].advice
 
 
 async def test_what_failed_is_tried_again(host: NicHost) -> None:
@@ -145,7 +165,7 @@ async def test_a_caller_that_does_not_read_holds_up_nobody(host: NicHost) -> Non
     for _ in range(len(Check) + 3):
         await anext(slow)
     async with asyncio.timeout(PATIENCE):
-        assert len([step async for step in one.run()]) == len(Check) + 4
+        assert len([step async for step in one.run()]) == len(Check) + 6
     await slow.aclose()
 
 

@@ -8,6 +8,7 @@ import random
 import google_crc32c
 import pytest
 
+from peermem.broker.links import Wanted
 from peermem.broker.slots import SLOT, SLOTS
 from peermem.core import errors
 from peermem.core.policy import ANONYMOUS, Action
@@ -49,7 +50,7 @@ async def test_between_two_regions_of_one_node(nic_pair: list[NicHost], source_d
     sink = await region(a, LENGTH, device=sink_device)
     facts = await outcome(await start(a, whole(source, sink), checksum=True))
     assert (facts.state, facts.fabric) == (State.SUCCEEDED, FabricKind.LOCAL)
-    assert facts.path is (Path.STAGED if source_device == "bar1" else Path.HOST)
+    assert facts.path is Path.STAGED
     assert await content(a, sink) == DATA
 
 
@@ -188,8 +189,8 @@ async def test_copies_that_a_grant_does_not_allow_are_refused(nic_pair: list[Nic
     await outcome(await start(a, whole(source, plain)))
     link = a.broker.links.kept("b", FabricKind.VERBS)
     assert link is not None
-    held = await link.grant(sink.name, Rights.WRITE, ANONYMOUS)
-    bare = await link.grant(plain.name, Rights.WRITE, ANONYMOUS)
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, staged=False))
+    bare = await link.grant(Wanted(plain.name, Rights.WRITE, ANONYMOUS, staged=False))
     serving, link_id = b.broker.serving, link._link_id
     for grant, into, pieces, fault in (
         (held.grant_id, True, [(SLOT, 0, 1)], errors.OutOfRange),

@@ -54,7 +54,7 @@ async def test_all_works(run: Run) -> None:
 
 
 async def test_a_failure_is_told_once_with_all_that_it_is_of(run: Run, host: NicHost, facts: NodeFacts) -> None:
-    host.nic.unreachable.add(Path.HOST)
+    host.nic.unreachable = {Path.HOST, Path.P2PDMA}
     facts.host = replace(facts.host, memlock=4096, capabilities=frozenset())
     done = await run("preflight")
     assert done.exit_code == 1
@@ -63,10 +63,22 @@ async def test_a_failure_is_told_once_with_all_that_it_is_of(run: Run, host: Nic
     assert below[0] == "memlock:"
     assert below[1].endswith("(MEMLOCK_TOO_SMALL)")
     assert below[2:4] == [
-        "adopted with nic0/1, bar0 with nic0/1, bar1 with nic0/1:",
+        "adopted with nic0/1 by HOST, bar0 with nic0/1 by HOST, bar1 with nic0/1 by STAGED, "
+        "bar2 with nic0/1 by P2PDMA, bar2 with nic0/1 by STAGED:",
         "  The NIC does not reach it. (PROBE_FAILED)",
     ]
-    assert lines[-1] == "4 of 13 findings failed."
+    assert lines[-1] == "6 of 15 findings failed."
+
+
+async def test_a_path_is_no_failure_where_another_one_works(run: Run, host: NicHost) -> None:
+    host.nic.unreachable = {Path.P2PDMA}
+    done = await run("preflight", "--device", "bar2")
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    below = lines[lines.index("NOT BY THIS PATH") + 1 :]
+    assert below[:2] == ["bar2 with nic0/1 by P2PDMA:", "  The NIC does not reach it. (PROBE_FAILED)"]
+    assert "FAILURES" not in lines
+    assert lines[-1] == "All works."
 
 
 async def test_one_device(run: Run) -> None:
@@ -108,7 +120,7 @@ async def test_json(run: Run, host: NicHost) -> None:
 async def test_completion_offers_devices(run: Run) -> None:
     words = "peermemctl preflight --device b"
     done = await run(_PEERMEMCTL_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="3")
-    assert done.stdout.splitlines() == ["plain,bar0", "plain,bar1"]
+    assert done.stdout.splitlines() == ["plain,bar0", "plain,bar1", "plain,bar2"]
 
 
 async def test_nics_and_devices(run: Run, host: NicHost) -> None:

@@ -54,11 +54,20 @@ def test_a_wish_that_cant_be_kept_is_refused(pair: tuple[str, str], wanted: Fabr
         legs([segment(*pair)], "a", {TCP, LOCAL}, wanted)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 50), st.integers(1, 5))
-def test_slices_cover_everything_once_and_keep_the_bounds(lengths: list[int], size: int, count: int) -> None:
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.integers(1, 50),
+    st.integers(1, 5),
+    st.sampled_from([1, 4]),
+)
+def test_slices_cover_everything_once_and_keep_the_bounds(
+    lengths: list[int], size: int, count: int, alignment: int
+) -> None:
+    size *= alignment
     local = [100 * i for i in range(len(lengths))]
     remote = [1000 * i for i in range(len(lengths))]
-    pieces = list(slices(Ranges(local, remote, lengths, sum(lengths)), size, count))
+    pieces = list(slices(Ranges(local, remote, lengths, sum(lengths)), size, count, alignment))
+    assert not any(start % alignment for piece in pieces for start in (*piece.local, *piece.remote))
     assert all(piece.total == sum(piece.lengths) <= size and len(piece.lengths) <= count for piece in pieces)
     moved = [
         (here + i, there + i)

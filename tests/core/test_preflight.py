@@ -198,7 +198,7 @@ def test_a_nic_port_that_could_be_better() -> None:
 
 
 def test_a_device_behind_the_same_switch(gpu_server: Topology) -> None:
-    verdict = judge_device(Device("gpu0", Path.P2PDMA, "0000:19:00.0"), "mlx5_0/1", gpu_server, None)
+    verdict = judge_device(Device("gpu0", Path.P2PDMA, "0000:19:00.0"), Path.P2PDMA, "mlx5_0/1", gpu_server, None)
     assert "behind the same PCIe switch" in verdict.detail
     assert "turns around" in verdict.detail
     assert (verdict.device, verdict.nic, verdict.path, verdict.error, verdict.advice) == (
@@ -215,7 +215,7 @@ def test_a_failure_that_pci_explains(gpu_server: Topology, kind: type[PeermemErr
     error = kind("The NIC could not write.")
     untrusted = {address: replace(function, device=0x1234) for address, function in gpu_server.functions.items()}
     topology = replace(gpu_server, functions=untrusted)
-    verdict = judge_device(Device("gpu2", Path.P2PDMA, "0000:3b:00.0"), "mlx5_2/1", topology, error)
+    verdict = judge_device(Device("gpu2", Path.P2PDMA, "0000:3b:00.0"), Path.P2PDMA, "mlx5_2/1", topology, error)
     assert isinstance(verdict.error, PathUnsupported)
     assert "The NIC could not write." in verdict.error.message
     assert "pci=disable_acs_redir=" in verdict.error.message
@@ -225,36 +225,44 @@ def test_a_failure_that_pci_explains(gpu_server: Topology, kind: type[PeermemErr
 def test_a_failure_that_pci_does_not_explain(gpu_server: Topology) -> None:
     gone = DeviceLost("It is off.")
     behind_acs = Device("gpu2", Path.P2PDMA, "0000:3b:00.0")
-    assert judge_device(behind_acs, "mlx5_2/1", gpu_server, gone).error is gone
+    assert judge_device(behind_acs, Path.P2PDMA, "mlx5_2/1", gpu_server, gone).error is gone
     refused = ProbeFailed("The NIC could not write.")
     near = Device("gpu0", Path.P2PDMA, "0000:19:00.0")
-    assert judge_device(near, "mlx5_0/1", gpu_server, refused).error is refused
+    assert judge_device(near, Path.P2PDMA, "mlx5_0/1", gpu_server, refused).error is refused
 
 
 def test_what_works_through_the_host_bridge_could_be_better(gpu_server: Topology) -> None:
-    verdict = judge_device(Device("gpu2", Path.P2PDMA, "0000:3b:00.0"), "mlx5_2/1", gpu_server, None)
+    verdict = judge_device(Device("gpu2", Path.P2PDMA, "0000:3b:00.0"), Path.P2PDMA, "mlx5_2/1", gpu_server, None)
     assert verdict.error is None
     assert "pci=disable_acs_redir=" in verdict.advice
 
 
 def test_staged_and_host_memory(gpu_server: Topology) -> None:
-    staged = judge_device(Device("bar0", Path.STAGED, "0000:4a:00.0"), "mlx5_0/1", gpu_server, None)
+    staged = judge_device(Device("bar0", Path.STAGED, "0000:4a:00.0"), Path.STAGED, "mlx5_0/1", gpu_server, None)
     assert "p2pmem" in staged.advice
     assert "root complex" not in staged.detail
-    host = judge_device(Device("mem0", Path.HOST), "mlx5_0/1", gpu_server, None)
+    host = judge_device(Device("mem0", Path.HOST), Path.HOST, "mlx5_0/1", gpu_server, None)
     assert (host.advice, host.detail) == ("", "mlx5_0/1 is usable for host memory.")
-    failed = judge_device(Device("mem0", Path.HOST), "mlx5_0/1", gpu_server, ProbeFailed("It could not write."))
+    failed = judge_device(
+        Device("mem0", Path.HOST), Path.HOST, "mlx5_0/1", gpu_server, ProbeFailed("It could not write.")
+    )
     assert failed.detail == "Host memory."
-    assert "no such port" in judge_device(Device("mem0", Path.HOST), "gone0/1", gpu_server, None).detail
+    assert "no such port" in judge_device(Device("mem0", Path.HOST), Path.HOST, "gone0/1", gpu_server, None).detail
 
 
 def test_what_is_known_of_a_devices_reach(gpu_server: Topology) -> None:
     device = Device("gpu0", Path.P2PDMA, "0000:19:00.0")
     failed = ProbeFailed("The NIC could not write.")
-    choice = known_reach(device, {"mlx5_0/1": None, "mlx5_4/1": None, "mlx5_1/1": failed}, gpu_server)
-    assert choice.nics == ("mlx5_0/1",)
-    assert known_reach(device, {"mlx5_1/1": failed}, gpu_server).why == "No NIC reaches it: The NIC could not write."
-    assert known_reach(device, {}, gpu_server).why == "No NIC has been tried with it."
+    tried: dict[Path, dict[str, PeermemError | None]]
+    tried = {Path.P2PDMA: {"mlx5_0/1": None, "mlx5_4/1": None, "mlx5_1/1": failed}, Path.STAGED: {"mlx5_1/1": None}}
+    path, choice = known_reach(device, tried, gpu_server)
+    assert (path, choice.nics) == (Path.P2PDMA, ("mlx5_0/1",))
+    tried[Path.P2PDMA] = {"mlx5_1/1": failed}
+    path, choice = known_reach(device, tried, gpu_server)
+    assert (path, choice.nics) == (Path.STAGED, ("mlx5_1/1",))
+    path, choice = known_reach(device, {Path.P2PDMA: {"mlx5_1/1": failed}}, gpu_server)
+    assert (path, choice.nics, choice.why) == (Path.P2PDMA, (), "No NIC reaches it: The NIC could not write.")
+    assert known_reach(device, {}, gpu_server)[1].why == "No NIC has been tried with it."
 
 
 @pytest.fixture

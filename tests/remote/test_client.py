@@ -92,12 +92,12 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
     assert (opened.epoch, link.rails, len(link.link_id), len(link.secret)) == (facts.epoch, 2, 16, 32)
     assert (await b.node_facts()).link_count == 1
     with pytest.raises(errors.RegionNotFound) as caught:
-        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, "uid:7")
+        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, "uid:7", staged=False)
     assert caught.value.metadata["region"] == str(NOWHERE)
     with pytest.raises(errors.StaleEpoch):
-        await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS)
+        await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS, staged=False)
     with pytest.raises(errors.LinkNotFound):
-        await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS)
+        await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS, staged=True)
     with pytest.raises(errors.GrantRefused):
         await b.checksum(link.link_id, 1, [0], [1], 0)
     with pytest.raises(errors.FabricUnavailable):

@@ -53,6 +53,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             parse_region(request.region, "region"),
             _RIGHTS[request.right],
             on_behalf(request.subject, "subject"),
+            staged=request.staged,
         )
         return grant_to_proto(granted)
 

@@ -118,8 +118,7 @@ class Use:
     ) -> None:
         """Copy between a staging buffer and the region; `pieces` are (offset in the region, offset in the buffer,
         length). Raises RegionDeleted, RegionRevoked."""
-        copier = self.region.memory.copier
-        assert copier is not None  # only memory with a copier is staged
+        copier = self.region.copier
         await self._guard((copier.store if into_region else copier.load)(buffer, pieces))
 
     def _host_memory(self, length: int) -> HostMemory:

@@ -8,12 +8,14 @@ Rules of this file:
 * All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
 * The fabric is the first of those that the plan allows that reaches both regions; a leg stays on it.
+* What a NIC would misplace in a region is staged at that end.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from itertools import chain
 from operator import add
 from typing import Protocol
 
@@ -21,9 +23,9 @@ import structlog
 
 from peermem.broker.access import checksum
 from peermem.broker.link_table import LinkTable
-from peermem.broker.links import HeldGrant, OutboundLink
+from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
-from peermem.broker.slots import SLOT
+from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
 from peermem.core.errors import (
     ChecksumMismatch,
@@ -41,7 +43,7 @@ from peermem.core.errors import (
 )
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.transfer import TransferMachine
-from peermem.core.types import FabricKind, Ranges, RemoteKey, Rights
+from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
 
 log = structlog.get_logger(__name__)
@@ -81,11 +83,11 @@ class LegRun:
         """What it runs over; final once it is prepared."""
         self.why = ""
         """Why this one, in words."""
-        self.path = region.device.path
         self._host = host
         self._index = index
         self._region = region
-        self._right = Rights.READ if pull else Rights.WRITE
+        right = Rights.READ if pull else Rights.WRITE
+        self._wanted = Wanted(leg.other, right, host.owner, staged=False)
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
@@ -102,6 +104,11 @@ class LegRun:
         """Where an end is staged."""
         self._cut = False
         """Whether the slices have been cut."""
+
+    @property
+    def path(self) -> Path:
+        """How its bytes are reached: STAGED where either end is."""
+        return Path.STAGED if self._stager is not None else self._region.path
 
     async def prepare(self, links: LinkTable) -> None:
         """Get the link and the grant.
@@ -124,6 +131,7 @@ class LegRun:
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
         self.link = await links.get(self.leg.other.node, kind)
+        self._wanted = self._wanted._replace(staged=False)
         try:
             await self._acquire()
         except (StaleEpoch, LinkNotFound):  # the remote daemon was restarted: once more on a new link
@@ -158,27 +166,53 @@ class LegRun:
         """Use a link and a grant from before; return whether there are such. Raises OutOfRange, FabricUnavailable."""
         kind = self._candidates(links)[0]
         link = links.kept(self.leg.other.node, kind)
-        held = link.kept_grant(self.leg.other, self._right, self._host.owner) if link else None
+        held = link.kept_grant(self._wanted) if link else None
         if link is None or held is None:
             return False
         if self._reach > held.region_length:  # the region may have been made anew, and larger
-            link.forget_grant(self.leg.other, self._right, self._host.owner, held)
+            link.forget_grant(held)
+            return False
+        is_staged_here, is_staged_there = self._staged_ends(link, held)
+        buffer = self._region.reach.staging.opened if is_staged_here else None
+        if (is_staged_here and buffer is None) or (is_staged_there and held.slots is None):
             return False
         self.fabric, self.link, self._kept = kind, link, True
-        self._adopt(held)
+        self._adopt(held, buffer)
         return True
+
+    def _staged_ends(self, link: OutboundLink, held: HeldGrant) -> tuple[bool, bool]:
+        """Return which ends are staged, the local and the remote one: by the region's path, or because a NIC would
+        misplace what begins elsewhere than at multiples of its alignment. Both ends have to begin there: where either
+        is in parts, ranges are cut at their edges."""
+        here, there = self._region.reach.way.alignment, held.alignment
+        need, ranges = max(here, there), self.leg.ranges
+        fits = (
+            need == 1
+            or not link.packet
+            or not any(start % need for start in chain((link.packet,), ranges.local, ranges.remote))
+        )
+        return (
+            self._region.reach.is_staged or (not fits and here > 1),
+            held.slots is not None or (not fits and there > 1),
+        )
 
     def slices(self) -> Iterator[Ranges]:
         """Return the slices of the leg, cut for its fabric; call once, when it is prepared."""
         limits = self.link.fabric.limits
         self._cut = True
         size = min(limits.slice_bytes, SLOT) if self._stager else limits.slice_bytes
-        return slices(self.leg.ranges, size, limits.slice_ranges)
+        alignment = 1 if self._stager else max(self._region.reach.way.alignment, self.held.alignment)
+        return slices(self.leg.ranges, size, limits.slice_ranges, alignment)
 
     async def _acquire(self) -> None:
-        self._adopt(await self.link.grant(self.leg.other, self._right, self._host.owner))
+        held = await self.link.grant(self._wanted)
+        is_staged_here, is_staged_there = self._staged_ends(self.link, held)
+        if is_staged_there and held.slots is None:
+            self._wanted = self._wanted._replace(staged=True)
+            held = await self.link.grant(self._wanted)
+        self._adopt(held, await self._region.reach.staging.open() if is_staged_here else None)
 
-    def _adopt(self, held: HeldGrant) -> None:
+    def _adopt(self, held: HeldGrant, buffer: StagingBuffer | None) -> None:
         if self._landed_in not in (None, held.region_uid):
             raise self._deleted()
         if self._reach > held.region_length:
@@ -188,11 +222,14 @@ class LegRun:
                 reach=self._reach,
                 length=held.region_length,
             )
-        if self._stager is None and (held.slots is not None or self._region.staging is not None):
-            if self._cut:  # made anew under its name, on another device
-                raise self._deleted()
+        is_staged = held.slots is not None or buffer is not None
+        if self._cut and is_staged is not bool(self._stager):  # made anew under its name, on another device
+            raise self._deleted()
+        if is_staged and self._stager is None:
             host = self._host
-            self._stager = Stager(self, self._region, self.leg.direction, host.machine, host.hold)
+            self._stager = Stager(self, self._region, buffer, self.leg.direction, host.machine, host.hold)
+            if self._wanted.staged or (buffer is not None and not self._region.reach.is_staged):
+                self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
         self.held = held
         now = self._host.clock()
         self._used = [*(used for used in self._used if now < used.over_at), held]
@@ -248,7 +285,7 @@ class LegRun:
         elif status is Status.REM_ACCESS_ERR and not self._refused_again(key):
             machine.refused(self._index, ranges)
             if key is self.held.key:
-                self.link.forget_grant(self.leg.other, self._right, self._host.owner, self.held)
+                self.link.forget_grant(self.held)
             self._parked = True
             self._renew()
             self._refused = True
@@ -296,7 +333,7 @@ class LegRun:
 
     async def fence(self) -> None:
         """Return when no byte of this leg can be written any more at the far end."""
-        self.link.forget_grant(self.leg.other, self._right, self._host.owner, self.held)
+        self.link.forget_grant(self.held)
         await asyncio.gather(*(self.link.fence(held) for held in self._used))
 
     async def verify(self, initial: int) -> int:

@@ -14,7 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -30,10 +30,22 @@ log = structlog.get_logger(__name__)
 Clock = Callable[[], float]
 
 
+class Wanted(NamedTuple):
+    """What a grant is to open."""
+
+    region: ChildName
+    right: Rights
+    subject: str
+    """On whose behalf."""
+    staged: bool
+    """Whether by way of a staging buffer, whatever the region's path is."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldGrant:
     """A grant that this node holds on a remote region."""
 
+    wanted: Wanted
     grant_id: int
     key: RemoteKey = field(repr=False)
     acquired_at: float
@@ -45,8 +57,10 @@ class HeldGrant:
     """Tells the region from others of the same name."""
     region_length: int
     """Bytes."""
-    slots: Slots | None = None
-    """Of the staging buffer that the key opens, where the region is staged."""
+    slots: Slots | None
+    """Of the staging buffer that the key opens, where it does."""
+    alignment: int
+    """Bytes at whose multiples packets have to begin in the region."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -82,8 +96,8 @@ class OutboundLink:
         self._link: Link | None = None
         self._link_id = b""
         self._epoch = ""
-        self._grants: dict[tuple[ChildName, Rights, str], HeldGrant] = {}
-        self._acquiring: dict[tuple[ChildName, Rights, str], asyncio.Task[HeldGrant]] = {}
+        self._grants: dict[Wanted, HeldGrant] = {}
+        self._acquiring: dict[Wanted, asyncio.Task[HeldGrant]] = {}
         self._turns: deque[Worker] = deque()
         self._queued: set[Worker] = set()
         self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
@@ -105,22 +119,26 @@ class OutboundLink:
         return not self._outstanding and not self._turns and not self._acquiring
 
     @property
+    def packet(self) -> int:
+        """See Link."""
+        return self._link.packet if self._link is not None else 0
+
+    @property
     def grant_count(self) -> int:
         """Grants kept for reuse."""
         return len(self._grants)
 
-    def kept_grant(self, region: ChildName, right: Rights, subject: str) -> HeldGrant | None:
+    def kept_grant(self, wanted: Wanted) -> HeldGrant | None:
         """Return a fresh grant from before, if there is one."""
         self.used_at = self._clock()
-        held = self._grants.get((region, right, subject))
+        held = self._grants.get(wanted)
         return held if held is not None and held.fresh(self.used_at) else None
 
-    async def grant(self, region: ChildName, right: Rights, subject: str) -> HeldGrant:
+    async def grant(self, wanted: Wanted) -> HeldGrant:
         """Return a fresh grant on a region, from before where there is one. Raises as acquire_grant."""
-        held = self.kept_grant(region, right, subject)
+        held = self.kept_grant(wanted)
         if held is not None:
             return held
-        wanted = (region, right, subject)
         task = self._acquiring.get(wanted)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._acquire(wanted))
@@ -128,24 +146,24 @@ class OutboundLink:
             task.add_done_callback(lambda _: self._acquiring.pop(wanted, None))
         return await asyncio.shield(task)
 
-    def forget_grant(self, region: ChildName, right: Rights, subject: str, refused: HeldGrant) -> None:
+    def forget_grant(self, refused: HeldGrant) -> None:
         """Don't reuse a grant that the far end refused or that was released."""
-        wanted = (region, right, subject)
-        if self._grants.get(wanted) is refused:
-            del self._grants[wanted]
+        if self._grants.get(refused.wanted) is refused:
+            del self._grants[refused.wanted]
 
     def forget_old_grants(self) -> None:
         """Keep only grants that are good for new work."""
         now = self._clock()
         self._grants = {wanted: held for wanted, held in self._grants.items() if held.fresh(now)}
 
-    async def _acquire(self, wanted: tuple[ChildName, Rights, str]) -> HeldGrant:
-        region, right, subject = wanted
+    async def _acquire(self, wanted: Wanted) -> HeldGrant:
+        region, right, subject, staged = wanted
         before = self._clock()
-        granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject)
+        granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject, staged=staged)
         over_at = self._clock() + granted.ttl + _CLOCK_SLACK
         slots = Slots(granted.key.length // SLOT) if granted.staged else None
         held = HeldGrant(
+            wanted,
             granted.grant_id,
             granted.key,
             before,
@@ -154,6 +172,7 @@ class OutboundLink:
             granted.region_uid,
             granted.region_length,
             slots,
+            granted.alignment,
         )
         self._grants[wanted] = held
         return held

@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* Each path of a device is tried, also the worse ones: which of them regions use is not preflight's choice.
 * Devices and NICs are tried on memory that is allocated for it and given back, never on that of a region.
 * One trial at a time on a node, so that the figures are of one; a caller that reads slowly holds up nobody.
 * Host memory is tried once per NIC, whatever devices it stands for.
@@ -19,7 +20,16 @@ from peermem.broker.proofs import Outcome, Proofs
 from peermem.broker.slots import SLOT, SLOTS
 from peermem.core.errors import DeviceNotFound, FabricUnavailable, NicLost, PeermemError
 from peermem.core.node import ADOPTED, DeviceFacts
-from peermem.core.preflight import HostFacts, Needs, Verdict, judge_device, judge_nic, judge_node, known_reach
+from peermem.core.preflight import (
+    HostFacts,
+    Needs,
+    Verdict,
+    judge_device,
+    judge_nic,
+    judge_node,
+    known_reach,
+    misplacing,
+)
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind, Path
 from peermem.device.base import Device
@@ -66,8 +76,8 @@ class Preflight:
         )
 
     async def run(self, names: Collection[str] = ()) -> AsyncGenerator[Step, None]:
-        """Yield a step for each check of the node, for each NIC port, and for each of these devices (none: all) with
-        each NIC port. Raises DeviceNotFound before the first.
+        """Yield a step for each check of the node, for each NIC port, and for each path of these devices (none: all)
+        with each NIC port. Raises DeviceNotFound before the first.
         """
         devices = [self._device(name) for name in sorted(set(names) or self._devices)]
         topology = await in_thread(self._topology)
@@ -76,14 +86,14 @@ class Preflight:
         nics = dict(self._proofs.nics)
         verdicts = judge_node(host, topology, self._needs())
         verdicts += [judge_nic(nic, topology, error) for nic, error in nics.items()]
-        total = len(verdicts) + len(devices) * len(nics)
+        trials = [(device, path, nic) for device in devices for path in device.paths for nic in nics]
+        total = len(verdicts) + len(trials)
         for done, verdict in enumerate(verdicts, 1):
             yield Step(verdict, done, total)
         host_memory: dict[str, Outcome] = {}
-        pairs = [(device, nic) for device in devices for nic in nics]
-        for done, (device, nic) in enumerate(pairs, len(verdicts) + 1):
-            outcome = await self._outcome(device, nic, host_memory)
-            yield Step(_verdict(device, nic, topology, outcome), done, total)
+        for done, (device, path, nic) in enumerate(trials, len(verdicts) + 1):
+            outcome = await self._outcome(device, path, nic, host_memory)
+            yield Step(_verdict(device, path, nic, topology, outcome), done, total)
 
     async def reach(self, facts: Sequence[DeviceFacts]) -> list[DeviceFacts]:
         """Return facts of devices with where they are and which NICs reach them, as far as that is known."""
@@ -91,10 +101,12 @@ class Preflight:
         return [self._reached(each, self._devices[each.name], topology) for each in facts]
 
     def _reached(self, facts: DeviceFacts, device: Device, topology: Topology) -> DeviceFacts:
-        choice = known_reach(
-            device, {nic: _error(outcome) for nic, outcome in self._proofs.known(device).items()}, topology
-        )
-        return replace(facts, pci_address=device.pci_address, nics=choice.nics, why=choice.why)
+        tried = {
+            path: {nic: _error(outcome) for nic, outcome in self._proofs.known(device, path).items()}
+            for path in device.paths
+        }
+        path, choice = known_reach(device, tried, topology)
+        return replace(facts, path=path, pci_address=device.pci_address, nics=choice.nics, why=choice.why)
 
     def _device(self, name: str) -> Device:
         if name not in self._devices:
@@ -112,25 +124,27 @@ class Preflight:
         )
         return Needs(self.obstacle, paths, host + SLOT * SLOTS)
 
-    async def _outcome(self, device: Device, nic: str, host_memory: dict[str, Outcome]) -> Outcome:
+    async def _outcome(self, device: Device, path: Path, nic: str, host_memory: dict[str, Outcome]) -> Outcome:
         """Return what came of a trial; `host_memory` keeps it for each NIC and host memory."""
-        if device.path is not Path.HOST:
-            return await self._try(device, nic)
+        if path is not Path.HOST:
+            return await self._try(device, path, nic)
         if nic not in host_memory:
-            host_memory[nic] = await self._try(device, nic)
+            host_memory[nic] = await self._try(device, path, nic)
         return host_memory[nic]
 
-    async def _try(self, device: Device, nic: str) -> Outcome:
+    async def _try(self, device: Device, path: Path, nic: str) -> Outcome:
         async with self._one_at_a_time:
             if nic not in self._proofs.nics:
                 return NicLost(f"NIC port {nic} went away during preflight. Run preflight again.", nic=nic)
-            return await self._proofs.prove(device, nic)
+            return await self._proofs.prove(device, path, nic)
 
 
-def _verdict(device: Device, nic: str, topology: Topology, outcome: Outcome) -> Verdict:
-    verdict = judge_device(device, nic, topology, _error(outcome))
+def _verdict(device: Device, path: Path, nic: str, topology: Topology, outcome: Outcome) -> Verdict:
+    verdict = judge_device(device, path, nic, topology, _error(outcome))
     if not isinstance(outcome, Proof):
         return verdict
+    if outcome.alignment > 1:
+        verdict = replace(verdict, advice=f"{verdict.advice} {misplacing(nic, outcome.alignment)}".strip())
     return replace(
         verdict,
         latency=outcome.latency,

@@ -1,10 +1,10 @@
-"""Which NIC reaches which device, as proved by moving bytes.
+"""Which NIC reaches which device by which path, as proved by moving bytes.
 
 Rules of this file:
 
 * What worked is believed as long as the NIC works; what failed is tried again when somebody asks after a while.
 * One trial per device at a time. All host memory is one device: it is proved once per NIC.
-* Memory that only the CPU reaches is proved in two steps: by its copier, and by the NIC's access to host memory.
+* Path STAGED is proved in two steps: by the memory's copier, and by the NIC's access to host memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 
 from peermem import memory
+from peermem.broker.kernel_copier import KernelCopier
 from peermem.core.errors import DeviceFull, NicLost, PeermemError, ProbeMismatch
 from peermem.core.types import Path
 from peermem.device.base import Copier, Device, DeviceMemory
@@ -33,13 +34,13 @@ Outcome = Proof | PeermemError
 
 
 class Proofs:
-    """The outcome of a trial for each pair of a device and a NIC port."""
+    """The outcome of a trial for each device, path and NIC port."""
 
     def __init__(self, fabric: Fabric | None, clock: Callable[[], float] = time.monotonic) -> None:
         """`fabric` is the one whose NICs are tried; None: there is none."""
         self._fabric = fabric
         self._clock = clock
-        self._known: dict[tuple[str, str], tuple[Outcome, float]] = {}
+        self._known: dict[tuple[str, Path, str], tuple[Outcome, float]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     @property
@@ -47,38 +48,38 @@ class Proofs:
         """NIC ports by name, each with what keeps it from working now."""
         return self._fabric.nics if self._fabric is not None else {}
 
-    async def of(self, device: Device) -> dict[str, Outcome]:
-        """Return what is known of each NIC port and `device`, after a trial of what is not known."""
-        return {nic: await self._outcome(device, nic) for nic in list(self.nics)}
+    async def of(self, device: Device, path: Path) -> dict[str, Outcome]:
+        """Return what is known of each NIC port and `device` by a path, after a trial of what is not known."""
+        return {nic: await self._outcome(device, path, nic) for nic in list(self.nics)}
 
-    def known(self, device: Device) -> dict[str, Outcome]:
-        """Return what is known of NIC ports and `device` now; what was not tried is left out."""
+    def known(self, device: Device, path: Path) -> dict[str, Outcome]:
+        """Return what is known of NIC ports and `device` by a path now; what was not tried is left out."""
         found: dict[str, Outcome] = {}
         for nic, error in self.nics.items():
-            tried = self._known.get((_subject(device), nic))
+            tried = self._known.get((_subject(device), path, nic))
             if error is not None:
                 found[nic] = error
             elif tried is not None:
                 found[nic] = tried[0]
         return found
 
-    async def _outcome(self, device: Device, nic: str) -> Outcome:
+    async def _outcome(self, device: Device, path: Path, nic: str) -> Outcome:
         error = self._obstacle(nic)
         if error is not None:
             return error
         async with self._lock(device):
-            known = self._known.get((_subject(device), nic))
+            known = self._known.get((_subject(device), path, nic))
             if known is not None and (isinstance(known[0], Proof) or self._clock() < known[1] + _AGAIN):
                 return known[0]
-            return await self._try(device, nic)
+            return await self._try(device, path, nic)
 
-    async def prove(self, device: Device, nic: str) -> Outcome:
+    async def prove(self, device: Device, path: Path, nic: str) -> Outcome:
         """Try again, whatever is known, and return the outcome."""
         error = self._obstacle(nic)
         if error is not None:
             return error
         async with self._lock(device):
-            return await self._try(device, nic)
+            return await self._try(device, path, nic)
 
     def _obstacle(self, nic: str) -> PeermemError | None:
         """Return what keeps a NIC port from working now; it may have been removed since it was listed."""
@@ -87,22 +88,23 @@ class Proofs:
     def _lock(self, device: Device) -> asyncio.Lock:
         return self._locks.setdefault(_subject(device), asyncio.Lock())
 
-    async def _try(self, device: Device, nic: str) -> Outcome:
+    async def _try(self, device: Device, path: Path, nic: str) -> Outcome:
+        key = _subject(device), path, nic
         try:
-            outcome: Outcome = await self._trial(device, nic)
+            outcome: Outcome = await self._trial(device, path, nic)
         except DeviceFull as error:
-            known = self._known.get((_subject(device), nic))
+            known = self._known.get(key)
             if known is not None and isinstance(known[0], Proof):
                 return known[0]  # no room for another trial, and none is needed
             outcome = error
         except PeermemError as error:
             outcome = error
-        self._known[_subject(device), nic] = (outcome, self._clock())
+        self._known[key] = (outcome, self._clock())
         return outcome
 
-    async def _trial(self, device: Device, nic: str) -> Proof:
+    async def _trial(self, device: Device, path: Path, nic: str) -> Proof:
         assert self._fabric is not None  # there is a NIC, so there is a fabric
-        if device.path is Path.HOST:
+        if path is Path.HOST:
             host = HostMemory(_TRIAL, "peermem-probe")
             try:
                 return await self._fabric.probe(nic, host, Path.HOST)
@@ -110,9 +112,9 @@ class Proofs:
                 host.close()
         made = await device.allocate(min(_TRIAL, max(device.available, _PAGE)))
         try:
-            if made.copier is None:
-                return await self._fabric.probe(nic, made, device.path)
-            return await self._staged(device, made, made.copier, nic)
+            if path is Path.STAGED:
+                return await self._staged(device, made, made.copier or KernelCopier(made), nic)
+            return await self._fabric.probe(nic, made, path)
         finally:
             made.close()
 

@@ -1,25 +1,27 @@
-"""What reaches a region's memory: which fabrics, through which NICs, and why those.
+"""What reaches a region's memory: which fabrics, by which path, through which NICs, and why those.
 
 Rules of this file:
 
-* A NIC is used for a device only after a probe moved the right bytes between the two (`proofs`).
-* Among the NICs that were proved the nearest ones are used, and every region says which and why.
+* A path and a NIC are used for a device only after a probe moved the right bytes that way (`proofs`).
+* A device's paths are tried in its order, the first that some NIC was proved on is used, and among those NICs the
+  nearest ones; every region says which and why.
 * Without such a NIC a region is reached over tcp, and says why; a daemon that insists on verbs refuses it instead.
-* Memory that no NIC reaches has a staging buffer, which every fabric moves instead.
+* Memory of path STAGED has a staging buffer, which every fabric moves instead; other memory gets one when a transfer
+  needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from peermem.broker.proofs import Proofs
-from peermem.broker.slots import StagingBuffer
+from peermem.broker.slots import Staging
 from peermem.core.errors import PathUnsupported, PeermemError
-from peermem.core.topology import Choice, Topology
-from peermem.core.types import FabricKind
+from peermem.core.topology import Topology
+from peermem.core.types import FabricKind, Path
 from peermem.device.base import Device, DeviceMemory
 from peermem.fabric.base import Fabric, Proof
 from peermem.offload import in_thread
@@ -28,17 +30,32 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How NICs are to reach a device's memory."""
+
+    path: Path
+    nics: Sequence[str]
+    """NIC ports, nearest first."""
+    why: str
+    """Why these, or why none; a sentence."""
+    alignment: int = 1
+    """Bytes at whose multiples packets have to begin; see Proof."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """What reaches one region's memory."""
 
+    way: Way
     fabrics: Collection[FabricKind]
     """What can move its bytes."""
-    nics: Sequence[str]
-    """NIC ports that it is registered with, nearest first."""
-    why: str
-    """Why these, or why none; a sentence."""
-    staging: StagingBuffer | None = None
-    """What the bytes pass through, where only the CPU reaches the memory."""
+    staging: Staging
+    """What the bytes pass through, where no NIC can place them."""
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether all bytes are copied by the CPU."""
+        return self.way.path is Path.STAGED
 
 
 class Registry:
@@ -66,52 +83,61 @@ class Registry:
         why = "The daemon is configured not to use verbs."
         if FabricKind.VERBS in self._fabrics:
             try:
-                choice = await self.nearest(device)
-                reach = await self._register(device, memory, set(self._fabrics), choice.nics, choice.why)
+                return await self._by_nic(device, memory)
             except PeermemError as error:
                 if self._insist:
                     raise
                 log.warning("verbs_does_not_reach", device=device.name, reason=error.reason, cause=error.message)
                 why = f"No NIC reaches device {device.name}: {error.message}"
-            else:
-                return reach
-        return await self._register(device, memory, set(self._fabrics) - {FabricKind.VERBS}, (), why)
+        way = Way(device.path if memory.copier is None else Path.STAGED, (), why)
+        return await self._register(memory, way, set(self._fabrics) - {FabricKind.VERBS})
 
-    async def nearest(self, device: Device) -> Choice:
-        """Return the proved NIC ports that are nearest to a device. Raises why there are none."""
+    async def _by_nic(self, device: Device, memory: DeviceMemory) -> Reach:
+        """Register by the first path that works. Raises why the first one does not, when none does."""
         unavailable = self._fabrics[FabricKind.VERBS].unavailable
         if unavailable is not None:
             raise unavailable
-        outcomes = await self._proofs.of(device)
-        proved = [nic for nic, outcome in outcomes.items() if isinstance(outcome, Proof)]
-        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PeermemError)]
-        if not proved:
-            raise errors[0]
-        choice = (await in_thread(self._topology)).choose_nics(device.pci_address, proved)
+        errors: list[PeermemError] = []
+        for path in device.paths:
+            try:
+                way = await self._way(device, path)
+                if errors:
+                    way = replace(way, why=f"{way.why} No better path works: {errors[0].message}")
+                return await self._register(memory, way, set(self._fabrics))
+            except PeermemError as error:
+                errors.append(error)
+        raise errors[0]
+
+    async def _way(self, device: Device, path: Path) -> Way:
+        """Return the proved NIC ports that are nearest to a device. Raises why there are none."""
+        outcomes = await self._proofs.of(device, path)
+        proofs = {nic: outcome for nic, outcome in outcomes.items() if isinstance(outcome, Proof)}
+        if not proofs:
+            raise next(outcome for outcome in outcomes.values() if isinstance(outcome, PeermemError))
+        choice = (await in_thread(self._topology)).choose_nics(device.pci_address, list(proofs))
         if not choice.nics:
             raise PathUnsupported(choice.why, device=device.name)
-        return choice
+        return Way(path, choice.nics, choice.why, max(proofs[nic].alignment for nic in choice.nics))
 
-    async def _register(
-        self, device: Device, memory: DeviceMemory, kinds: Collection[FabricKind], nics: Sequence[str], why: str
-    ) -> Reach:
+    async def _register(self, memory: DeviceMemory, way: Way, kinds: Collection[FabricKind]) -> Reach:
         fabrics = [self._fabrics[kind] for kind in kinds]
-        if memory.copier is not None:
-            return Reach(kinds, nics, why, await StagingBuffer.open(fabrics, nics))
+        reach = Reach(way, kinds, Staging(fabrics, way.nics))
+        if reach.is_staged:
+            await reach.staging.open()
+            return reach
         done: list[Fabric] = []
         try:
             for fabric in fabrics:
-                await fabric.register(memory, device.path, nics)
+                await fabric.register(memory, way.path, way.nics)
                 done.append(fabric)
         except BaseException:
             for fabric in done:
                 await fabric.unregister(memory)
             raise
-        return Reach(kinds, nics, why)
+        return reach
 
     async def unregister(self, memory: DeviceMemory, reach: Reach) -> None:
         """Have the fabrics forget memory that nothing uses any more."""
-        if reach.staging is not None:
-            await reach.staging.close()
+        await reach.staging.close()
         for kind in reach.fabrics:
             await self._fabrics[kind].unregister(memory)

@@ -20,13 +20,13 @@ from typing import Protocol
 
 import structlog
 
+from peermem.broker.kernel_copier import KernelCopier
 from peermem.broker.reach import Reach
-from peermem.broker.slots import StagingBuffer
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
-from peermem.core.types import FabricKind, LeaseKind
-from peermem.device.base import Device, DeviceMemory
+from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.device.base import Copier, Device, DeviceMemory
 from peermem.offload import in_thread
 from peermem.telemetry.metrics import LeaseEnd, Metrics
 
@@ -69,6 +69,7 @@ class Region:
         """Another one for each region, also of the same name."""
         self.device = device
         self.memory = memory
+        self._copier: Copier | None = None
         self.owner = owner
         self.labels = labels
         self.lease = lease
@@ -92,9 +93,16 @@ class Region:
             raise RegionDeleted(f"{self.name} is being deleted.", region=self.name)
 
     @property
-    def staging(self) -> StagingBuffer | None:
-        """What transfers of this node pass through, where only the CPU reaches the memory."""
-        return self.reach.staging
+    def path(self) -> Path:
+        """How NICs reach it."""
+        return self.reach.way.path
+
+    @property
+    def copier(self) -> Copier:
+        """What copies between it and staging buffers."""
+        if self._copier is None:
+            self._copier = self.memory.copier or KernelCopier(self.memory)
+        return self._copier
 
     @property
     def fabrics(self) -> Collection[FabricKind]:
@@ -104,7 +112,7 @@ class Region:
     @property
     def why(self) -> str:
         """Why these NICs, or why none."""
-        return self.reach.why
+        return self.reach.way.why
 
     @property
     def facts(self) -> RegionFacts:
@@ -117,11 +125,11 @@ class Region:
             labels=self.labels,
             lease=self.lease,
             expires_at=self.expires_at,
-            path=self.device.path,
+            path=self.path,
             state=self.state,
             created_at=self.created_at,
-            nics=tuple(self.reach.nics),
-            why=self.reach.why,
+            nics=tuple(self.reach.way.nics),
+            why=self.why,
         )
 
 

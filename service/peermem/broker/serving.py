@@ -5,7 +5,8 @@ Rules of this file:
 * A grant belongs to one accepted link, one region and one run of this daemon, and ends with each of
   them, by release, or by time; whichever is first.
 * What releases a grant returns only when no access runs under it: that is the fence of a transfer.
-* A region that no NIC reaches is granted by a staging buffer of the grant's own, with the same end.
+* A region that no NIC reaches, or not where the transfer needs it, is granted by a staging buffer of the grant's own,
+  with the same end.
 * The policy is asked here, at the node that owns the region, for the client's identity.
 * This daemon uses its own regions through the same door (`GrantSource`), so there is one way to a key.
 """
@@ -139,9 +140,12 @@ class Serving:
         self._spawn(self.close_link(link_id))
 
     async def acquire(
-        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str
+        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str, *, staged: bool
     ) -> GrantedKey:
-        """Give a link the right to a whole region. Raises as GrantSource.acquire_grant."""
+        """Give a link the right to a whole region, `staged` by way of a buffer whatever its path is.
+
+        Raises as GrantSource.acquire_grant.
+        """
         link = self._link(link_id, epoch)
         region = self._find(region_name)
         region.check_usable()
@@ -153,13 +157,15 @@ class Serving:
             )
         if link.fabric.kind not in region.fabrics:
             raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
-        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right))
+        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right, staged))
         self._making.setdefault(region, set()).add(making)
         making.add_done_callback(lambda task: self._made(region, task))
         return await asyncio.shield(making)
 
-    async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights) -> GrantedKey:
-        grant = await self._grant(link_id, link.fabric, region, right)
+    async def _make(
+        self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, staged: bool
+    ) -> GrantedKey:
+        grant = await self._grant(link_id, link.fabric, region, right, staged or region.reach.is_staged)
         if self._links.get(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()
@@ -168,8 +174,15 @@ class Serving:
         self._grants[grant.grant_id] = grant
         self._by_region.setdefault(region, set()).add(grant.grant_id)
         link.grants.add(grant.grant_id)
-        staged = grant.staging is not None
-        return GrantedKey(grant.grant_id, grant.key, self._ttl, region.uid, region.memory.length, staged)
+        return GrantedKey(
+            grant.grant_id,
+            grant.key,
+            self._ttl,
+            region.uid,
+            region.memory.length,
+            grant.staging is not None,
+            region.reach.way.alignment,
+        )
 
     def _made(self, region: Region, making: asyncio.Task[GrantedKey]) -> None:
         self._making[region].discard(making)
@@ -178,8 +191,8 @@ class Serving:
         if not making.cancelled():
             making.exception()  # the caller may have gone away meanwhile
 
-    async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights) -> _Grant:
-        staging = None if region.staging is None else await StagingBuffer.open([fabric], region.reach.nics)
+    async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, staged: bool) -> _Grant:
+        staging = await StagingBuffer.open([fabric], region.reach.way.nics) if staged else None
         opened = region.memory if staging is None else staging.memory
         try:
             key = await fabric.grant(link_id, opened, 0, opened.length, right, self._ttl)
@@ -316,10 +329,10 @@ class OwnNode:
         await self._serving.close_link(link_id)
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
     ) -> GrantedKey:
         """See GrantSource."""
-        return await self._serving.acquire(link_id, epoch, region, right, subject)
+        return await self._serving.acquire(link_id, epoch, region, right, subject, staged=staged)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""

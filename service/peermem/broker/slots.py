@@ -4,10 +4,12 @@ Rules of this file:
 
 * A buffer is registered with the fabrics that use it before anybody sees it, and unregistered before it is closed.
 * A slot is given to one slice at a time; whoever waits for one is told when one is free.
+* What only some transfers need is made when the first of them does (`Staging`).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from peermem.core.types import Path
@@ -71,3 +73,33 @@ class StagingBuffer:
         for fabric in fabrics:
             await fabric.unregister(self.memory)
         self.memory.close()
+
+
+class Staging:
+    """The staging buffer of a region, made for the first transfer that needs one."""
+
+    def __init__(self, fabrics: Collection[Fabric], nics: Sequence[str]) -> None:
+        """See StagingBuffer.open."""
+        self._fabrics = fabrics
+        self._nics = nics
+        self._lock = asyncio.Lock()
+        self._buffer: StagingBuffer | None = None
+
+    @property
+    def opened(self) -> StagingBuffer | None:
+        """The buffer, if it has been made."""
+        return self._buffer
+
+    async def open(self) -> StagingBuffer:
+        """Return the buffer. Raises as Fabric.register."""
+        async with self._lock:
+            if self._buffer is None:
+                self._buffer = await StagingBuffer.open(self._fabrics, self._nics)
+            return self._buffer
+
+    async def close(self) -> None:
+        """Free the buffer, if there is one; nothing uses it any more."""
+        async with self._lock:
+            if self._buffer is not None:
+                await self._buffer.close()
+                self._buffer = None

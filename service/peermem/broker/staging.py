@@ -1,4 +1,4 @@
-"""Staging: host memory through which the CPU copies what no NIC reaches.
+"""Staging: host memory through which the CPU copies what no NIC can place.
 
 Rules of this file:
 
@@ -20,12 +20,11 @@ from typing import Protocol
 
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
-from peermem.broker.slots import SLOT
+from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.core.errors import GrantRefused, NodeUnreachable, PeermemError
 from peermem.core.plan import Direction
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import Ranges, RemoteKey
-from peermem.device.base import Copier
 from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.memory import HostMemory
 
@@ -67,13 +66,16 @@ class Stager:
         self,
         leg: StagedLeg,
         region: Region,
+        buffer: StagingBuffer | None,
         direction: Direction,
         machine: TransferMachine,
         hold: Callable[[asyncio.Task[None]], None],
     ) -> None:
-        """`region` is the leg's local one; `hold` keeps a task alive."""
+        """`region` is the leg's local one, `buffer` its staging buffer where that end is staged; `hold` keeps a task
+        alive."""
         self._leg = leg
         self._region = region
+        self._local = buffer
         self._pull = direction is Direction.PULL
         self._machine = machine
         self._hold = hold
@@ -87,8 +89,7 @@ class Stager:
             return None
         piece = self._ready.popleft()
         self._posted[wr_id] = piece
-        staging = self._region.staging
-        memory = staging.memory if staging is not None else self._region.memory
+        memory = self._local.memory if self._local is not None else self._region.memory
         return WorkRequest(wr_id, Opcode.READ if self._pull else Opcode.WRITE, memory, piece.held.key, piece.posted)
 
     def drop(self) -> None:
@@ -116,9 +117,9 @@ class Stager:
 
     def _begin(self) -> _Slice | None:
         """Return the next slice with its slots, or None when there is no slice or no slot now."""
-        held, staging = self._leg.held, self._region.staging
+        held, buffer = self._leg.held, self._local
         taken: list[int | None] = []
-        for slots in (staging.slots if staging is not None else None, held.slots):
+        for slots in (buffer.slots if buffer is not None else None, held.slots):
             slot = slots.take() if slots is not None else None
             if slots is not None and slot is None:
                 slots.when_free(self._leg.want)
@@ -134,8 +135,8 @@ class Stager:
         return _Slice(ranges, posted, held, *taken)
 
     def _give_back(self, held: HeldGrant, local: int | None = None, remote: int | None = None) -> None:
-        if local is not None and self._region.staging is not None:
-            self._region.staging.slots.give(local)
+        if local is not None and self._local is not None:
+            self._local.slots.give(local)
         if remote is not None and held.slots is not None:
             held.slots.give(remote)
 
@@ -170,23 +171,18 @@ class Stager:
         if self._pull:
             await self._leg.link.copy_staged(piece.held, _pieces(piece, remote=True), into_region=False)
         else:
-            await self._copier().load(self._buffer(), _pieces(piece, remote=False))
+            await self._region.copier.load(self._buffer(), _pieces(piece, remote=False))
 
     async def _copy_in(self, piece: _Slice) -> None:
         """Copy a slice out of the buffer at its destination into the region there."""
         if self._pull:
-            await self._copier().store(self._buffer(), _pieces(piece, remote=False))
+            await self._region.copier.store(self._buffer(), _pieces(piece, remote=False))
         else:
             await self._leg.link.copy_staged(piece.held, _pieces(piece, remote=True), into_region=True)
 
-    def _copier(self) -> Copier:
-        copier = self._region.memory.copier
-        assert copier is not None  # a region has a staging buffer exactly if its memory has a copier
-        return copier
-
     def _buffer(self) -> HostMemory:
-        assert self._region.staging is not None
-        return self._region.staging.memory
+        assert self._local is not None  # only slices with a slot here are copied here
+        return self._local.memory
 
     def _end(self, piece: _Slice, status: Status) -> None:
         self._give_back(piece.held, piece.local_slot, piece.remote_slot)

@@ -3,6 +3,7 @@
 Rules of this file:
 
 * A table holds what was found; sentences stand below it, each once, with what they are about.
+* A path that does not work is no failure where another one does for the same device and NIC.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from peermem.core.units import format_duration
 def preflight(settings: Settings, devices: tuple[str, ...]) -> None:
     """Prove what works on the node, by moving bytes between each device and each NIC.
 
-    The exit code is 0 when all works, 1 when something does not.
+    The exit code is 0 when all works, each device with each NIC by some path; 1 when something does not.
     """
     verdicts: list[peermem.Verdict] = []
     with output.Steps("preflight", settings.json) as steps:
@@ -42,8 +43,14 @@ def preflight(settings: Settings, devices: tuple[str, ...]) -> None:
         output.print_json({"verdicts": [_facts(verdict) for verdict in verdicts]})
     else:
         _print(verdicts)
-    if not all(verdict.works for verdict in verdicts):
+    if _failed(verdicts):
         raise click.exceptions.Exit(1)
+
+
+def _failed(verdicts: Sequence[peermem.Verdict]) -> list[peermem.Verdict]:
+    """Return the verdicts on what does not work in any way."""
+    reached = {(verdict.device, verdict.nic) for verdict in verdicts if verdict.device and verdict.works}
+    return [verdict for verdict in verdicts if not verdict.works and (verdict.device, verdict.nic) not in reached]
 
 
 def _facts(verdict: peermem.Verdict) -> dict[str, object]:
@@ -63,10 +70,16 @@ def _print(verdicts: Sequence[peermem.Verdict]) -> None:
     if tried:
         click.echo()
         output.print_table(("DEVICE", "NIC", "PATH", "VERDICT", "LATENCY", "WRITE", "READ", "FOUND"), tried)
-    failed = [verdict for verdict in verdicts if not verdict.works]
-    _print_sentences("FAILURES", ((f"{v.error.message} ({v.error.reason})", v) for v in failed if v.error))
+    failed = _failed(verdicts)
+    avoided = [verdict for verdict in verdicts if not verdict.works and verdict not in failed]
+    _print_sentences("FAILURES", _errors(failed))
+    _print_sentences("NOT BY THIS PATH", _errors(avoided))
     _print_sentences("ADVICE", ((verdict.advice, verdict) for verdict in verdicts if verdict.advice))
     click.echo(f"\n{len(failed)} of {len(verdicts)} findings failed." if failed else "\nAll works.")
+
+
+def _errors(verdicts: Iterable[peermem.Verdict]) -> Iterable[tuple[str, peermem.Verdict]]:
+    return ((f"{verdict.error.message} ({verdict.error.reason})", verdict) for verdict in verdicts if verdict.error)
 
 
 def _row(verdict: peermem.Verdict) -> tuple[object, ...]:
@@ -96,7 +109,7 @@ def _print_sentences(heading: str, said: Iterable[tuple[str, peermem.Verdict]]) 
 
 def _subject(verdict: peermem.Verdict) -> str:
     if verdict.device:
-        return f"{verdict.device} with {verdict.nic}"
+        return f"{verdict.device} with {verdict.nic}" + (f" by {verdict.path.value}" if verdict.path else "")
     return verdict.check or verdict.nic or ""
 
 

@@ -7,7 +7,8 @@ Rules of this file:
 * Where both regions are here the fabric is local. Where one is here: verbs first, then tcp, out of
   those that this node serves; which one it becomes shows when the far end has been asked. What the
   caller insists on is used or refused, never replaced.
-* A slice is one work request: at most so many bytes and so many pairs of ranges as the fabric likes.
+* A slice is one work request: at most so many bytes and so many pairs of ranges as the fabric likes. Ranges that
+  begin at multiples of what their memory asks for are cut there, too.
 """
 
 from __future__ import annotations
@@ -102,8 +103,11 @@ def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKi
     )
 
 
-def slices(ranges: Ranges, slice_bytes: int, slice_ranges: int) -> Iterator[Ranges]:
-    """Cut `ranges` into pieces of at most `slice_bytes` bytes and `slice_ranges` pairs, in order."""
+def slices(ranges: Ranges, slice_bytes: int, slice_ranges: int, alignment: int = 1) -> Iterator[Ranges]:
+    """Cut `ranges` into pieces of at most `slice_bytes` bytes and `slice_ranges` pairs, in order.
+
+    No range is cut but after a multiple of `alignment`, which `slice_bytes` is a multiple of as well.
+    """
     if ranges.total <= slice_bytes and len(ranges.lengths) <= slice_ranges:
         yield ranges
         return
@@ -115,6 +119,12 @@ def slices(ranges: Ranges, slice_bytes: int, slice_ranges: int) -> Iterator[Rang
         done = 0
         while done < length:
             size = min(length - done, room)
+            if size < length - done and size % alignment:
+                size -= size % alignment
+                if not size:
+                    yield Ranges(local, remote, lengths, slice_bytes - room)
+                    local, remote, lengths, room = [], [], [], slice_bytes
+                    continue
             local.append(start_here + done)
             remote.append(start_there + done)
             lengths.append(size)

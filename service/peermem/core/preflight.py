@@ -172,18 +172,19 @@ def judge_nic(nic: str, topology: Topology, error: PeermemError | None) -> Verdi
     return Verdict(", ".join(filter(None, facts)) + ".", error, _nic_advice(port, gid.type if gid else ""), nic=nic)
 
 
-def judge_device(device: Placed, nic: str, topology: Topology, error: PeermemError | None) -> Verdict:
-    """Return the verdict on a device as a NIC port reaches it, after a trial that worked or failed with `error`."""
-    verdict = Verdict("", error, device=device.name, nic=nic, path=device.path)
+def judge_device(device: Placed, path: Path, nic: str, topology: Topology, error: PeermemError | None) -> Verdict:
+    """Return the verdict on a device as a NIC port reaches it by a path, after a trial that worked or failed with
+    `error`."""
+    verdict = Verdict("", error, device=device.name, nic=nic, path=path)
     port = topology.nics.get(nic)
     if port is None:
         return replace(verdict, detail="The kernel shows no such port.")
-    if device.path is Path.HOST and error is not None:
+    if path is Path.HOST and error is not None:
         return replace(verdict, detail="Host memory.")
     near = replace(topology, nics={nic: port}).choose_nics(device.pci_address).why
-    if device.path is Path.STAGED:
-        return replace(verdict, detail=near, advice=_STAGED)
-    if device.path not in _BY_THE_NIC or not port.pci_address:
+    if path is Path.STAGED:
+        return replace(verdict, detail=near, advice=_STAGED if device.path is path else "")
+    if path not in _BY_THE_NIC or not port.pci_address:
         return replace(verdict, detail=near)
     p2p = topology.p2p(device.pci_address, nic)
     return replace(
@@ -191,16 +192,29 @@ def judge_device(device: Placed, nic: str, topology: Topology, error: PeermemErr
     )
 
 
-def known_reach(device: Placed, tried: Mapping[str, PeermemError | None], topology: Topology) -> Choice:
-    """Return the NIC ports that regions on a device would use, as far as that is known without a trial.
+def known_reach(
+    device: Placed, tried: Mapping[Path, Mapping[str, PeermemError | None]], topology: Topology
+) -> tuple[Path, Choice]:
+    """Return the path and the NIC ports that regions on a device would use, as far as that is known without a trial.
 
-    `tried` are the ports that were, each with what kept it from working.
+    `tried` has, by path, the best first, the ports that were, each with what kept it from working.
     """
-    proved = [nic for nic, error in tried.items() if error is None]
-    if proved:
-        return topology.choose_nics(device.pci_address, proved)
-    errors = [error.message for error in tried.values() if error is not None]
-    return Choice((), f"No NIC reaches it: {errors[0]}" if errors else "No NIC has been tried with it.")
+    errors: list[str] = []
+    for path, ports in tried.items():
+        proved = [nic for nic, error in ports.items() if error is None]
+        if proved:
+            return path, topology.choose_nics(device.pci_address, proved)
+        errors += [error.message for error in ports.values() if error is not None]
+    why = f"No NIC reaches it: {errors[0]}" if errors else "No NIC has been tried with it."
+    return device.path, Choice((), why)
+
+
+def misplacing(nic: str, alignment: int) -> str:
+    """Return what it means for regions that a NIC port needs packets to begin at multiples of so many bytes."""
+    return (
+        f"NIC port {nic} places bytes right only where they begin at multiples of {alignment} and its path MTU is such "
+        "a multiple: transfers that begin elsewhere are staged."
+    )
 
 
 def _diagnosis(device: str, nic: str, p2p: P2pVerdict, error: PeermemError | None) -> PeermemError | None:

@@ -98,8 +98,9 @@ class GrantedKey:
     region_length: int
     """Bytes."""
     staged: bool = False
-    """Whether the key opens a staging buffer instead of the region, which no NIC reaches: `copy_staged` copies
-    between the two."""
+    """Whether the key opens a staging buffer instead of the region: `copy_staged` copies between the two."""
+    alignment: int = 1
+    """Bytes at whose multiples packets have to begin in the region for the NIC to place them right."""
 
 
 @dataclass(frozen=True, slots=True)

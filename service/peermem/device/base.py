@@ -18,7 +18,7 @@ from peermem.memory import Memory
 
 
 class Copier(Protocol):
-    """Copies between device memory, which nothing else in this process touches, and host memory.
+    """Copies between device memory and host memory, for path STAGED.
 
     `pieces` are (offset in the device memory, offset in `buffer`, length) in bytes, any of them unaligned. Copies
     run one after the other, in the order of the calls; both raise RegionRevoked when the device has vanished, and
@@ -37,8 +37,8 @@ class DeviceMemory(Memory, Protocol):
 
     @property
     def copier(self) -> Copier | None:
-        """What alone reaches memory of path STAGED, whose `fd` is None and whose `view` raises ValueError; None for
-        memory that `peermem.memory` and NICs reach."""
+        """What alone in this process touches memory whose `fd` is None and whose `view` is only for NICs to be tried
+        with; None for memory that `peermem.memory` reaches."""
 
     def share(self) -> tuple[int, int]:
         """Return (file descriptor, offset) for a local job to map; the caller does not own the
@@ -64,7 +64,11 @@ class Device(Protocol):
 
     @property
     def path(self) -> Path:
-        """How a NIC reaches its memory."""
+        """How NICs reach its memory as a rule."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """How a NIC may reach its memory, `path` among them, the best first: to be tried in this order."""
 
     @property
     def pci_address(self) -> str:

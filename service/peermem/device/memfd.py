@@ -19,7 +19,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,7 @@ class _FileDevice:
     """What both kinds of device share: a number of bytes to give out, counted from any thread."""
 
     path = Path.HOST
+    paths: Sequence[Path] = (Path.HOST,)
     pci_address = ""
 
     def __init__(self, name: str, size: int) -> None:

@@ -97,6 +97,7 @@ class P2pmemDevice:
 
     kind = "p2pmem"
     path = Path.P2PDMA
+    paths = (Path.P2PDMA, Path.STAGED)
 
     def __init__(self, address: str, root: FilePath = SYSFS) -> None:
         """`address` is of the PCI function, such as 0000:41:00.0."""

@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* Device memory is reached only through a copier (`copier.py`), which a region's memory has instead of a file or a view.
+* Device memory is touched only through a copier (`copier.py`), which a region's memory has instead of a file. Its view
+  is a mapping for NICs to be tried with, and nothing in this process touches it.
 * The uncached file `resourceN` is mapped, never `resourceN_wc`: each word then reaches the device as it was written and
   in order. Write combining would win nothing, because a process can't make words faster than an uncached BAR takes
   them; and it speeds up no reads.
@@ -54,15 +55,24 @@ class PciMemory:
 
     fd = None
 
-    def __init__(self, copier: BarCopier, start: int, length: int, give_back: Callable[[], None]) -> None:
+    def __init__(self, mapping: _Mapping, start: int, length: int, give_back: Callable[[], None]) -> None:
         """`give_back` is called when the memory is closed."""
         self.length = length
-        self.copier = SliceCopier(copier, start, length)
+        self.copier = SliceCopier(mapping.copier, start, length)
+        self._mapping = mapping
+        self._start = start
+        self._view: memoryview | None = None
+        self._mapped: mmap.mmap | None = None
         self._give_back: Callable[[], None] | None = give_back
 
     def view(self) -> memoryview:
-        """See Memory. Always raises ValueError."""
-        raise ValueError("the memory has no view, only a copier" if self._give_back else "the memory is closed")
+        """See Memory; not to be touched. Raises also OSError and what keeps the BAR from being mapped."""
+        if not self._give_back:
+            raise ValueError("the memory is closed")
+        if self._view is None:
+            self._mapped = self._mapping.map(self._start, self.length)
+            self._view = memoryview(self._mapped)
+        return self._view
 
     def share(self) -> tuple[int, int]:
         """See DeviceMemory. Always raises NotMappable, or ValueError after `close`."""
@@ -74,7 +84,11 @@ class PciMemory:
         )
 
     def close(self) -> None:
-        """See DeviceMemory."""
+        """See DeviceMemory. Raises BufferError while somebody holds the view."""
+        if self._view is not None and self._mapped is not None:
+            self._view.release()
+            self._mapped.close()
+            self._view = self._mapped = None
         self.copier.close()
         if self._give_back:
             give_back, self._give_back = self._give_back, None
@@ -209,6 +223,15 @@ class _Mapping:
         """Bytes."""
         return self._bar.size
 
+    def map(self, start: int, length: int) -> mmap.mmap:
+        """Return a mapping of a part. Raises OSError and what keeps the BAR from being mapped."""
+        files = self._bar.open()
+        try:
+            return mmap.mmap(files[0], length, offset=self._bar.offset + start)
+        finally:
+            for file in files:
+                os.close(file)
+
     @property
     def is_alive(self) -> bool:
         """Whether the BAR is still the one that was mapped."""
@@ -225,6 +248,7 @@ class PciResourceDevice:
 
     kind = "pci_resource"
     path = Path.STAGED
+    paths = (Path.P2PDMA, Path.STAGED)
 
     def __init__(
         self, name: str, address: str, bar: int, offset: int = 0, size: int = 0, root: FilePath = SYSFS
@@ -266,7 +290,7 @@ class PciResourceDevice:
                 available=mapping.free.total,
                 wanted=length,
             )
-        memory = PciMemory(mapping.copier, start, length, lambda: mapping.free.give_back(start, pages))
+        memory = PciMemory(mapping, start, length, lambda: mapping.free.give_back(start, pages))
         try:
             await _zero(SliceCopier(mapping.copier, start, pages), pages)
         except BaseException as error:

@@ -109,6 +109,11 @@ class LinkEvents(Protocol):
 class Link(Protocol):
     """The initiator's end of a connection to one remote node."""
 
+    @property
+    def packet(self) -> int:
+        """Bytes of payload of one packet, at whose borders a NIC begins to access memory anew; 0 where there are
+        none."""
+
     def post(self, request: WorkRequest) -> None:
         """Queue one request. Raises LinkClosed."""
 
@@ -131,6 +136,9 @@ class Proof:
     """Into the memory, bytes per second."""
     read_bandwidth: float
     """Out of the memory, bytes per second."""
+    alignment: int = 1
+    """Bytes at whose multiples packets have to begin in the memory for the NIC to place them right. 4096 for a software
+    NIC's memory on demand: rxe of Linux 7.3.4 takes every address in a page for the page's first one."""
 
 
 class Fabric(Protocol):

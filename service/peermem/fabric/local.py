@@ -202,6 +202,11 @@ class LocalLink:
         self._turn_due = False
         self._closed = False
 
+    @property
+    def packet(self) -> int:
+        """See Link."""
+        return 0
+
     def post(self, request: WorkRequest) -> None:
         """See Link."""
         if self._closed:

@@ -75,6 +75,11 @@ class TcpLink:
         self._rails = [_Rail(self, sock, pace) for sock in socks]
         self._closed = False
 
+    @property
+    def packet(self) -> int:
+        """See Link."""
+        return 0
+
     def post(self, request: WorkRequest) -> None:
         """See Link. Raises ValueError for what no frame can carry, such as more than `frames.MAX_TOTAL` bytes."""
         if self._closed:

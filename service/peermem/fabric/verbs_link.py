@@ -43,11 +43,17 @@ _DRAIN, _FAREWELL = 1.0, 0.5
 """Seconds for what is posted to end, and then for the other end to be told, when the link closes."""
 
 
-def _inside(offsets: Sequence[int], lengths: Sequence[int], limit: int) -> bool:
-    """As `inside`, which takes its time where there is one range."""
-    if len(lengths) == 1:
-        return offsets[0] >= 0 and lengths[0] >= 1 and offsets[0] + lengths[0] <= limit
-    return inside(offsets, lengths, limit)
+def _misfit(request: WorkRequest) -> Status | None:
+    """Return how a request ends because it leaves its memory or its key, or None."""
+    ranges, local_limit, remote_limit = request.ranges, request.memory.length, request.key.length
+    lengths = ranges.lengths
+    if len(lengths) == 1:  # `inside` takes its time
+        length, local, remote = lengths[0], ranges.local[0], ranges.remote[0]
+        if length >= 1 and 0 <= local <= local_limit - length and 0 <= remote <= remote_limit - length:
+            return None
+    if not inside(ranges.local, lengths, local_limit):
+        return Status.LOC_PROT_ERR
+    return None if inside(ranges.remote, lengths, remote_limit) else Status.REM_ACCESS_ERR
 
 
 class _Job:
@@ -94,6 +100,9 @@ class VerbsLink:
         settings: Settings,
         on_end: Callable[[VerbsLink], None],
     ) -> None:
+        self.packet = 0
+        """Bytes of payload of the packets into which a request is cut: the least path MTU of its rails. No rail comes
+        up again with less: requests may have been planned by it."""
         self._events = events
         self._memories = memories
         self._group = max(1, settings.depth // 2)
@@ -114,7 +123,7 @@ class VerbsLink:
         self._refused = (0, Opcode.READ, 0)
         """Name of the key that was refused last, for what, and before which request."""
         self._idle = asyncio.Event()
-        self._idle.set()
+        """Of use while the link closes."""
         self._is_open = self._closed = False
         self._ended: asyncio.Future[None] = self._loop.create_future()
 
@@ -127,6 +136,9 @@ class VerbsLink:
             self._closed = True
             self._end()
             raise
+        self.packet = min(rail.mtu for rail in rails if rail.mtu)
+        for rail in rails:
+            rail.least_mtu = self.packet
         self._is_open = True
 
     def uses(self, rails_of: Callable[[Rail], bool]) -> list[Rail]:
@@ -139,18 +151,14 @@ class VerbsLink:
             raise LinkClosed
         job = _Job(request, self._next_number)
         self._next_number += 1
-        if self._outstanding == 0:
-            self._idle.clear()
-            self._mender.moved()
         self._outstanding += 1
-        ranges = request.ranges
-        if not _inside(ranges.local, ranges.lengths, request.memory.length):
-            self._finish(job, Status.LOC_PROT_ERR)
-        elif not _inside(ranges.remote, ranges.lengths, request.key.length):
-            self._finish(job, Status.REM_ACCESS_ERR)
-        else:
+        status = _misfit(request)
+        if status is not None:
+            self._finish(job, status)
+        elif self._waiting or not self._begins(job):
             self._waiting.append(job)
-            self._fill()
+        if self._outstanding == 1:
+            self._mender.moved()
         if self._finished and not self._report_due:
             self._report_due = True
             self._loop.call_soon(self._report)
@@ -164,9 +172,10 @@ class VerbsLink:
         self._closed = True
         self._flush()
         self._report()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN):
-                await self._idle.wait()
+        if self._outstanding:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DRAIN):
+                    await self._idle.wait()
         await asyncio.gather(*(rail.farewell(_FAREWELL) for rail in self._rails if rail.up))
         self._end()
 
@@ -223,44 +232,47 @@ class VerbsLink:
         if self._current:
             for rail, job in list(self._current.items()):
                 self._post_some(rail, job)
-        while self._waiting:
-            way = self._way_for(self._waiting[0])
-            if way is None:
-                return
-            job = self._waiting.popleft()
-            if isinstance(way, Status):
-                self._finish(job, way)
-            else:
-                self._post_some(way, job)
+        while self._waiting and self._begins(self._waiting[0]):
+            self._waiting.popleft()
 
-    def _way_for(self, job: _Job) -> Rail | Status | None:
-        """Return the rail to post a job on, with its pieces made; or how it ends because there can be none; or None
-        while it has to wait for one."""
-        registration = self._memories.find(job.request.memory)
+    def _begins(self, job: _Job) -> bool:
+        """Post a job on a rail, or finish it because there can be none; return whether that was so, or False while it
+        has to wait for one."""
+        request = job.request
+        registration = self._memories.find(request.memory)
         if registration is None:
-            return Status.LOC_PROT_ERR
+            self._finish(job, Status.LOC_PROT_ERR)
+            return True
         route = self._route
-        if route is None or route.registration is not registration or route.key is not job.request.key:
-            route = self._route = _Route(registration, job.request.key, self._rails)
-        if not route.ways:
-            return Status.REM_ACCESS_ERR if route.reaches_here else Status.LOC_PROT_ERR
+        if route is None or route.registration is not registration or route.key is not request.key:
+            route = self._route = _Route(registration, request.key, self._rails)
         best: tuple[Rail, Sequence[int], Sequence[KeyPart]] | None = None
+        least = _POSTED_BYTES
         for way in route.ways:
             rail = way[0]
-            has_room = rail.up and rail.free and rail.load < _POSTED_BYTES and rail not in self._current
-            if has_room and (rail.is_heard or not job.suspected) and (best is None or rail.load < best[0].load):
-                best = way
-        if best is None:
-            return None
-        rail, lkeys, parts = best
-        job.pieces = cut(job.request.ranges, registration.address, lkeys, PART, parts)
-        job.posted = 0
-        return rail
+            has_room = rail.load < least and rail.free and rail.up and rail not in self._current
+            if has_room and (rail.is_heard or not job.suspected):
+                best, least = way, rail.load
+        if best is not None:
+            rail, lkeys, parts = best
+            job.pieces = cut(request.ranges, registration.address, lkeys, PART, parts)
+            job.posted = 0
+            self._post_some(rail, job)
+        elif not route.ways:
+            self._finish(job, Status.REM_ACCESS_ERR if route.reaches_here else Status.LOC_PROT_ERR)
+        else:
+            return False
+        return True
 
     def _post_some(self, rail: Rail, job: _Job) -> None:
         """Post as much of a job as there is room for; the rest stays the rail's current one."""
         opcode = WrOpcode.RDMA_WRITE if job.request.opcode is Opcode.WRITE else WrOpcode.RDMA_READ
         pieces = job.pieces
+        if len(pieces) == 1:  # most are so; it is not in part
+            job.posted = 1
+            job.pending += 1
+            rail.post(opcode, pieces, job.request.ranges.total, partial(self._answered, job))
+            return
         while job.posted < len(pieces) and rail.free and rail.up:
             room = min(rail.free, self._group)
             group = pieces if len(pieces) <= room and not job.posted else pieces[job.posted : job.posted + room]
@@ -350,6 +362,6 @@ class VerbsLink:
             return
         finished, self._finished = self._finished, []
         self._outstanding -= len(finished)
-        if self._outstanding == 0:
+        if self._closed and self._outstanding == 0:
             self._idle.set()
         self._events.completed(finished)

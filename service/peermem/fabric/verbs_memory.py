@@ -3,7 +3,7 @@
 Rules of this file:
 
 * Memory is registered in parts of at most PART bytes, with a turn of the loop after each: registering pins pages
-  and holds the GIL.
+  and holds the GIL. Pages that have yet to be made are made before, in a thread, which takes longer than pinning them.
 * A registration gives no remote rights of its own. Grants give them, each to one link.
 * The mapping is held until the last part is deregistered; who closes the memory before meets a BufferError.
 """
@@ -23,9 +23,17 @@ from peermem.fabric import verbs
 from peermem.fabric.verbs_nic import Nic, Port
 from peermem.fabric.verbs_types import Access, VerbsError
 from peermem.memory import Memory
+from peermem.offload import in_thread
 
 PART = 64 << 20
 """Bytes of one memory region of a NIC, at most."""
+
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h
+_WORTH_A_THREAD = 1 << 20
+"""Bytes: fewer pages are made in less than a millisecond."""
 
 
 class Mapping:
@@ -71,11 +79,17 @@ class Registration:
             access |= Access.MW_BIND
         for start in range(0, self.memory.length, PART):
             length = min(PART, self.memory.length - start)
+            await self._populate(start, length)
             try:
                 parts.append(verbs.MemoryRegion(port.nic.domain, self.address + start, length, access))
             except VerbsError as error:
                 raise refusal(error, port, self.memory, self.path) from error
             await asyncio.sleep(0)
+
+    async def _populate(self, start: int, length: int) -> None:
+        """Make pages of host memory. Where it fails, they are made when they are pinned, or that says why not."""
+        if self.path is Path.HOST and length >= _WORTH_A_THREAD:
+            await in_thread(lambda: _LIBC.madvise(self.address + start, length, _MADV_POPULATE_WRITE))
 
     async def close(self) -> None:
         """Deregister everywhere, with turns of the loop. Raises VerbsError."""

@@ -4,6 +4,7 @@ Rules of this file:
 
 * A registration proves nothing: one on demand succeeds for a mapping that the NIC can never access. Only bytes count.
 * The CPU does not touch the memory: what is compared has been read back by the NIC.
+* Memory on demand is tried within a page, too: what a NIC misplaces there is told by the proof.
 * Everything is made for one probe and closed after it, in a bounded time.
 """
 
@@ -78,13 +79,30 @@ async def _prove(loopback: _Loopback, target: verbs.MemoryRegion, path: Path) ->
                 times[1].append(await loopback.move(WrOpcode.RDMA_READ, target, length))
                 if loopback.back[:length] != pattern:
                     raise _mismatch(loopback.port, length, path)
+            alignment = (
+                mmap.PAGESIZE if length >= _SMALL and path is Path.P2PDMA and await _misplaces(loopback, target) else 1
+            )
             small = [await loopback.move(WrOpcode.RDMA_WRITE, target, min(_SMALL, length)) for _ in range(_ROUNDS)]
     except _Refused as error:
         raise _failed(loopback.port, path, str(error)) from None
     except TimeoutError:
         raise _failed(loopback.port, path, "it did not complete in time") from None
     write, read = (length / min(taken) for taken in times)
-    return Proof(statistics.median(small), write, read)
+    return Proof(statistics.median(small), write, read, alignment)
+
+
+async def _misplaces(loopback: _Loopback, target: verbs.MemoryRegion) -> bool:
+    """Whether bytes that begin within a page of the target do not arrive there, or are read from elsewhere."""
+    page, start, end = _SMALL, _SMALL // 4, _SMALL // 2
+    before, inner = secrets.token_bytes(page), secrets.token_bytes(end - start)
+    loopback.out[:page] = before
+    await loopback.move(WrOpcode.RDMA_WRITE, target, page)
+    loopback.out[: len(inner)] = inner
+    await loopback.move(WrOpcode.RDMA_WRITE, target, len(inner), start)
+    await loopback.move(WrOpcode.RDMA_READ, target, page)
+    whole = loopback.back[:page]
+    await loopback.move(WrOpcode.RDMA_READ, target, len(inner), start)
+    return whole != before[:start] + inner + before[end:] or loopback.back[: len(inner)] != inner
 
 
 class _Refused(Exception):
@@ -111,12 +129,12 @@ class _Loopback:
         """Register memory for the probe's time. Raises VerbsError."""
         return self._kept(verbs.MemoryRegion(self._domain, address, length, access))
 
-    async def move(self, opcode: WrOpcode, target: verbs.MemoryRegion, length: int) -> float:
+    async def move(self, opcode: WrOpcode, target: verbs.MemoryRegion, length: int, offset: int = 0) -> float:
         """WRITE `out` to the target, or READ it into `back`; return the seconds that it took. Raises _Refused."""
         local = self._out if opcode is WrOpcode.RDMA_WRITE else self._back
         began = time.perf_counter()
         try:
-            self._pair.move(opcode, [(local.address, length, local.lkey, target.address, target.rkey)], 1)
+            self._pair.move(opcode, [(local.address, length, local.lkey, target.address + offset, target.rkey)], 1)
             status = await self._completion()
         except VerbsError as error:
             raise _Refused(f"{opcode.name} can't be posted: {error}") from error

@@ -36,6 +36,7 @@ class QueuePair(Owned):
     def __init__(self, domain: Domain, queue: CompletionQueue, sends: int, receives: int, extended: bool) -> None:
         """`extended` asks for the extended interface, where the device has it. Raises VerbsError."""
         self._library = library = loaded()
+        self._error, self._sge = library.error, library.sge
         cap = library.qp.QPCap(max_send_wr=sends, max_recv_wr=receives, max_send_sge=1, max_recv_sge=1)
         self._extended = extended and domain.device.extended
         made = self._make_extended(domain, queue, cap) if self._extended else None
@@ -120,21 +121,25 @@ class QueuePair(Owned):
         if not self._extended:
             self._post([self._classic(opcode, wr_id, piece) for piece in pieces])
             return
-        qp, sge = self._thing, self._library.sge
+        qp, sge, last = self._thing, self._sge, pieces[-1]
         start = qp.wr_rdma_write if opcode is WrOpcode.RDMA_WRITE else qp.wr_rdma_read
-
-        def fill() -> None:
-            last = pieces[-1]
-            qp.wr_id = wr_id
-            qp.wr_flags = 0
-            for piece in pieces:
-                if piece is last:
-                    qp.wr_flags = _SIGNALED
-                sge.addr, sge.length, sge.lkey, remote_address, rkey = piece
-                start(rkey, remote_address)
-                qp.wr_set_sge(sge)
-
-        self._batch(fill)
+        try:  # not `_batch`: this is called most
+            qp.wr_start()
+            try:
+                qp.wr_id = wr_id
+                qp.wr_flags = 0
+                for piece in pieces:
+                    if piece is last:
+                        qp.wr_flags = _SIGNALED
+                    sge.addr, sge.length, sge.lkey, remote_address, rkey = piece
+                    start(rkey, remote_address)
+                    qp.wr_set_sge(sge)
+            except BaseException:
+                qp.wr_abort()
+                raise
+            qp.wr_complete()
+        except self._error as error:
+            raise fault(error) from None
 
     def tell(self, word: int, flags: int, wr_id: int) -> None:
         """Post a message of 32 bits and no payload, signalled. Raises VerbsError."""
@@ -181,16 +186,16 @@ class QueuePair(Owned):
                 qp.wr_abort()
                 raise
             qp.wr_complete()
-        except self._library.error as error:
+        except self._error as error:
             raise fault(error) from None
 
     def _send(self, opcode: WrOpcode, wr_id: int, flags: int, imm: int = 0) -> Any:
         return self._library.wr.SendWR(
-            wr_id=wr_id, opcode=int(opcode), num_sge=1, imm_data=imm, sg=[self._library.sge], send_flags=flags
+            wr_id=wr_id, opcode=int(opcode), num_sge=1, imm_data=imm, sg=[self._sge], send_flags=flags
         )
 
     def _classic(self, opcode: WrOpcode, wr_id: int, piece: Piece) -> Any:
-        sge = self._library.sge
+        sge = self._sge
         sge.addr, sge.length, sge.lkey, remote_address, rkey = piece
         send = self._send(opcode, wr_id, 0)
         send.set_wr_rdma(rkey, remote_address)

@@ -7,8 +7,6 @@ Rules of this file:
 * The last work request of each post is signalled; a post takes no more slots than are free.
 * An end says words of 32 bits, in messages without payload, which the connection keeps in order with everything
   else: so an ANSWER to an ASK proves that all that was posted before it has been executed or refused.
-* The queue is polled for a moment after small work, for as long as small work has been taking lately; then the
-  loop sleeps until the channel's file is readable. An idle rail costs nothing.
 * A remote node can break its own rail and no other: what it floods is bounded, what it invents is ignored.
 """
 
@@ -26,6 +24,7 @@ from peermem.core.gid import Gid
 from peermem.core.types import QueuePair
 from peermem.fabric import verbs
 from peermem.fabric.verbs_nic import Port
+from peermem.fabric.verbs_poll import SMALL, Poller
 from peermem.fabric.verbs_qp import QueuePair as Pair
 from peermem.fabric.verbs_types import Access, Path, Piece, Settings, VerbsError, WcStatus, Word, WrOpcode
 
@@ -40,16 +39,8 @@ _MAX_WAITING_WORDS = 64
 _RECEIVE = 0xFFFFFFFF
 """Number of all receives; posts count from 0 on."""
 _FENCE = 1  # IBV_SEND_FENCE: after this end's READs
-_BATCH = 64
-_BATCHES = 4
-"""Taken in one turn of the loop, at most."""
 _MAX_WORDS_PER_SECOND = 10_000
-_SMALL = 32 << 10
-"""Bytes on the way that are worth waiting for."""
-_LOOKS = 4
-"""In one turn of the loop while polling: a turn costs more than a look."""
-_MAX_SPIN = 0.002
-"""Seconds of polling, at most: longer than that, being woken costs little."""
+_SUCCESS = int(WcStatus.SUCCESS)
 
 
 class _Post(NamedTuple):
@@ -83,10 +74,14 @@ class Rail:
     def __init__(self, port: Port, gid: Gid, domain: verbs.Domain, owner: RailOwner, settings: Settings) -> None:
         """Raises VerbsError."""
         self.port = port
-        self.up = self.is_heard = self.is_lost = False
+        self.up = self.is_heard = self.is_lost = self._closed = False
         """Whether it can be posted on; whether the other end has said something since; whether its NIC is gone."""
+        self.posts: deque[_Post] = deque()
+        """What was posted and has not been answered."""
         self.load = 0
-        """Bytes posted that have not been answered."""
+        """Its bytes."""
+        self.mtu = self.least_mtu = 0
+        """Bytes of payload of one packet, as last connected; and with less than which it does not come up."""
         self._gid = gid
         self._owner = owner
         self._settings = settings
@@ -100,17 +95,13 @@ class Rail:
         except VerbsError:
             self._queue.close()
             raise
-        self._generation = 0
-        self._posts: deque[_Post] = deque()
-        self._sequence = 0
+        self._generation = self._sequence = 0
         self._words: deque[tuple[int, int, Done]] = deque()
         self._word_slots = _WORDS
         self._asked: dict[int, asyncio.Future[bool]] = {}
         self._ends = _NOBODY, _NOBODY
-        self._armed = self._spinning = self._closed = False
-        self._spin_until, self._small_time = 0.0, 0.0001
         self._second, self._words_heard = 0.0, 0
-        self._loop.add_reader(self._queue.fd, self._wake)
+        self._poller = Poller(self._queue, self)
 
     @property
     def here(self) -> QueuePair:
@@ -148,28 +139,33 @@ class Rail:
         """Come up towards the other end, which is sound. Raises VerbsError."""
         here, port = self.here, self.port
         mtu, marks = min(here.mtu, there.mtu), self._settings.marks
+        if mtu < self.least_mtu:
+            raise VerbsError(f"packets of {mtu} bytes are too small: work is planned by {self.least_mtu}", errno.EINVAL)
         path = Path(port.number, self._gid.index, there.gid, there.lid, port.state.ethernet, mtu, marks)
         reads = here.reads, max(1, min(there.reads, port.nic.caps.reads_sent, 255))
         self._pair.connect(path, there.number, (here.psn, there.psn), reads, self._settings.timing)
         self._ends = here, there
+        self.mtu = mtu
         self.up = True
-        self._loop.call_soon(self._sleep)
+        self._loop.call_soon(self._poller.sleep)
 
     def post(self, opcode: WrOpcode, pieces: Sequence[Piece], size: int, done: Done) -> None:
         """Post WRITEs or READs of `size` bytes in all, no more than `free`; the rail is up."""
-        if self._takes(done, self._pair.move, opcode, pieces):
-            self._taken(len(pieces), size, done)
-            self.free -= len(pieces)
-            self.load += size
-            if self.load <= _SMALL:
-                self._spin()
+        try:  # not `_takes`: this is called most
+            self._pair.move(opcode, pieces, self._generation << 32 | self._sequence)
+        except VerbsError:
+            self._not_taken(done)
+            return
+        slots = len(pieces)
+        self.free -= slots
+        self.load += size
+        self._taken(slots, size, done)
 
     def bind(self, window: verbs.Window, region: verbs.MemoryRegion, access: Access, done: Done) -> None:
         """Post the bind of a window; `free` is not 0 and the rail is up."""
         if self._takes(done, self._pair.bind, window, region, access):
-            self._taken(1, 0, done)
             self.free -= 1
-            self._spin()
+            self._taken(1, 0, done)
 
     def say(self, word: Word, number: int = 0, done: Done = lambda _: None) -> None:
         """Send a word, now or when there is room; never when the rail is down."""
@@ -209,14 +205,19 @@ class Rail:
             post(*arguments, self._generation << 32 | self._sequence)
             return True
         except VerbsError:
-            self._loop.call_soon(done, WcStatus.WR_FLUSH_ERR)
-            self._loop.call_soon(self._break, WcStatus.LOC_QP_OP_ERR)
+            self._not_taken(done)
             return False
 
+    def _not_taken(self, done: Done) -> None:
+        self._loop.call_soon(done, WcStatus.WR_FLUSH_ERR)
+        self._loop.call_soon(self._break, WcStatus.LOC_QP_OP_ERR)
+
     def _taken(self, slots: int, size: int, done: Done) -> None:
-        wr_id = self._generation << 32 | self._sequence
-        self._posts.append(_Post(wr_id, slots, size, self._loop.time(), done))
+        wr_id, now = self._generation << 32 | self._sequence, self._loop.time()
+        self.posts.append(_Post(wr_id, slots, size, now, done))
         self._sequence = (self._sequence + 1) % _RECEIVE
+        if self.load <= SMALL or size == 0:
+            self._poller.spin(now)
 
     def _send_words(self) -> None:
         while self._words and self._word_slots:
@@ -225,93 +226,41 @@ class Rail:
                 return
             self._word_slots -= 1
             self._taken(0, 0, done)
-            self._spin()
 
-    def _wake(self) -> None:
-        self._queue.acknowledge()
-        self._armed = False
-        self._drain()
-        if not self._spinning:
-            self._sleep()
+    # Completions
 
-    def _sleep(self) -> None:
-        """Have the channel tell of the next completion, then look once more: one may have come in between."""
-        if self._armed or self._closed:
-            return
-        self._armed = True
-        try:
-            self._queue.arm()
-        except VerbsError:
-            self._break(WcStatus.LOC_QP_OP_ERR)
-        self._drain()
+    def handle(self, batch: Sequence[tuple[int, int, int | None]]) -> None:
+        """See Polled."""
+        for wr_id, status, word in batch:
+            if wr_id >> 32 != self._generation:
+                continue
+            if status != _SUCCESS:
+                self._break(status, wr_id)
+            elif wr_id & 0xFFFFFFFF == _RECEIVE:
+                self._receive(word or 0)
+            else:
+                self._succeed(wr_id)
 
-    def _spin(self) -> None:
-        budget = 2 * self._small_time
-        if budget <= _MAX_SPIN:
-            self._stay_awake(budget)
+    def handled(self) -> None:
+        """See Polled."""
+        self._owner.turned(self)
 
-    def _stay_awake(self, seconds: float) -> None:
-        """Look again in the next turn of the loop, and in those of some time."""
-        self._spin_until = self._loop.time() + seconds
-        if not self._spinning:
-            self._spinning = True
-            self._loop.call_soon(self._spin_turn)
-
-    def _spin_turn(self) -> None:
-        if self._closed:
-            return
-        looks = _LOOKS
-        while looks and not self._drain():
-            looks -= 1
-        now = self._loop.time()
-        if looks and self.load <= _SMALL:
-            self._spin_until = now + 2 * self._small_time
-        if now < self._spin_until:
-            self._loop.call_soon(self._spin_turn)
-        else:
-            self._spinning = False
-            self._sleep()
-
-    def _drain(self) -> bool:
-        """Handle what is complete, and return whether there was anything."""
-        found = is_full = False
-        try:
-            for _ in range(_BATCHES):
-                batch = () if self._closed else self._queue.poll(_BATCH)
-                is_full = len(batch) == _BATCH
-                for wr_id, status, word in batch:
-                    found = True
-                    if wr_id >> 32 == self._generation:
-                        self._complete(wr_id, status, word)
-                if not is_full:
-                    break
-        except VerbsError:
-            self._break(WcStatus.LOC_QP_OP_ERR)
-        if is_full:
-            self._stay_awake(0.0)
-        if found and not self._closed:
-            self._owner.turned(self)
-        return found
-
-    def _complete(self, wr_id: int, status: int, word: int | None) -> None:
-        if status != WcStatus.SUCCESS:
-            self._break(status, wr_id)
-        elif wr_id & 0xFFFFFFFF == _RECEIVE:
-            self._receive(word or 0)
-        else:
-            self._succeed(wr_id)
+    def cannot_poll(self) -> None:
+        """See Polled."""
+        self._break(WcStatus.LOC_QP_OP_ERR)
 
     def _succeed(self, wr_id: int) -> None:
-        if not self._posts or self._posts[0].wr_id != wr_id:
+        posts = self.posts
+        if not posts or posts[0][0] != wr_id:
             return  # every post is signalled, and they end in order
-        post = self._posts.popleft()
-        self.load -= post.size
-        self.free += post.slots
-        if post.slots == 0:
+        _, slots, size, at, done = posts.popleft()
+        self.load -= size
+        self.free += slots
+        if slots == 0:
             self._word_slots += 1
-        if 0 < post.size <= _SMALL:
-            self._small_time += (self._loop.time() - post.at - self._small_time) / 8
-        post.done(WcStatus.SUCCESS)
+        if 0 < size <= SMALL:
+            self._poller.took(self._loop.time() - at)
+        done(_SUCCESS)
         if self._words and self.up:
             self._send_words()
 
@@ -358,16 +307,16 @@ class Rail:
         if not self.up:
             return
         is_unclear = status in (WcStatus.WR_FLUSH_ERR, WcStatus.LOC_QP_OP_ERR)
-        if self._posts and (is_unclear or self._posts[0].wr_id == wr_id):
+        if self.posts and (is_unclear or self.posts[0].wr_id == wr_id):
             unclear = WcStatus.GENERAL_ERR if self.is_heard else WcStatus.WR_FLUSH_ERR
-            self._posts.popleft().done(unclear if is_unclear else status)
+            self.posts.popleft().done(unclear if is_unclear else status)
         self.reset()
         self._owner.broke(self, status)
 
     def reset(self) -> None:
         """Take the rail down: nothing of it moves any more, and what was posted is flushed."""
         self.up = self.is_heard = False
-        posts, self._posts = self._posts, deque()
+        posts, self.posts = self.posts, deque()
         words, self._words = self._words, deque()
         self._generation = (self._generation + 1) & 0xFFFFFFFF
         self.free, self._word_slots, self.load = self._depth, _WORDS, 0
@@ -377,7 +326,7 @@ class Rail:
         if not self.is_lost:
             try:
                 self._pair.reset()
-                while self._queue.poll(_BATCH):
+                while self._queue.poll(_RECEIVES):
                     pass
             except VerbsError:  # its driver fails, or the NIC is going: destroying is what is left
                 self.is_lost = True
@@ -394,7 +343,7 @@ class Rail:
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._queue.fd)
+        self._poller.close()
         self.reset()
         self._pair.close()
         self._queue.close()

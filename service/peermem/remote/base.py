@@ -37,10 +37,13 @@ class GrantSource(Protocol):
         """End a link and its grants. Unknown ids are no error."""
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
     ) -> GrantedKey:
-        """Get the right to a whole region. Raises RegionNotFound, RegionDeleted, RegionRevoked,
-        AccessDenied, FabricUnavailable, LinkNotFound, StaleEpoch, LimitReached."""
+        """Get the right to a whole region, `staged` by way of a staging buffer whatever its path is.
+
+        Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, FabricUnavailable, LinkNotFound, StaleEpoch,
+        LimitReached.
+        """
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants; when this returns, no byte moves under them any more."""

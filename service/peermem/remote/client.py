@@ -141,7 +141,7 @@ class GrpcRemoteNode:
         await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
     ) -> GrantedKey:
         """See GrantSource."""
         request = link_pb2.AcquireGrantRequest(
@@ -150,6 +150,7 @@ class GrpcRemoteNode:
             region=str(region),
             right=link_pb2.RIGHT_WRITE if right is Rights.WRITE else link_pb2.RIGHT_READ,
             subject=self._on_behalf(subject),
+            staged=staged,
         )
         grant = await self._call(self._now.links.AcquireGrant(request, timeout=_DEADLINE))
         with self._faults():

@@ -107,7 +107,7 @@ class QueuePair(_message.Message):
     nic: _builtins.str
     """NIC port, such as mlx5_0/1."""
     number: _builtins.int
-    """Queue pair number, 24 bits."""
+    """Queue pair number, 24 bits; 0 in an answer for an end that can't be connected now."""
     psn: _builtins.int
     """First packet sequence number that this end sends, 24 bits."""
     gid: _builtins.bytes
@@ -231,6 +231,7 @@ class AcquireGrantRequest(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     RIGHT_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """From OpenLinkResponse."""
     epoch: _builtins.str
@@ -243,6 +244,8 @@ class AcquireGrantRequest(_message.Message):
     """The client on whose behalf the calling daemon acts, as SUBJECT@NODE; the answering node decides
     for it.
     """
+    staged: _builtins.bool
+    """Asks for a staging buffer instead of the region's memory itself."""
     def __init__(
         self,
         *,
@@ -251,10 +254,11 @@ class AcquireGrantRequest(_message.Message):
         region: _builtins.str = ...,
         right: Global___Right.ValueType = ...,
         subject: _builtins.str = ...,
+        staged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "link_id", b"link_id", "region", b"region", "right", b"right", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "link_id", b"link_id", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,6 +279,7 @@ class Grant(_message.Message):
     RAILS_FIELD_NUMBER: _builtins.int
     REGION_LENGTH_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    ALIGNMENT_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.int
     """Names the grant in later calls."""
     rkey: _builtins.int
@@ -289,6 +294,10 @@ class Grant(_message.Message):
     """Bytes of the region. `length` is less where the key opens a staging buffer instead."""
     staged: _builtins.bool
     """Whether the key opens a staging buffer, between which and the region CopyStaged copies."""
+    alignment: _builtins.int
+    """Bytes at whose multiples packets have to begin in the region for the NIC to place them right; 0
+    stands for 1. What begins elsewhere needs a staging buffer.
+    """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """Time from now to the grant's end."""
@@ -309,10 +318,11 @@ class Grant(_message.Message):
         rails: _abc.Iterable[Global___RailKey] | None = ...,
         region_length: _builtins.int = ...,
         staged: _builtins.bool = ...,
+        alignment: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from peermem.core.types import KeyPart, Path, Ranges, RemoteKey, Rights
+from peermem.core.types import KeyPart, LinkAttributes, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Link, LinkEnd, Opcode, Status, WorkRequest
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Settings
@@ -136,6 +136,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 async def test_modes(wired: Wired, mode: str) -> None:
     async with wired(MODES[mode]) as wire:
+        assert wire.link.packet == MODES[mode].mtu
         await all_well(wire)
         key = await wire.far.grant()
         count = 700
@@ -256,6 +257,30 @@ async def test_an_initiator_that_does_not_answer_a_fence_is_reset_and_comes_back
     await revoking
     assert await wire.wait([wire.post(Opcode.WRITE, key, Ranges.single(0, 0, MIB))]) == {Status.SUCCESS}
     assert await wire.far.content(0, MIB) == wire.local.bytes()[:MIB]
+
+
+async def test_a_rail_comes_back_with_no_smaller_packets(wire: Wire) -> None:
+    """Requests may have been planned by those that there were."""
+    mtus = [2048, 1024, 1024, 2048]
+
+    async def exchange(offer: LinkAttributes) -> LinkAttributes:
+        mtu = mtus.pop(0) if len(mtus) > 1 else mtus[0]
+
+        def limited(attributes: LinkAttributes) -> LinkAttributes:
+            ends = [dataclasses.replace(end, mtu=mtu) for end in attributes.queue_pairs]
+            return dataclasses.replace(attributes, queue_pairs=ends)
+
+        return limited(await wire.far.exchange(limited(offer)))
+
+    await wire.link.close()
+    wire.link = link = await wire.fabric.connect(exchange, wire.events)
+    assert link.packet == 2048
+    key = await wire.far.grant()
+    for rail in link.uses(lambda _: True):
+        rail.fail()
+    assert await wire.wait([wire.post(Opcode.WRITE, key, Ranges.single(0, 0, MIB))]) == {Status.SUCCESS}
+    assert mtus == [2048]
+    assert {rail.mtu for rail in link.uses(lambda rail: rail.up)} == {2048}
 
 
 # Ends

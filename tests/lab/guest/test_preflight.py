@@ -6,7 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -17,15 +17,6 @@ import pytest
 
 import peermem
 from peermem import Verdict
-from peermem.broker.preflight import Preflight
-from peermem.broker.proofs import Proofs
-from peermem.core.errors import NotMappable
-from peermem.core.types import Path
-from peermem.device.base import Copier, DeviceMemory
-from peermem.device.host import read_host
-from peermem.device.memfd import MemfdDevice
-from peermem.device.sysfs import read_topology
-from peermem.fabric.verbs_fabric import VerbsFabric
 from tests.client.processes import eventually
 from tests.lab.guest.conftest import Figures
 
@@ -64,16 +55,16 @@ class Found:
 
     alone: Mapping[str, Verdict]
     """On the node and its NICs, by the name of the check or the port."""
-    tried: Mapping[tuple[str, str], Verdict]
-    """On devices with NICs."""
+    tried: Mapping[tuple[str, str, str], Verdict]
+    """On devices by a path with NICs."""
 
     def failures(self) -> dict[str, str]:
         """Return the reasons for which checks and NICs fail."""
         return {name: verdict.error.reason for name, verdict in self.alone.items() if verdict.error}
 
     def reasons(self, device: str) -> list[str | None]:
-        """Return why a device does not work, for each NIC; None where it does."""
-        found = (verdict.error for (name, _), verdict in self.tried.items() if name == device)
+        """Return why a device does not work, for each path and NIC; None where it does."""
+        found = (verdict.error for (name, *_), verdict in self.tried.items() if name == device)
         return [error.reason if error else None for error in found]
 
 
@@ -88,7 +79,11 @@ class Daemon:
             verdicts = list(node.preflight(*devices))
         return Found(
             {verdict.check or verdict.nic or "": verdict for verdict in verdicts if not verdict.device},
-            {(verdict.device, verdict.nic or ""): verdict for verdict in verdicts if verdict.device},
+            {
+                (verdict.device, verdict.path.value if verdict.path else "", verdict.nic or ""): verdict
+                for verdict in verdicts
+                if verdict.device
+            },
         )
 
     def tool(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -159,20 +154,37 @@ def test_what_works(start: Start, figures: Figures) -> None:
     daemon = start()
     found = daemon.preflight()
     assert found.failures() == {}
-    for device, path in {"mem0": "HOST", "adopted": "HOST", "bar0": "STAGED", p2pmem(): "P2PDMA"}.items():
-        assert found.reasons(device) == [None, None]
+    works = [("mem0", "HOST"), ("adopted", "HOST"), ("bar0", "STAGED"), (p2pmem(), "P2PDMA"), (p2pmem(), "STAGED")]
+    for device, path in works:
         for nic in NICS:
-            verdict = found.tried[device, nic]
-            assert verdict.path is Path(path)
+            verdict = found.tried[device, path, nic]
+            assert verdict.error is None
             assert min(verdict.latency or 0, verdict.write_bandwidth or 0, verdict.read_bandwidth or 0) > 0
-    assert found.reasons("bar1") == ["BAR_CLAIMED"] * 2
+    assert found.reasons("bar1") == ["BAR_CLAIMED"] * 4
     figures("preflight", {" ".join(key): [v.works, v.latency, v.write_bandwidth] for key, v in found.tried.items()})
+
+
+def test_a_bar_without_pages_is_registered_on_demand_and_then_found_out(start: Start) -> None:
+    found = start().preflight("bar0")
+    assert found.reasons("bar0") == ["PROBE_FAILED", "PROBE_FAILED", None, None]
+    error = found.tried["bar0", "P2PDMA", NICS[0]].error
+    assert error is not None
+    assert "no pages that the NIC can reach" in error.message
+
+
+def test_a_nic_that_misplaces_what_begins_within_a_page_is_told(start: Start) -> None:
+    found = start().preflight(p2pmem())
+    assert "multiples of 4096" in found.tried[p2pmem(), "P2PDMA", NICS[0]].advice
+    assert "multiples of 4096" not in found.tried[p2pmem(), "STAGED", NICS[0]].advice
 
 
 def test_the_tool_tells_what_works_and_what_does_not(start: Start) -> None:
     daemon = start()
     done = daemon.tool("preflight", "--device", "mem0")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "All works.")
+    done = daemon.tool("preflight", "--device", "bar0")
+    assert done.returncode == 0
+    assert "NOT BY THIS PATH" in done.stdout
     done = daemon.tool("preflight", "--device", "bar1")
     assert done.returncode == 1
     assert "(BAR_CLAIMED)" in done.stdout
@@ -209,7 +221,7 @@ def test_a_daemon_that_may_not_open_the_devices(start: Start) -> None:
         found = start(*AS_NOBODY).preflight("mem0", "bar0", p2pmem())
     assert found.failures() == {}
     assert found.reasons("mem0") == [None, None]
-    assert found.reasons("bar0") == found.reasons(p2pmem()) == ["DEVICE_FORBIDDEN"] * 2
+    assert found.reasons("bar0") == found.reasons(p2pmem()) == ["DEVICE_FORBIDDEN"] * 4
 
 
 def test_a_pool_that_is_full(start: Start) -> None:
@@ -217,22 +229,22 @@ def test_a_pool_that_is_full(start: Start) -> None:
     pool = DEVICES / function(NVME) / "p2pmem"
     with (pool / "allocate").open("r+b", buffering=0) as file:
         with mmap.mmap(file.fileno(), int((pool / "available").read_text())):
-            assert daemon.preflight(p2pmem()).reasons(p2pmem()) == ["DEVICE_FULL"] * 2
-        assert daemon.preflight(p2pmem()).reasons(p2pmem()) == [None, None]
+            assert daemon.preflight(p2pmem()).reasons(p2pmem()) == ["DEVICE_FULL"] * 4
+        assert daemon.preflight(p2pmem()).reasons(p2pmem()) == [None] * 4
 
 
 def test_a_device_whose_driver_is_unbound(start: Start) -> None:
     daemon = start()
     device, address = p2pmem(), function(NVME)
     driver = (DEVICES / address / "driver").resolve()
-    assert daemon.preflight(device).reasons(device) == [None, None]
+    assert daemon.preflight(device).reasons(device) == [None] * 4
     (driver / "unbind").write_text(address)
     try:
-        assert daemon.preflight(device).reasons(device) == ["DEVICE_LOST"] * 2
+        assert daemon.preflight(device).reasons(device) == ["DEVICE_LOST"] * 4
     finally:
         (driver / "bind").write_text(address)
     eventually((DEVICES / address / "p2pmem/allocate").exists)
-    assert daemon.preflight(device).reasons(device) == [None, None]
+    assert daemon.preflight(device).reasons(device) == [None] * 4
 
 
 @pytest.fixture
@@ -259,52 +271,3 @@ def test_without_a_nic_the_daemon_serves_over_tcp(lonely: str, start: Start) -> 
         node.transfer(source, sink).wait()
         assert sink.read(0, 8) == b"over tcp"
         assert source.nics == ()
-
-
-class PfnMemory:
-    """A BAR as resource2 maps it, without struct pages, but said to be p2pmem: its registration on demand succeeds."""
-
-    def __init__(self) -> None:
-        path = DEVICES / function(IVSHMEM) / "resource2"
-        with path.open("r+b", buffering=0) as file:
-            self._mapping = mmap.mmap(file.fileno(), MIB)
-        self.length = MIB
-        self.fd = None
-        self.copier: Copier | None = None
-
-    def view(self) -> memoryview:
-        return memoryview(self._mapping)
-
-    def share(self) -> tuple[int, int]:
-        raise NotMappable("No job maps it.")
-
-    def close(self) -> None:
-        self._mapping.close()
-
-
-class Liar(MemfdDevice):
-    """A device that claims a path which its memory does not have."""
-
-    kind = "liar"
-    path = Path.P2PDMA
-
-    async def allocate(self, length: int) -> DeviceMemory:
-        return PfnMemory()
-
-
-@pytest.fixture
-async def fabric() -> AsyncIterator[VerbsFabric]:
-    fabric = VerbsFabric(["rxe1/1"])
-    await fabric.start()
-    yield fabric
-    await fabric.close()
-
-
-async def test_a_registration_that_succeeds_and_then_fails_at_access(fabric: VerbsFabric) -> None:
-    devices = {"liar": Liar("liar", MIB), "mem0": MemfdDevice("mem0", MIB)}
-    preflight = Preflight(devices, Proofs(fabric), read_topology, read_host, fabric)
-    before = fabric.object_counts()
-    *_, liar, honest = [step.verdict async for step in preflight.run()]
-    assert (liar.device, liar.error and liar.error.reason) == ("liar", "PROBE_FAILED")
-    assert (honest.device, honest.error) == ("mem0", None)
-    assert fabric.object_counts() == before

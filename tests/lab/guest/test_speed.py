@@ -131,7 +131,9 @@ def test_bar_memory(fabric: tuple[End, End], bars: Bars) -> None:
 def lab(out: Path) -> Iterator[Lab]:
     large = f'[[device]]\nname = "large"\nsize = "{REGISTERED >> 20}MiB"\n'
     places = {node: nodes.place(node, f'[verbs]\nnics = ["{port}"]\n{large}') for node, port in PORTS.items()}
-    with nodes.lab(out / "nodes", places=places) as lab:  # their logs come out
+    folder = out / "nodes"  # their logs come out
+    folder.mkdir(exist_ok=True)
+    with nodes.lab(folder, places=places) as lab:
         yield lab
 
 
