@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from peermem.core.errors import PeermemError
 from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights
@@ -76,8 +76,7 @@ class WorkRequest:
     """`ranges.remote` are offsets from the start of what `key` opens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """How a work request ended."""
 
     wr_id: int

@@ -18,7 +18,9 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 from peermem.core.errors import PyverbsMissing
@@ -51,6 +53,8 @@ class _Pyverbs:
         finally:  # every release calls logging.basicConfig() when it is imported
             logging.root.handlers[:] = handlers
             logging.root.setLevel(level)
+        # Every object, each work completion among them, asks for its class's logger: remember which that is.
+        vars(self.base)["logging"] = SimpleNamespace(getLogger=cache(logging.getLogger))
         self.sge = self.wr.SGE(0, 0, 0)
         self.receive = self.wr.RecvWR(num_sge=1, sg=[self.sge])
         self.receive.num_sge = 0  # the constructor wants one
@@ -304,7 +308,7 @@ class CompletionQueue(Owned):
         except self._error as error:
             raise fault(error) from None
         return found and [
-            (wc.wr_id, int(wc.status), socket.ntohl(wc.imm_data) if wc.wc_flags & _WITH_IMM else None) for wc in found
+            (wc.wr_id, wc.status, socket.ntohl(wc.imm_data) if wc.wc_flags & _WITH_IMM else None) for wc in found
         ]
 
     def arm(self) -> None:

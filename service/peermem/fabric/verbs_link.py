@@ -35,6 +35,7 @@ _FAULTS: dict[int, Status] = {
     WcStatus.REM_OP_ERR: Status.REM_OP_ERR,
 }
 """Failures of a request; all others are the rail's."""
+_SUCCESS = int(WcStatus.SUCCESS)
 _POSTED_BYTES = 8 << 20
 """On one rail: enough to keep it busy, and little enough to drain in a moment when the link closes."""
 _SUSPICIONS = 3
@@ -158,7 +159,7 @@ class VerbsLink:
         elif self._waiting or not self._begins(job):
             self._waiting.append(job)
         if self._outstanding == 1:
-            self._mender.moved()
+            self._mender.has_moved = True
         if self._finished and not self._report_due:
             self._report_due = True
             self._loop.call_soon(self._report)
@@ -201,7 +202,7 @@ class VerbsLink:
 
     def heard(self, rail: Rail, word: Word) -> None:
         """See RailOwner."""
-        self._mender.moved()
+        self._mender.has_moved = True
         if word is Word.BYE:
             rail.fail()
             self.go_down(LinkEnd.REMOTE_CLOSED, "the remote side closed the link")
@@ -239,12 +240,17 @@ class VerbsLink:
         """Post a job on a rail, or finish it because there can be none; return whether that was so, or False while it
         has to wait for one."""
         request = job.request
-        registration = self._memories.find(request.memory)
-        if registration is None:
-            self._finish(job, Status.LOC_PROT_ERR)
-            return True
         route = self._route
-        if route is None or route.registration is not registration or route.key is not request.key:
+        if (
+            route is None
+            or route.key is not request.key
+            or route.registration.memory is not request.memory
+            or not route.registration.parts  # it is not registered any more
+        ):
+            registration = self._memories.find(request.memory)
+            if registration is None:
+                self._finish(job, Status.LOC_PROT_ERR)
+                return True
             route = self._route = _Route(registration, request.key, self._rails)
         best: tuple[Rail, Sequence[int], Sequence[KeyPart]] | None = None
         least = _POSTED_BYTES
@@ -255,7 +261,7 @@ class VerbsLink:
                 best, least = way, rail.load
         if best is not None:
             rail, lkeys, parts = best
-            job.pieces = cut(request.ranges, registration.address, lkeys, PART, parts)
+            job.pieces = cut(request.ranges, route.registration.address, lkeys, PART, parts)
             job.posted = 0
             self._post_some(rail, job)
         elif not route.ways:
@@ -288,10 +294,10 @@ class VerbsLink:
     def _answered(self, job: _Job, status: int) -> None:
         """One post of a job ended. Posts end in order, and after the first failure none succeeds."""
         job.pending -= 1
-        if status == WcStatus.SUCCESS:
-            self._mender.moved()
+        if status == _SUCCESS:
+            self._mender.has_moved = True
             if job.pending == 0 and job.posted == len(job.pieces):
-                self._finish(job, job.status or Status.SUCCESS)
+                self._finished.append(Completion(job.request.wr_id, job.status or Status.SUCCESS))
             return
         if status == WcStatus.GENERAL_ERR:
             job.suspected += 1
@@ -299,7 +305,7 @@ class VerbsLink:
                 status = WcStatus.LOC_PROT_ERR
         if status in _FAULTS:
             job.status = _FAULTS[status]
-            self._mender.moved()
+            self._mender.has_moved = True
             if job.status is Status.REM_ACCESS_ERR:
                 self._refuse(job)
         if job.pending == 0 and job not in self._current.values():

@@ -93,11 +93,11 @@ class Registration:
 
     async def close(self) -> None:
         """Deregister everywhere, with turns of the loop. Raises VerbsError."""
-        for parts in self.parts.values():
+        every, self.parts = self.parts, {}
+        for parts in every.values():
             for part in parts:
                 part.close()
                 await asyncio.sleep(0)
-        self.parts = {}
         self._mapping.close()
 
 

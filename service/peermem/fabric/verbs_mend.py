@@ -53,6 +53,8 @@ class Mender:
         self._on_down = on_down
         self._loop = asyncio.get_running_loop()
         self._link_id = b""
+        self.has_moved = False
+        """To be set when something ended or begins."""
         self._moved_at = self._loop.time()
         self._refused_at: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -72,10 +74,6 @@ class Mender:
             )
         self.watch()
 
-    def moved(self) -> None:
-        """Something ended, or begins."""
-        self._moved_at = self._loop.time()
-
     def watch(self) -> None:
         """Look now and then, until the link has nothing to do and all its rails are up."""
         if self._timer is None and not self._stopped:
@@ -86,7 +84,7 @@ class Mender:
         if self._stopped or self._task is not None:
             return
         if not self._is_busy():
-            self.moved()
+            self.has_moved = True
         self._task = self._loop.create_task(self._mend())
         self._task.add_done_callback(self._mended)
         self.watch()
@@ -103,7 +101,10 @@ class Mender:
         self._timer = None
         if not self._is_busy() and self._is_whole():
             return
-        still = self._loop.time() - self._moved_at
+        now = self._loop.time()
+        if self.has_moved:
+            self.has_moved, self._moved_at = False, now
+        still = now - self._moved_at
         if still >= self._settings.stall_timeout:
             self._on_down(LinkEnd.STALLED, f"nothing moved for {self._settings.stall_timeout:g} s")
             return

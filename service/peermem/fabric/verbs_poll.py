@@ -69,7 +69,10 @@ class Poller:
         """Small work was posted just now: poll for it."""
         budget = 2 * self._small_time
         if budget <= _MAX_SPIN:
-            self._stay_awake(now + budget)
+            self._until = now + budget
+            if not self._spinning:
+                self._spinning = True
+                self._loop.call_soon(self._spin_turn)
 
     def sleep(self) -> None:
         """Have the channel tell of the next completion, then look once more: one may have come in between."""

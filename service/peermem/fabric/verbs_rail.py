@@ -258,7 +258,7 @@ class Rail:
         self.free += slots
         if slots == 0:
             self._word_slots += 1
-        if 0 < size <= SMALL:
+        if 0 < size <= SMALL and wr_id & 3 == 0:  # some are enough
             self._poller.took(self._loop.time() - at)
         done(_SUCCESS)
         if self._words and self.up:
