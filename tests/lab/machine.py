@@ -14,7 +14,7 @@ import selectors
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +24,8 @@ _CMB_MIB = 64
 _BAR_MIB = 16
 _DISKS = {"results": 256 << 20, "nvme": 64 << 20}
 _READY_SECONDS = 240
+_BOOTS, _BOOT_SECONDS = 3, 60
+"""How often a guest is booted, and only while so much time is left."""
 _KERNEL_ARGUMENTS = "console=ttyS0 loglevel=5 panic=-1 mitigations=off log_buf_len=4M rdinit=/init"
 _PANIC = re.compile(r"Kernel panic - .*")
 
@@ -36,6 +38,8 @@ class Boot:
     seconds: float
     ready: float | None
     first_suite: float | None
+    number: int = 1
+    """Which boot it was, from 1 on: before it, guests did not come up."""
 
 
 class _LateError(Exception):
@@ -103,6 +107,15 @@ def run(arguments: list[str], clock: Clock, console: Path, hear: Callable[[str],
         panic = _PANIC.search(console.read_text(errors="replace")) if console.exists() else None
         trouble = f"The guest ended by itself before its plan was over{f': {panic[0].strip()}' if panic else ''}."
     return Boot(trouble, time.monotonic() - begun, marks.get("ready"), marks.get("suite"))
+
+
+def until_up(boot: Callable[[], Boot], clock: Clock, tell: Callable[[str], None]) -> Boot:
+    """Boot until a guest comes up, a few times; return how the last one's life went."""
+    number, last = 1, boot()
+    while last.ready is None and number < _BOOTS and clock.left() > _BOOT_SECONDS:
+        tell(f"{last.trouble} It had not come up: once more.")
+        number, last = number + 1, boot()
+    return replace(last, number=number)
 
 
 def _follow(progress: IO[bytes], clock: Clock) -> Iterator[str]:

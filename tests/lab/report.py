@@ -73,6 +73,7 @@ def _guest(boot: Boot, guest: GuestResult) -> dict[str, Any]:
     return {
         "facts": guest.facts,
         "seconds": round(boot.seconds, 1),
+        "boots": boot.number,
         "ready_seconds": boot.ready and round(boot.ready, 1),
         "kernel_lines": [*guest.fatal_lines, *guest.suspicious_lines],
         "suites": {name: _suite(suite) for name, suite in guest.suites.items()},

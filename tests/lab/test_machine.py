@@ -67,6 +67,22 @@ def test_a_panic_is_told(shell: Shell) -> None:
     assert "Kernel panic - not syncing: Attempted to kill init!" in shell.run("echo '@9 ready'").trouble
 
 
+def test_a_guest_that_does_not_come_up_is_booted_anew(shell: Shell) -> None:
+    scripts, told = ["exit 1", "exit 1", OVER, "exit 1"], list[str]()
+    boot = machine.until_up(lambda: shell.run(scripts.pop(0)), Clock(900), told.append)
+    assert (boot.trouble, boot.number, len(scripts)) == ("", 3, 1)
+    assert told == ["The guest ended by itself before its plan was over. It had not come up: once more."] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "boots"), [("exit 1", 900, 3), ("exit 1", 30, 1), ("echo '@9 ready'", 900, 1)]
+)
+def test_a_guest_is_not_booted_for_ever(shell: Shell, script: str, seconds: int, boots: int) -> None:
+    boot = machine.until_up(lambda: shell.run(script), Clock(seconds), lambda _: None)
+    assert boot.number == boots
+    assert "ended by itself" in boot.trouble
+
+
 def test_what_the_machine_says_instead_of_starting_is_heard(shell: Shell) -> None:
     assert shell.run("echo 'qemu: no such device' >&2; exit 1").trouble
     assert shell.heard == ["qemu: no such device"]
