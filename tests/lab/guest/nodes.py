@@ -207,6 +207,14 @@ def resources(node: str) -> dict[str, dict[str, int]]:
     return {device["ifname"]: {kind: device[kind] for kind in counted} for device in devices}
 
 
+def queue_pairs(node: str) -> set[tuple[str, int]]:
+    """Return the reliable connections' queue pairs of a node's namespace: the NIC of each, and its number there."""
+    listed = json.loads(command(*inside(node), "rdma", "-j", "resource", "show", "qp"))
+    pairs = {(pair["ifname"], pair["lqpn"]) for pair in listed if pair["type"] == "RC"}
+    assert pairs
+    return pairs
+
+
 def held(lab: Lab, node: str) -> dict[str, object]:
     """Return all that a node's daemon holds for others, by its own account and by the kernel's."""
     daemon = lab.daemons[node]
@@ -222,7 +230,7 @@ def held(lab: Lab, node: str) -> dict[str, object]:
 def until_held(lab: Lab, node: str, expected: Mapping[str, object]) -> None:
     """Wait until a node's daemon holds what it held before."""
     try:
-        eventually(lambda: held(lab, node) == expected, "the baseline")
+        eventually(lambda: held(lab, node) == expected, "the baseline", 60)
     except AssertionError:
         assert held(lab, node) == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,9 +18,13 @@ from peermem import FabricKind, errors
 from tests.lab.guest import nodes
 from tests.lab.guest.nodes import HOST, MIB, PATIENCE, noise
 
+pytestmark = pytest.mark.timeout(300)
+
 _CONFIG = f"insecure_network = true\np2pmem = true\n{nodes.HOST_DEVICE}"
 _SOURCE = Path(peermem.__file__).parents[1]
 _NO_PYVERBS = Path("/tmp/no-pyverbs")
+_NO_GID = 9
+"""No NIC here has so many addresses."""
 _NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all")
 _NO_LOCKING = ("prlimit", "--memlock=65536", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
 
@@ -46,6 +51,26 @@ def shadowed_pyverbs() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def without_addresses(node: str) -> Iterator[None]:
+    """Take the addresses of a node's NICs away: what is left are the GIDs that follow from their MAC addresses."""
+    namespace = nodes.NAMESPACES[node]
+    addresses = [(name, _address(namespace, name)) for name in nodes.interfaces(node)]
+    for name, address in addresses:
+        nodes.command("ip", "-n", namespace, "addr", "delete", address, "dev", name)
+    try:
+        yield
+    finally:
+        for name, address in addresses:
+            nodes.command("ip", "-n", namespace, "addr", "add", address, "dev", name)
+
+
+def _address(namespace: str, interface: str) -> str:
+    (found,) = json.loads(nodes.command("ip", "-n", namespace, "-j", "-4", "addr", "show", "dev", interface))
+    (address,) = found["addr_info"]
+    return f"{address['local']}/{address['prefixlen']}"
+
+
 @dataclass(frozen=True)
 class Machine:
     """Something that keeps a daemon from using its NICs."""
@@ -69,6 +94,12 @@ MACHINES = {
     ),
     "no permission": Machine(errors.NicForbidden, "/dev/infiniband", prefix=_NOBODY, made=closed_device_files),
     "port down": Machine(errors.PortDown, "ip link set", made=lambda: nodes.nics_down("a")),
+    "no usable GID": Machine(
+        errors.NoGid,
+        "IP address",
+        prefix=("env", f"PEERMEM_VERBS_GID_INDEX={_NO_GID}"),
+        made=lambda: without_addresses("a"),
+    ),
     "memlock too small": Machine(errors.MemlockTooSmall, "LimitMEMLOCK", prefix=_NO_LOCKING),
 }
 
@@ -135,22 +166,11 @@ def test_what_keeps_verbs_from_working_is_told_and_tcp_serves(folder: Path, part
             assert back.read() == noise(MIB)
 
 
-@pytest.fixture
-def without_addresses() -> Iterator[None]:
-    """Take the addresses of node a's NICs away: what is left are the GIDs that follow from their MAC addresses."""
-    addresses = {"v1": "10.0.0.1/24", "v1b": "10.0.1.1/24"}
-    for name, address in addresses.items():
-        nodes.command("ip", "-n", "n1", "addr", "delete", address, "dev", name)
-    yield
-    for name, address in addresses.items():
-        nodes.command("ip", "-n", "n1", "addr", "add", address, "dev", name)
-
-
-@pytest.mark.usefixtures("without_addresses")
 def test_nics_without_an_address_keep_no_transfer_from_ending_well(folder: Path, partner: Daemon) -> None:
     home = folder / "addresses"
     home.mkdir()
     with (
+        without_addresses("a"),
         ill(home, partner, nodes.bare_place("a")) as (auto, _),
         peermem.connect(partner.target) as b,
         auto.create_region(device=HOST, length=MIB) as here,
