@@ -38,7 +38,7 @@ test: $(READY) ## Run the tests (ARGS="-k tcp" goes to pytest)
 lab: $(READY) ## Run the tests that need RDMA NICs and BARs, on a machine that is emulated (ARGS=--help tells how)
 	$(BIN)/python -m tests.lab $(ARGS)
 
-lab-soak: $(READY) ## Run the lab's soak whole: hours
+lab-soak: $(READY) ## Run the lab's soak whole: a quarter of an hour
 	$(BIN)/python -m tests.lab --soak --only soak $(ARGS)
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)

@@ -106,7 +106,7 @@ class App:
         broker = self._broker(directory, parts, sessions)
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: _snapshot(broker, sessions, parts))
-        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports()])
+        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
         server = self._server(broker, sessions)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)

@@ -234,6 +234,20 @@ async def test_idle_links_are_closed() -> None:
         assert (await outcome(await start(a, whole(source, sink)))).state is State.SUCCEEDED
 
 
+async def test_a_link_is_not_idle_while_a_checksum_is_computed_at_its_far_end() -> None:
+    async with hosts("a", "b", link_idle=0.0) as (a, b):
+        source, sink = await region(a, 10), await region(b, 10)
+        gate = a.cues.gates["checksum"] = asyncio.Event()
+        transfer = await start(a, whole(source, sink), checksum=True)
+        await eventually(lambda: "checksum" in a.cues.calls)
+        a.broker.links.tend()
+        assert a.broker.node_facts().link_count == 1
+        gate.set()
+        assert (await outcome(transfer)).state is State.SUCCEEDED
+        a.broker.links.tend()
+        assert a.broker.node_facts().link_count == 0
+
+
 async def test_transfers_are_remembered_for_a_while(pair: list[Host]) -> None:
     async with hosts("x", keep_ended=2) as (x,):
         source, sink = await region(x, 10), await region(x, 10)

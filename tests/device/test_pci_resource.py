@@ -145,7 +145,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("levels", "kind"),
-        [("none [integrity] confidentiality", errors.KernelLockedDown), ("[none]", errors.DeviceForbidden)],
+        [
+            ("none [integrity] confidentiality", errors.KernelLockedDown),
+            ("", errors.KernelLockedDown),  # securityfs is not mounted, as in a container
+            ("[none]", errors.DeviceForbidden),
+        ],
     )
     async def test_the_kernel_forbids_it(self, tree: PciTree, levels: str, kind: type[errors.PeermemError]) -> None:
         tree.lock_down(levels)

@@ -246,6 +246,7 @@ def test_only_rows_in_use_of_an_address_table_are_read(lab: machines.Machine) ->
             (attributes / kind / str(index)).unlink()
             os.mkfifo(attributes / kind / str(index))  # who opens it waits for ever
     assert [gid.index for gid in sysfs.nic_ports(lab.root)[0].gids] == [0, 1]
+    assert sysfs.nic_ports(lab.root, gids=False)[0].gids == ()
 
 
 def test_a_large_machine_is_read_in_bounded_time(gpu_server: machines.Machine) -> None:

@@ -44,14 +44,14 @@ class Lab:
         self._output = output.resolve()
         self._clock = clock
 
-    def boot(self, release: str, plan: str, *, awake: bool = False) -> tuple[Boot, GuestResult]:
+    def boot(self, release: str, plan: str) -> tuple[Boot, GuestResult]:
         """Boot a guest until one comes up, let it carry out its plan, and read what it left."""
         boot = machine.until_up(
-            lambda: self._boot_once(release, plan, awake=awake), self._clock, lambda line: tell(f"{release}: {line}")
+            lambda: self._boot_once(release, plan), self._clock, lambda line: tell(f"{release}: {line}")
         )
         return boot, results.read(self._output / "out" / release, self._output / f"console-{release}.log")
 
-    def _boot_once(self, release: str, plan: str, *, awake: bool) -> Boot:
+    def _boot_once(self, release: str, plan: str) -> Boot:
         console = self._output / f"console-{release}.log"
         out = self._output / "out" / release
         console.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ class Lab:
 
             files = image.assemble(Cache(_CACHE), RELEASES[release], plan, folder)
             disk = machine.make_disks(folder)
-            boot = machine.run(machine.command(files, folder, console, awake=awake), self._clock, console, hear)
+            boot = machine.run(machine.command(files, folder, console), self._clock, console, hear)
             results.unpack(disk, out)
         return boot
 
@@ -80,9 +80,8 @@ class Lab:
         guests: dict[str, GuestResult] = {}
         for release in dict.fromkeys(suite.release for suite in chosen):
             tell(f"== {release}: booting")
-            here = [suite for suite in chosen if suite.release == release]
-            awake = any(suite.settings.awake for suite in here)
-            boots[release], guests[release] = self.boot(release, suites.plan(here, choice), awake=awake)
+            plan = suites.plan([suite for suite in chosen if suite.release == release], choice)
+            boots[release], guests[release] = self.boot(release, plan)
         found = report.troubles(chosen, choice, boots, guests)
         seconds = time.monotonic() - begun
         data = report.build(found, seconds, boots, guests)

@@ -58,10 +58,8 @@ class Clock:
         return self._end - time.monotonic()
 
 
-def command(image: Image, folder: Path, console: Path, *, awake: bool = False) -> list[str]:
-    """Return the command line of the machine, whose disks are files in `folder`. `awake`: its processors never halt,
-    because to wake one up takes an emulator longer than many things that are measured; the host's don't rest then."""
-    arguments = f"{_KERNEL_ARGUMENTS} idle=poll" if awake else _KERNEL_ARGUMENTS
+def command(image: Image, folder: Path, console: Path) -> list[str]:
+    """Return the command line of the machine, whose disks are files in `folder`."""
     devices = [
         ("-drive", f"file={folder}/results,if=none,id=results,format=raw,cache=unsafe"),
         ("-device", "virtio-blk-pci,drive=results"),
@@ -74,7 +72,7 @@ def command(image: Image, folder: Path, console: Path, *, awake: bool = False) -
     return [
         *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none"),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", "2", "-m", "3G"),
-        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", arguments),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", _KERNEL_ARGUMENTS),
         *("-serial", f"file:{console}", "-serial", "stdio"),
         *(word for device in devices for word in device),
     ]

@@ -22,7 +22,7 @@ class Settings:
 
     `releases` names the guests; `namespace` is a network namespace, "" for the initial one, from which tests start
     daemons by `ip netns exec`; `seconds` is all the time that it may take, or `soak_seconds`, if more, when the soak is
-    whole; `skips` are the names of the tests that may be skipped; `awake` has the guest's processors never halt.
+    whole; `skips` are the names of the tests that may be skipped.
     """
 
     releases: tuple[str, ...] = ("trixie",)
@@ -30,7 +30,6 @@ class Settings:
     seconds: int = 300
     soak_seconds: int = 0
     skips: tuple[str, ...] = ()
-    awake: bool = False
 
 
 TABLE = {
@@ -42,7 +41,7 @@ TABLE = {
     "nodes": Settings(seconds=600),
     "preflight": Settings(namespace="n1", seconds=600),
     "soak": Settings(namespace="n1", soak_seconds=3600),
-    "speed": Settings(seconds=600, awake=True),
+    "speed": Settings(seconds=600),
 }
 
 

@@ -102,6 +102,8 @@ class OutboundLink:
         self._queued: set[Worker] = set()
         self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
         self._load = 0
+        self._checksums = 0
+        """Being computed at the far end."""
         self._next_id = 0
 
     async def open(self, rails: int) -> None:
@@ -115,8 +117,8 @@ class OutboundLink:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is outstanding or waiting."""
-        return not self._outstanding and not self._turns and not self._acquiring
+        """Whether nothing is outstanding, waiting or being computed."""
+        return not (self._outstanding or self._turns or self._acquiring or self._checksums)
 
     @property
     def packet(self) -> int:
@@ -195,7 +197,12 @@ class OutboundLink:
 
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
-        return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
+        self._checksums += 1
+        try:
+            return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
+        finally:
+            self._checksums -= 1
+            self.used_at = self._clock()
 
     async def copy_staged(self, held: HeldGrant, pieces: Sequence[tuple[int, int, int]], *, into_region: bool) -> None:
         """Have the far end copy between a region and its staging buffer. Raises as GrantSource.copy_staged."""

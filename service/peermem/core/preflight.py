@@ -239,7 +239,9 @@ def _kernel(host: HostFacts) -> Verdict:
 
 
 def _lockdown(host: HostFacts, needs: Needs) -> Verdict:
-    if host.lockdown in ("", "none"):
+    if not host.lockdown:
+        return Verdict("The kernel does not say whether it is locked down: securityfs is not mounted here.")
+    if host.lockdown == "none":
         return Verdict("The kernel is not locked down.")
     detail = f"The kernel is locked down ({host.lockdown})."
     if Path.STAGED not in needs.paths:

@@ -186,10 +186,10 @@ class _Bar:
 
     def _unreadable(self, error: OSError) -> PeermemError:
         level = lockdown(self.root)
-        if error.errno == errno.EPERM and level not in ("", "none"):
+        if error.errno == errno.EPERM and level != "none":  # it is unknown where securityfs is not mounted
             return KernelLockedDown(
-                f"Device {self.name} can't be mapped: kernel lockdown ({level}) forbids to map PCI BARs. Switch Secure "
-                "Boot off, or boot without lockdown=.",
+                f"Device {self.name} can't be mapped: kernel lockdown ({level or 'of unknown level'}) forbids to map "
+                "PCI BARs. Switch Secure Boot off, or boot without lockdown=.",
                 device=self.name,
             )
         if error.errno in (errno.EACCES, errno.EPERM):

@@ -91,12 +91,15 @@ def p2pmem_pool(address: str, root: Path = SYSFS) -> P2pmemPool | None:
     )
 
 
-def nic_ports(root: Path = SYSFS) -> list[NicPort]:
-    """Return the ports of all RDMA devices in the order of their numbers; none where there is no RDMA."""
+def nic_ports(root: Path = SYSFS, *, gids: bool = True) -> list[NicPort]:
+    """Return the ports of all RDMA devices in the order of their numbers; none where there is no RDMA.
+
+    GIDs are files by the hundred: without them it is quick.
+    """
     verbs = root / "class/infiniband_verbs"
     uverbs = {_text(verbs / name / "ibdev"): name for name in _names(verbs)}
     return [
-        _nic_port(root, device, port, uverbs.get(device, ""))
+        _nic_port(root, device, port, uverbs.get(device, ""), with_gids=gids)
         for device in _numbered(root / "class/infiniband")
         for port in _numbered(root / "class/infiniband" / device / "ports")
         if port.isdecimal()
@@ -190,11 +193,11 @@ def _acs_control(descriptor: int) -> int | None:
     return 0
 
 
-def _nic_port(root: Path, device: str, port: str, uverbs: str) -> NicPort:
+def _nic_port(root: Path, device: str, port: str, uverbs: str, *, with_gids: bool) -> NicPort:
     folder = root / "class/infiniband" / device
     here = folder / "ports" / port
     parent = _text(folder / "parent")  # of a software NIC: the network interface that it sits on
-    gids = tuple(_gids(here))
+    gids = tuple(_gids(here)) if with_gids else ()
     address = "" if parent else _function_of(folder)
     return NicPort(
         name=f"{device}/{port}",

@@ -36,7 +36,7 @@ _FAULTS: dict[int, Status] = {
 }
 """Failures of a request; all others are the rail's."""
 _SUCCESS = int(WcStatus.SUCCESS)
-_POSTED_BYTES = 8 << 20
+_POSTED_BYTES = 16 << 20
 """On one rail: enough to keep it busy, and little enough to drain in a moment when the link closes."""
 _SUSPICIONS = 3
 """How often a rail that worked may break under a request, without saying why, before it is the request's fault."""
