@@ -6,7 +6,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from peermem.config import Address, Config, ConfigError, ListenAddress, Name, PciResource, load, node_name
+from peermem.config import (
+    Address,
+    Config,
+    ConfigError,
+    Cuda,
+    DeviceSize,
+    ListenAddress,
+    Name,
+    PciResource,
+    Rocm,
+    load,
+    node_name,
+)
 from peermem.config_values import BarOffset, BarSize, PciAddress
 
 SHIPPED = Path(__file__).parents[1] / "deploy" / "peermem.toml"
@@ -149,6 +161,29 @@ def test_devices_in_bars_are_read(tmp_path: Path) -> None:
     )
 
 
+def test_gpus_are_read(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        [[device]]
+        kind = "cuda"
+        name = "gpu0"
+        address = "0000:41:00.0"
+        size = "1GiB"
+        [[device]]
+        kind = "rocm"
+        name = "gpu1"
+        address = "0000:42:00.0"
+        size = "2GiB"
+        adopt = false
+        """,
+    )
+    assert load(file, {}).devices == (
+        Cuda(Name("gpu0"), PciAddress("0000:41:00.0"), DeviceSize(1 << 30), True),
+        Rocm(Name("gpu1"), PciAddress("0000:42:00.0"), DeviceSize(2 << 30), False),
+    )
+
+
 HOST_PORT = 'host:port with a port from 1 to 65535, such as "10.0.0.2:7470" or "[fd00::2]:7470"'
 LISTEN = 'host:port with a port from 0 to 65535, such as "127.0.0.1:7470" or "[::1]:7470"'
 NAME = "1 to 63 of a-z, 0-9 and -, starting with a letter and not ending with -"
@@ -156,6 +191,7 @@ TTL = 'a duration with its unit (ms, s, min, h, d) from 100ms to 1h, such as "30
 MESSAGE = 'a size from 64KiB to 1GiB in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
 BAR = "kind = 'pci_resource', name = 'a', address = '0000:41:00.0'"
 OTHER = BAR.replace("'a'", "'b'")
+GPU, OTHER_GPU = BAR.replace("pci_resource", "cuda"), OTHER.replace("pci_resource", "rocm")
 UNITS = 'in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
 NIC = 'an RDMA device or one of its ports, such as "mlx5_0" or "mlx5_0/1"'
 PATH = "an absolute path of at most 107 bytes, or empty for none"
@@ -175,9 +211,11 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("device = [{name = 'a'}]", 'device[0].size is missing: expected a size from 4KiB to 1024TiB in bytes, KiB, '
          'MiB, GiB or TiB, such as "64MiB"'),
         ("device = [{name = 'a', size = 4096, kind = 'gpu'}]", "device[0].kind is 'gpu': expected one of \"memfd\", "
-         '"pci_resource"'),
+         '"pci_resource", "cuda", "rocm"'),
         ("device = [{name = 'a', size = 4096, kind = []}]", "device[0].kind is []: expected one of \"memfd\", "
-         '"pci_resource"'),
+         '"pci_resource", "cuda", "rocm"'),
+        (f"device = [{{{GPU}}}]", f"device[0].size is missing: expected a size from 4KiB to 1024TiB {UNITS}"),
+        (f"device = [{{{GPU}, size = 4096, adopt = 1}}]", "device[0].adopt is 1: expected true or false"),
         ("device = [{name = 'a', size = 4096, bar = 1}]", "device[0].bar is no option; the nearest is device[0].name"),
         (f"device = [{{{BAR}, bar = 6}}]", "device[0].bar is 6: expected a whole number from 0 to 5"),
         (f"device = [{{{BAR}}}]", "device[0].bar is missing: expected a whole number from 0 to 5"),
@@ -318,6 +356,7 @@ def test_a_loopback_address_is_served_as_it_is(tmp_path: Path, address: str) -> 
         ("device = [{name = 'adopted', size = 4096}]", "device"),
         ("device = [{name = 'p2pmem-0000-41-00-0', size = 4096}]", "device"),
         (f"device = [{{{BAR}, bar = 2}}, {{{OTHER}, bar = 2, offset = '1GiB'}}]", "device"),
+        (f"device = [{{{GPU}, size = 4096}}, {{{OTHER_GPU}, size = 4096}}]", "device"),
         ("insecure_network = true\ngrpc.address = '0.0.0.0:7470'", "grpc.advertise"),
         ("insecure_network = true\ntcp.address = '[::]:7471'", "tcp.advertise"),
     ],

@@ -34,7 +34,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
-from peermem.config import Config, Memfd, PciResource, Verbs
+from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Verbs
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED
 from peermem.core.policy import OwnerPolicy
@@ -42,10 +42,13 @@ from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.base import Device
+from peermem.device.cuda import CudaDriver
+from peermem.device.gpu import GpuDevice
 from peermem.device.host import read_host
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
 from peermem.device.p2pmem import p2pmem_devices
 from peermem.device.pci_resource import PciResourceDevice
+from peermem.device.rocm import HipDriver
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
@@ -237,9 +240,14 @@ class _Parts:
         return {"tcp": self.tcp.address} if self.tcp is not None else {}
 
 
-def _device(config: Memfd | PciResource) -> Device:
+def _device(config: AnyDevice) -> Device:
     if isinstance(config, Memfd):
         return MemfdDevice(config.name, config.size)
+    if isinstance(config, Cuda | Rocm):
+        driver = CudaDriver if isinstance(config, Cuda) else HipDriver
+        return GpuDevice(
+            config.kind, config.name, config.address, config.size, lambda: driver(config.address), adopts=config.adopt
+        )
     return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
 
 

@@ -177,6 +177,37 @@ class PciResource(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["pci_resource"] = "pci_resource"
 
 
+class Cuda(Struct, frozen=True, forbid_unknown_fields=True):
+    """A GPU of NVIDIA's."""
+
+    name: Name
+    """Unique on the node."""
+    address: PciAddress
+    """Of its PCI function."""
+    size: DeviceSize
+    """Bytes that regions may take of its memory; they are taken at once, with the first region."""
+    adopt: bool = True
+    """Let jobs of this node make regions of memory that they have on it."""
+    kind: Literal["cuda"] = "cuda"
+
+
+class Rocm(Struct, frozen=True, forbid_unknown_fields=True):
+    """A GPU of AMD's."""
+
+    name: Name
+    """Unique on the node."""
+    address: PciAddress
+    """Of its PCI function."""
+    size: DeviceSize
+    """Bytes that regions may take of its memory; they are taken at once, with the first region."""
+    adopt: bool = True
+    """Let jobs of this node make regions of memory that they have on it."""
+    kind: Literal["rocm"] = "rocm"
+
+
+AnyDevice = Memfd | PciResource | Cuda | Rocm
+
+
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
     """Where nodes find each other."""
 
@@ -227,9 +258,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     verbs: Verbs = Verbs()
     transfer: Transfer = Transfer()
     region: Region = Region()
-    devices: tuple[Memfd | PciResource, ...] = msgspec.field(
-        default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device"
-    )
+    devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
@@ -268,7 +297,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
             yield f"{section}.advertise", _NOWHERE.format(section=section, address=address)
 
 
-def _device_contradictions(devices: tuple[Memfd | PciResource, ...]) -> Iterator[Contradiction]:
+def _device_contradictions(devices: tuple[AnyDevice, ...]) -> Iterator[Contradiction]:
     names = [device.name for device in devices]
     if ADOPTED in names:
         yield "device", f"device has the name {ADOPTED}, which stands for memory that jobs hand in. Choose another."
@@ -277,6 +306,9 @@ def _device_contradictions(devices: tuple[Memfd | PciResource, ...]) -> Iterator
             yield "device", f"device has the name {name}; {P2PMEM} begins the names of p2pmem pools. Choose another."
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield "device", f"device has the name {name} more than once. Give each device its own."
+    gpus = [device.address for device in devices if isinstance(device, Cuda | Rocm)]
+    for address in sorted({address for address in gpus if gpus.count(address) > 1}):
+        yield "device", f"device has the GPU at {address} more than once. Make one device of it."
     for one, other in combinations([device for device in devices if isinstance(device, PciResource)], 2):
         if (one.address, one.bar) == (other.address, other.bar) and _overlap(one, other):
             yield (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Protocol
 
@@ -52,6 +52,7 @@ class FileMemory:
         self._lock = threading.Lock()
         self._mapping: mmap.mmap | None = None
         self._view: memoryview | None = None
+        self._before_unmap: list[Callable[[], None]] = []
 
     @property
     def fd(self) -> int | None:
@@ -66,6 +67,10 @@ class FileMemory:
                     self._mapping = mmap.mmap(self.open_fd(), self.length)
                 self._view = memoryview(self._mapping)
             return self._view
+
+    def before_unmap(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once before the memory is unmapped, in the thread that closes it."""
+        self._before_unmap.append(callback)
 
     def open_fd(self) -> int:
         """Return the file descriptor. Raises ValueError after `close`."""
@@ -86,6 +91,8 @@ class FileMemory:
                 self._view.release()
                 self._view = None
             if self._mapping is not None:
+                while self._before_unmap:
+                    self._before_unmap.pop()()
                 self._mapping.close()
                 self._mapping = None
             os.close(self._fd)

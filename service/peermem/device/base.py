@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from peermem.core.types import Path
 from peermem.memory import Memory
@@ -124,3 +124,14 @@ class Device(Protocol):
 
     async def close(self) -> None:
         """End the device. Its memory has been closed before, or is being closed."""
+
+
+@runtime_checkable
+class AdoptsHandles(Protocol):
+    """A device of which jobs have memory that another process opens by a handle of the vendor's driver."""
+
+    async def adopt_handle(self, handle: bytes, offset: int, length: int) -> DeviceMemory:
+        """Return memory made of a range of the allocation behind a handle; `length` 0 means all of it from `offset` on.
+
+        Raises NotAdoptable, DeviceLost.
+        """
