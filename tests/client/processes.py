@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -19,7 +20,7 @@ grpc = {{ socket = "{folder}/{node}/peermem.sock", address = "127.0.0.1:{grpc}" 
 attach = {{ socket = "{folder}/{node}/attach.sock" }}
 http = {{ address = "" }}
 tcp = {{ address = "127.0.0.1:0" }}
-device = [{{ name = "bar0", kind = "memfd", size = "1GiB" }}]
+device = [{{ name = "bar0", kind = "memfd", size = "1GiB" }}{devices}]
 log = {{ format = "json" }}
 
 [directory.nodes]
@@ -30,8 +31,11 @@ log = {{ format = "json" }}
 class Cluster:
     """Daemons that know each other; `target(node)` is how to reach one."""
 
-    def __init__(self, folder: Path, *nodes: str) -> None:
+    def __init__(self, folder: Path, *nodes: str, devices: str = "", environ: Mapping[str, str] | None = None) -> None:
+        """`devices` are more ones, in TOML; `environ` is set besides."""
         self._folder = folder
+        self._devices = f", {devices}" if devices else ""
+        self._environ = {**os.environ, **(environ or {})}
         self._ports = dict(zip(nodes, _free_ports(len(nodes)), strict=True))
         self._daemons: dict[str, subprocess.Popen[str]] = {}
 
@@ -59,12 +63,14 @@ class Cluster:
         (self._folder / node).mkdir(exist_ok=True)
         directory = "\n".join(f'{name} = "{self.address(name)}"' for name in self._ports)
         config = self._folder / f"{node}.toml"
-        config.write_text(_CONFIG.format(node=node, folder=self._folder, grpc=self._ports[node], directory=directory))
+        values = {"folder": self._folder, "grpc": self._ports[node], "directory": directory, "devices": self._devices}
+        config.write_text(_CONFIG.format(node=node, **values))
         daemon = subprocess.Popen(
             [sys.executable, "-m", "peermem", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=self._environ,
         )
         assert daemon.stdout
         self._daemons[node] = daemon

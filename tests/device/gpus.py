@@ -40,7 +40,7 @@ class GpuTests(DeviceConformance):
         before = open_files()
         yield
         assert gpu.open_things == 0
-        assert open_files() == before
+        assert open_files() <= before  # those of earlier tests' calls may close late
 
     @pytest.fixture
     async def device(self, gpu: FakeGpu, tree: PciTree) -> AsyncIterator[GpuDevice]:
@@ -171,8 +171,9 @@ class GpuTests(DeviceConformance):
 
     async def test_nothing_to_copy_is_no_error(self, device: GpuDevice) -> None:
         made = await device.allocate(PAGE)
-        with closing(HostMemory(PAGE)) as buffer:
+        with closing(HostMemory(PAGE)) as buffer, closing(HostMemory(0)) as empty:
             await copier(made).load(buffer, [])
+            await copier(made).store(empty, [(0, 0, 0)])
         made.close()
 
     # Faults

@@ -40,12 +40,17 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         subject = self._identity.subject(context)
         session = self._identity.session(context)
         if not request.WhichOneof("source"):
-            raise InvalidField("CreateRegion needs a device, or an adopted file descriptor.", field="source")
+            raise InvalidField("CreateRegion needs a device, or memory to adopt.", field="source")
+        gpu = request.gpu if request.HasField("gpu") else None
+        if gpu is not None and not gpu.handle:
+            raise InvalidField("Memory of a GPU is adopted by its handle, which is empty.", field="gpu.handle")
         wanted = RegionRequest(
             region_id=request.region_id,
             length=request.length,
-            device=request.device,
+            device=request.device if gpu is None else gpu.device,
             adopted=request.adopted,
+            handle=b"" if gpu is None else gpu.handle,
+            offset=0 if gpu is None else gpu.offset,
             labels=labels_from_proto(list(request.labels.items())),
             lease=lease_from_proto(request.lease),
         )

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from peermem.broker.reach import Reach, Registry
 from peermem.broker.regions import Region, RegionTable
 from peermem.broker.sessions import Session, SessionTable
-from peermem.core.errors import DeviceNotFound, SessionNotFound, ZeroLength
+from peermem.core.errors import DeviceNotFound, NotSupported, SessionNotFound, ZeroLength
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.types import LeaseKind
-from peermem.device.base import Device, DeviceMemory
+from peermem.device.base import AdoptsHandles, Device, DeviceMemory
 
 
 class RegionMaker:
@@ -78,7 +78,18 @@ class RegionMaker:
                 f"nodes/{self._node} has no device {request.device[:80]!r}; it has {names}.",
                 device=request.device[:80],
             )
+        device = self._devices[request.device]
+        if request.handle:
+            return device, await _adopted(session, device, request)
         if request.length == 0:
             raise ZeroLength("A region needs a length of at least 1 byte.")
-        device = self._devices[request.device]
         return device, await device.allocate(request.length)
+
+
+async def _adopted(session: Session | None, device: Device, request: RegionRequest) -> DeviceMemory:
+    """Return memory made of what a job has on a GPU."""
+    if session is None:
+        raise SessionNotFound("Memory of a GPU can be adopted only by a call of a session of the attach socket.")
+    if not isinstance(device, AdoptsHandles):
+        raise NotSupported(f"Device {device.name} is no GPU, and adopts nothing by a handle.", device=device.name)
+    return await device.adopt_handle(request.handle, request.offset, request.length)

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
-from peermem.core.errors import InvalidField, OutOfRange
+from peermem.client.facts import Device
+from peermem.client.tensors import GpuRange
+from peermem.core.errors import DeviceNotFound, InvalidField, OutOfRange
 from peermem.core.types import FabricKind
 from peermem.core.units import parse_duration, parse_size
 from peermem.v1 import region_pb2, transfer_pb2
@@ -78,13 +80,15 @@ def create_region(
     *,
     device: str = "",
     adopted: str = "",
+    gpu: region_pb2.GpuMemory | None = None,
     length: int | str = 0,
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
     lease: str | float | None = None,
     request: str | None = None,
 ) -> region_pb2.CreateRegionRequest:
-    """Return the request for a region on `device`, or of the file descriptor behind the token `adopted`."""
+    """Return the request for a region on `device`, of the file descriptor behind the token `adopted`, or of memory on a
+    GPU."""
     bytes_asked = size(length, "length")
     if bytes_asked < 0 or bytes_asked >= 1 << 64:
         raise InvalidField(f"length {bytes_asked} must be 0 to 2^64-1 bytes.", field="length")
@@ -97,9 +101,23 @@ def create_region(
     )
     if adopted:
         message.adopted = adopted
+    elif gpu is not None:
+        message.gpu.CopyFrom(gpu)
     else:
         message.device = device
     return message
+
+
+def gpu_memory(found: GpuRange, devices: Iterable[Device]) -> region_pb2.GpuMemory:
+    """Return what tells a daemon with these devices of a tensor. Raises DeviceNotFound."""
+    for device in devices:
+        if (device.kind, device.pci_address) == (found.kind, found.pci_address):
+            return region_pb2.GpuMemory(device=device.name, handle=found.handle, offset=found.offset)
+    raise DeviceNotFound(
+        f"The tensor is on the GPU at {found.pci_address}, of which the daemon has no device of kind {found.kind}. Add "
+        "a [[device]] table for it to the daemon's configuration.",
+        pci_address=found.pci_address,
+    )
 
 
 def create_transfer(

@@ -8,7 +8,7 @@ Pairs that are absent from the table are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from peermem.core.names import ChildName
@@ -84,11 +84,15 @@ class RegionRequest:
     region_id: str
     """Last part of the name; empty lets the daemon pick one."""
     length: int
-    """Bytes; 0 for all of an adopted file descriptor."""
+    """Bytes; 0 for all of what is adopted."""
     device: str
-    """Allocate here; empty for an adopted file descriptor."""
+    """Allocate here, or the GPU whose memory is adopted; empty for an adopted file descriptor."""
     adopted: str
     """Token of the attach socket for a file descriptor handed in; empty for an allocation."""
     labels: Mapping[str, str]
     lease: Lease | None
     """None: the session's where there is one, else none."""
+    handle: bytes = field(default=b"", repr=False)
+    """By which a GPU's driver opens an allocation of the job, which is adopted; a secret. Empty for the others."""
+    offset: int = 0
+    """First byte of the region in that allocation."""

@@ -179,7 +179,7 @@ class GpuCopier:
                 raise ValueError(f"bytes {offset} to {offset + length} are outside a memory of {self._length} bytes")
             if position + length > buffer.length:
                 raise ValueError(f"bytes {position} to {position + length} are outside a buffer of {buffer.length}")
-        if not pieces:
+        if not any(length for _, _, length in pieces):
             return
         host = ctypes.addressof(ctypes.c_char.from_buffer(buffer.view()))
 

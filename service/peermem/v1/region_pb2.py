@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peermem/v1/region.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x01\n\x05Lease\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.peermem.v1.LeaseKind\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x02\n\x06Region\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05owner\x18\x04 \x01(\t\x12.\n\x06labels\x18\x05 \x03(\x0b\x32\x1e.peermem.v1.Region.LabelsEntry\x12 \n\x05lease\x18\x06 \x01(\x0b\x32\x11.peermem.v1.Lease\x12\x1e\n\x04path\x18\x07 \x01(\x0e\x32\x10.peermem.v1.Path\x12&\n\x05state\x18\x08 \x01(\x0e\x32\x17.peermem.v1.RegionState\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04nics\x18\n \x03(\t\x12\x0b\n\x03why\x18\x0b \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x02\n\x13\x43reateRegionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tregion_id\x18\x02 \x01(\t\x12\x10\n\x06\x64\x65vice\x18\x03 \x01(\tH\x00\x12\x11\n\x07\x61\x64opted\x18\x04 \x01(\tH\x00\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12;\n\x06labels\x18\x06 \x03(\x0b\x32+.peermem.v1.CreateRegionRequest.LabelsEntry\x12 \n\x05lease\x18\x07 \x01(\x0b\x32\x11.peermem.v1.Lease\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\" \n\x10GetRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa6\x01\n\x12ListRegionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12:\n\x06labels\x18\x03 \x03(\x0b\x32*.peermem.v1.ListRegionsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x13ListRegionsResponse\x12#\n\x07regions\x18\x01 \x03(\x0b\x32\x12.peermem.v1.Region\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"F\n\x13\x44\x65leteRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\x16\n\x14\x44\x65leteRegionResponse\"\"\n\x11RenewLeaseRequest\x12\r\n\x05names\x18\x01 \x03(\t\"7\n\x12RenewLeaseResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.peermem.v1.Lease\"A\n\x11ReadRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\"\n\x12ReadRegionResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"@\n\x12WriteRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"%\n\x13WriteRegionResponse\x12\x0e\n\x06length\x18\x01 \x01(\x04*{\n\x04Path\x12\x14\n\x10PATH_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPATH_P2PDMA\x10\x01\x12\x0f\n\x0bPATH_DMABUF\x10\x02\x12\x1b\n\x17PATH_LEGACY_PEER_MEMORY\x10\x03\x12\r\n\tPATH_HOST\x10\x04\x12\x0f\n\x0bPATH_STAGED\x10\x05*x\n\x0bRegionState\x12\x1c\n\x18REGION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12REGION_STATE_READY\x10\x01\x12\x19\n\x15REGION_STATE_DRAINING\x10\x02\x12\x18\n\x14REGION_STATE_REVOKED\x10\x03*h\n\tLeaseKind\x12\x1a\n\x16LEASE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLEASE_KIND_NONE\x10\x01\x12\x16\n\x12LEASE_KIND_SESSION\x10\x02\x12\x12\n\x0eLEASE_KIND_TTL\x10\x03\x32\xa4\x04\n\rRegionService\x12\x43\n\x0c\x43reateRegion\x12\x1f.peermem.v1.CreateRegionRequest\x1a\x12.peermem.v1.Region\x12=\n\tGetRegion\x12\x1c.peermem.v1.GetRegionRequest\x1a\x12.peermem.v1.Region\x12N\n\x0bListRegions\x12\x1e.peermem.v1.ListRegionsRequest\x1a\x1f.peermem.v1.ListRegionsResponse\x12Q\n\x0c\x44\x65leteRegion\x12\x1f.peermem.v1.DeleteRegionRequest\x1a .peermem.v1.DeleteRegionResponse\x12K\n\nRenewLease\x12\x1d.peermem.v1.RenewLeaseRequest\x1a\x1e.peermem.v1.RenewLeaseResponse\x12M\n\nReadRegion\x12\x1d.peermem.v1.ReadRegionRequest\x1a\x1e.peermem.v1.ReadRegionResponse0\x01\x12P\n\x0bWriteRegion\x12\x1e.peermem.v1.WriteRegionRequest\x1a\x1f.peermem.v1.WriteRegionResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peermem/v1/region.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x01\n\x05Lease\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.peermem.v1.LeaseKind\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x02\n\x06Region\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05owner\x18\x04 \x01(\t\x12.\n\x06labels\x18\x05 \x03(\x0b\x32\x1e.peermem.v1.Region.LabelsEntry\x12 \n\x05lease\x18\x06 \x01(\x0b\x32\x11.peermem.v1.Lease\x12\x1e\n\x04path\x18\x07 \x01(\x0e\x32\x10.peermem.v1.Path\x12&\n\x05state\x18\x08 \x01(\x0e\x32\x17.peermem.v1.RegionState\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04nics\x18\n \x03(\t\x12\x0b\n\x03why\x18\x0b \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xaf\x02\n\x13\x43reateRegionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tregion_id\x18\x02 \x01(\t\x12\x10\n\x06\x64\x65vice\x18\x03 \x01(\tH\x00\x12\x11\n\x07\x61\x64opted\x18\x04 \x01(\tH\x00\x12$\n\x03gpu\x18\x08 \x01(\x0b\x32\x15.peermem.v1.GpuMemoryH\x00\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12;\n\x06labels\x18\x06 \x03(\x0b\x32+.peermem.v1.CreateRegionRequest.LabelsEntry\x12 \n\x05lease\x18\x07 \x01(\x0b\x32\x11.peermem.v1.Lease\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\";\n\tGpuMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\" \n\x10GetRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa6\x01\n\x12ListRegionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12:\n\x06labels\x18\x03 \x03(\x0b\x32*.peermem.v1.ListRegionsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x13ListRegionsResponse\x12#\n\x07regions\x18\x01 \x03(\x0b\x32\x12.peermem.v1.Region\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"F\n\x13\x44\x65leteRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\x16\n\x14\x44\x65leteRegionResponse\"\"\n\x11RenewLeaseRequest\x12\r\n\x05names\x18\x01 \x03(\t\"7\n\x12RenewLeaseResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.peermem.v1.Lease\"A\n\x11ReadRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\"\n\x12ReadRegionResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"@\n\x12WriteRegionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"%\n\x13WriteRegionResponse\x12\x0e\n\x06length\x18\x01 \x01(\x04*{\n\x04Path\x12\x14\n\x10PATH_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPATH_P2PDMA\x10\x01\x12\x0f\n\x0bPATH_DMABUF\x10\x02\x12\x1b\n\x17PATH_LEGACY_PEER_MEMORY\x10\x03\x12\r\n\tPATH_HOST\x10\x04\x12\x0f\n\x0bPATH_STAGED\x10\x05*x\n\x0bRegionState\x12\x1c\n\x18REGION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12REGION_STATE_READY\x10\x01\x12\x19\n\x15REGION_STATE_DRAINING\x10\x02\x12\x18\n\x14REGION_STATE_REVOKED\x10\x03*h\n\tLeaseKind\x12\x1a\n\x16LEASE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLEASE_KIND_NONE\x10\x01\x12\x16\n\x12LEASE_KIND_SESSION\x10\x02\x12\x12\n\x0eLEASE_KIND_TTL\x10\x03\x32\xa4\x04\n\rRegionService\x12\x43\n\x0c\x43reateRegion\x12\x1f.peermem.v1.CreateRegionRequest\x1a\x12.peermem.v1.Region\x12=\n\tGetRegion\x12\x1c.peermem.v1.GetRegionRequest\x1a\x12.peermem.v1.Region\x12N\n\x0bListRegions\x12\x1e.peermem.v1.ListRegionsRequest\x1a\x1f.peermem.v1.ListRegionsResponse\x12Q\n\x0c\x44\x65leteRegion\x12\x1f.peermem.v1.DeleteRegionRequest\x1a .peermem.v1.DeleteRegionResponse\x12K\n\nRenewLease\x12\x1d.peermem.v1.RenewLeaseRequest\x1a\x1e.peermem.v1.RenewLeaseResponse\x12M\n\nReadRegion\x12\x1d.peermem.v1.ReadRegionRequest\x1a\x1e.peermem.v1.ReadRegionResponse0\x01\x12P\n\x0bWriteRegion\x12\x1e.peermem.v1.WriteRegionRequest\x1a\x1f.peermem.v1.WriteRegionResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,12 +39,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEREGIONREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_LISTREGIONSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTREGIONSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_PATH']._serialized_start=1542
-  _globals['_PATH']._serialized_end=1665
-  _globals['_REGIONSTATE']._serialized_start=1667
-  _globals['_REGIONSTATE']._serialized_end=1787
-  _globals['_LEASEKIND']._serialized_start=1789
-  _globals['_LEASEKIND']._serialized_end=1893
+  _globals['_PATH']._serialized_start=1641
+  _globals['_PATH']._serialized_end=1764
+  _globals['_REGIONSTATE']._serialized_start=1766
+  _globals['_REGIONSTATE']._serialized_end=1886
+  _globals['_LEASEKIND']._serialized_start=1888
+  _globals['_LEASEKIND']._serialized_end=1992
   _globals['_LEASE']._serialized_start=105
   _globals['_LEASE']._serialized_end=238
   _globals['_REGION']._serialized_start=241
@@ -52,33 +52,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGION_LABELSENTRY']._serialized_start=542
   _globals['_REGION_LABELSENTRY']._serialized_end=587
   _globals['_CREATEREGIONREQUEST']._serialized_start=590
-  _globals['_CREATEREGIONREQUEST']._serialized_end=855
+  _globals['_CREATEREGIONREQUEST']._serialized_end=893
   _globals['_CREATEREGIONREQUEST_LABELSENTRY']._serialized_start=542
   _globals['_CREATEREGIONREQUEST_LABELSENTRY']._serialized_end=587
-  _globals['_GETREGIONREQUEST']._serialized_start=857
-  _globals['_GETREGIONREQUEST']._serialized_end=889
-  _globals['_LISTREGIONSREQUEST']._serialized_start=892
-  _globals['_LISTREGIONSREQUEST']._serialized_end=1058
+  _globals['_GPUMEMORY']._serialized_start=895
+  _globals['_GPUMEMORY']._serialized_end=954
+  _globals['_GETREGIONREQUEST']._serialized_start=956
+  _globals['_GETREGIONREQUEST']._serialized_end=988
+  _globals['_LISTREGIONSREQUEST']._serialized_start=991
+  _globals['_LISTREGIONSREQUEST']._serialized_end=1157
   _globals['_LISTREGIONSREQUEST_LABELSENTRY']._serialized_start=542
   _globals['_LISTREGIONSREQUEST_LABELSENTRY']._serialized_end=587
-  _globals['_LISTREGIONSRESPONSE']._serialized_start=1060
-  _globals['_LISTREGIONSRESPONSE']._serialized_end=1143
-  _globals['_DELETEREGIONREQUEST']._serialized_start=1145
-  _globals['_DELETEREGIONREQUEST']._serialized_end=1215
-  _globals['_DELETEREGIONRESPONSE']._serialized_start=1217
-  _globals['_DELETEREGIONRESPONSE']._serialized_end=1239
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1241
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1275
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1277
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1332
-  _globals['_READREGIONREQUEST']._serialized_start=1334
-  _globals['_READREGIONREQUEST']._serialized_end=1399
-  _globals['_READREGIONRESPONSE']._serialized_start=1401
-  _globals['_READREGIONRESPONSE']._serialized_end=1435
-  _globals['_WRITEREGIONREQUEST']._serialized_start=1437
-  _globals['_WRITEREGIONREQUEST']._serialized_end=1501
-  _globals['_WRITEREGIONRESPONSE']._serialized_start=1503
-  _globals['_WRITEREGIONRESPONSE']._serialized_end=1540
-  _globals['_REGIONSERVICE']._serialized_start=1896
-  _globals['_REGIONSERVICE']._serialized_end=2444
+  _globals['_LISTREGIONSRESPONSE']._serialized_start=1159
+  _globals['_LISTREGIONSRESPONSE']._serialized_end=1242
+  _globals['_DELETEREGIONREQUEST']._serialized_start=1244
+  _globals['_DELETEREGIONREQUEST']._serialized_end=1314
+  _globals['_DELETEREGIONRESPONSE']._serialized_start=1316
+  _globals['_DELETEREGIONRESPONSE']._serialized_end=1338
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1340
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1374
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1376
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1431
+  _globals['_READREGIONREQUEST']._serialized_start=1433
+  _globals['_READREGIONREQUEST']._serialized_end=1498
+  _globals['_READREGIONRESPONSE']._serialized_start=1500
+  _globals['_READREGIONRESPONSE']._serialized_end=1534
+  _globals['_WRITEREGIONREQUEST']._serialized_start=1536
+  _globals['_WRITEREGIONREQUEST']._serialized_end=1600
+  _globals['_WRITEREGIONRESPONSE']._serialized_start=1602
+  _globals['_WRITEREGIONRESPONSE']._serialized_end=1639
+  _globals['_REGIONSERVICE']._serialized_start=1995
+  _globals['_REGIONSERVICE']._serialized_end=2543
 # @@protoc_insertion_point(module_scope)

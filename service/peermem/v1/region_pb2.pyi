@@ -267,6 +267,7 @@ class CreateRegionRequest(_message.Message):
     REGION_ID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     ADOPTED_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
@@ -283,7 +284,11 @@ class CreateRegionRequest(_message.Message):
     adopted: _builtins.str
     """Adopt the file descriptor that the attach socket answered with this token."""
     length: _builtins.int
-    """Bytes, at least 1. For an adopted file descriptor 0 means all of it."""
+    """Bytes, at least 1. For what is adopted 0 means all of it, from its offset on."""
+    @_builtins.property
+    def gpu(self) -> Global___GpuMemory:
+        """Adopt memory that the job of this session has on a GPU."""
+
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free labels, see Region.labels."""
@@ -299,19 +304,52 @@ class CreateRegionRequest(_message.Message):
         region_id: _builtins.str = ...,
         device: _builtins.str = ...,
         adopted: _builtins.str = ...,
+        gpu: Global___GpuMemory | None = ...,
         length: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "lease", b"lease", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "gpu", b"gpu", "lease", b"lease", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "region_id", b"region_id", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "gpu", b"gpu", "labels", b"labels", "lease", b"lease", "length", b"length", "region_id", b"region_id", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["device", "adopted"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["device", "adopted", "gpu"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___CreateRegionRequest: _TypeAlias = CreateRegionRequest  # noqa: Y015
+
+@_typing.final
+class GpuMemory(_message.Message):
+    """Memory that a job has on a GPU of this node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """The GPU, as in ListDevices."""
+    handle: _builtins.bytes
+    """By which the vendor's driver lets another process open the allocation: 64 bytes, a CUipcMemHandle
+    or a hipIpcMemHandle_t. A secret: who has it can open the memory.
+    """
+    offset: _builtins.int
+    """First byte of the region in that allocation."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        handle: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "handle", b"handle", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuMemory: _TypeAlias = GpuMemory  # noqa: Y015
 
 @_typing.final
 class GetRegionRequest(_message.Message):

@@ -1,4 +1,4 @@
-/* The CUDA driver's entry points that peermem uses, for one GPU at PCI address 0000:41:00.0. */
+/* The CUDA driver's entry points that peermem uses, for the one GPU. */
 #define _GNU_SOURCE
 #include "gpu.h"
 #include <dlfcn.h>
@@ -21,11 +21,11 @@ int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetByPCIBusId(int *device, const char *address) {
     ENTER;
     *device = 0;
-    return strcmp(address, "0000:41:00.0") ? 101 : 0;
+    return strcmp(address, gpu_address()) ? 101 : 0;
 }
 int cuDeviceGetPCIBusId(char *address, int length, int device) {
     ENTER;
-    snprintf(address, length, "0000:41:00.0");
+    snprintf(address, length, "%s", gpu_address());
     return device ? 101 : 0;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
@@ -54,8 +54,10 @@ int cuPointerGetAttribute(void *value, int attribute, uint64_t address) {
     ENTER;
     int known = gpu_range(address, NULL, NULL);
     if (known) return CODES[known];
-    if (attribute == 2) *(unsigned *)value = 2;      /* memory type: device */
-    else if (attribute == 9) *(int *)value = 0;      /* device ordinal */
+    if (attribute == 1) *(void **)value = &flushes; /* context */
+    else if (attribute == 2) *(unsigned *)value = 2; /* memory type: device */
+    else if (attribute == 9) *(int *)value = 0; /* device ordinal */
+    else if (attribute == 10) *(int *)value = 1; /* whether there is a handle */
     else return 1;
     return 0;
 }

@@ -22,6 +22,7 @@ int gpu_copy(uint64_t address, void *host, size_t size, int to_device);
 int gpu_set(uint64_t address, int value, size_t size);
 uint64_t gpu_mark(void);
 int gpu_wait(uint64_t mark);
+const char *gpu_address(void); /* of the PCI function: FAKE_GPU_ADDRESS, or 0000:41:00.0 */
 void gpu_made(int count); /* streams, events and contexts: only counted */
 
 /* Whether the entry point `name` is to fail now, and with what. */

@@ -1,4 +1,4 @@
-/* The entry points of HIP and HSA that peermem uses, for one GPU at PCI address 0000:41:00.0. */
+/* The entry points of HIP and HSA that peermem uses, for the one GPU. */
 #define _GNU_SOURCE
 #include "gpu.h"
 #include <stdlib.h>
@@ -19,7 +19,7 @@ int hipInit(unsigned flags) { ENTER; return 0; }
 int hipDeviceGetByPCIBusId(int *device, const char *address) {
     ENTER;
     *device = 0;
-    return strcmp(address, "0000:41:00.0") ? 101 : 0;
+    return strcmp(address, gpu_address()) ? 101 : 0;
 }
 int hipDeviceGetAttribute(void *value, int attribute, int device) {
     ENTER;
@@ -27,6 +27,12 @@ int hipDeviceGetAttribute(void *value, int attribute, int device) {
     *(volatile uint32_t **)value = has_flush ? &flush_register : NULL;
     return 0;
 }
+int hipDeviceGetPCIBusId(char *address, int length, int device) {
+    ENTER;
+    strncpy(address, gpu_address(), length);
+    return device ? 101 : 0;
+}
+int hipGetDevice(int *device) { *device = 0; return 0; }
 int hipSetDevice(int device) { ENTER; return 0; }
 int hipMalloc(uint64_t *address, size_t size) { ENTER; return CODES[gpu_alloc(address, size)]; }
 int hipFree(uint64_t address) { ENTER; return CODES[gpu_free(address)]; }

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
-from peermem.client import calls, requests, targets
+from peermem.client import calls, requests, targets, tensors
 from peermem.client.aio.channel import Channel
 from peermem.client.aio.region import Region
 from peermem.client.aio.renewal import Renewal
@@ -68,6 +68,8 @@ class Node:
         self._channel = Channel(target, metadata, timeout)
         self._pipeline = Pipeline(self._channel.transfers, metadata, target)
         self._renewal = Renewal(self.renew_leases)
+        self._attached: dict[str, object] = {}
+        """Tensors whose memory is a region."""
 
     def __repr__(self) -> str:
         return f"<Node {self.name} at {self.target}>"
@@ -87,6 +89,7 @@ class Node:
         await self._channel.close()
         if self._attachment is not None:
             await asyncio.to_thread(self._attachment.close)
+        self._attached.clear()
 
     async def info(self, name: str = "") -> NodeInfo:
         """Return the facts of this node, or of the node `nodes/{node}`."""
@@ -161,6 +164,38 @@ class Node:
             )
         )
 
+    async def attach(
+        self,
+        tensor: object,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        lease: str | float | None = None,
+        request_id: str | None = None,
+    ) -> Region:
+        """Make a region of a tensor's or array's memory, of any library that speaks DLPack or the CUDA array interface.
+
+        On a GPU that this node has as a device it may be any contiguous tensor; in host memory it has to be at the
+        start of a memory file that is open in this process. This object keeps the tensor until the region is
+        deleted or the connection is closed. Work on the GPU that writes it has to be complete before bytes are
+        moved. Raises NotAdoptable, DeviceNotFound, NotMappable without an attach socket.
+        """
+        calls.need_attachment(self._attachment, self.target, "attached")
+        found = tensors.memory_of(tensor)
+        if isinstance(found, tensors.HostFile):
+            region = await self.adopt(
+                found.fd, length=found.length, name=name, labels=labels, lease=lease, request_id=request_id
+            )
+        else:
+            gpu = requests.gpu_memory(found, await self.devices())
+            region = await self._create(
+                requests.create_region(
+                    gpu=gpu, length=found.length, name=name, labels=labels, lease=lease, request=request_id
+                )
+            )
+        self._attached[region.name] = tensor
+        return region
+
     async def region(self, name: str) -> Region:
         """Return one region of this node, by its whole name or the last part."""
         request = region_pb2.GetRegionRequest(name=full_name(name, self.name))
@@ -184,6 +219,7 @@ class Node:
         )
         await self._channel.unary(self._channel.regions.DeleteRegion, request)
         self._renewal.drop(request.name)
+        self._attached.pop(request.name, None)
 
     async def renew_leases(self, names: Sequence[str]) -> list[Lease]:
         """Move the ends of leases with a time to live into the future: of all these regions or none."""
