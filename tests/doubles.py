@@ -282,6 +282,10 @@ class DirectRemote:
         await self.cues.pass_through("copy_staged")
         await self._broker.serving.copy_staged(link_id, grant_id, pieces, into_region=into_region)
 
+    async def flush(self, link_id: bytes, grant_id: int) -> None:
+        await self.cues.pass_through("flush")
+        await self._broker.serving.flush(link_id, grant_id)
+
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:
@@ -350,17 +354,15 @@ class Host:
         self.tcp = CuedFabric(
             TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
         )
-        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
-        if verbs is not None:
-            fabrics[FabricKind.VERBS] = verbs
-        self._fabrics = fabrics
+        self._fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
+        self._fabrics |= {FabricKind.VERBS: verbs} if verbs is not None else {}
         own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
             _settings(node, settings),
             f"epoch-{node}",
             own,
-            fabrics,
+            self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
             OwnerPolicy(),
@@ -395,7 +397,4 @@ def _settings(node: str, changes: Mapping[str, float]) -> Settings:
 
 
 if TYPE_CHECKING:
-    _fabric: type[Fabric] = CuedFabric
-    _remote: type[RemoteNode] = DirectRemote
     _remotes: type[Remotes] = DirectRemotes
-    _memory: type[DeviceMemory] = FragileMemory

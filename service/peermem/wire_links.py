@@ -95,6 +95,7 @@ def grant_to_proto(granted: GrantedKey) -> link_pb2.Grant:
         region_length=granted.region_length,
         staged=granted.staged,
         alignment=granted.alignment,
+        flush=granted.flush,
         rails=rails,
     )
 
@@ -114,4 +115,5 @@ def grant_from_proto(message: link_pb2.Grant) -> GrantedKey:
         message.region_length,
         message.staged,
         max(message.alignment, 1),
+        message.flush,
     )

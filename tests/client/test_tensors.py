@@ -64,8 +64,15 @@ class TestHostMemory:
         with pytest.raises(NotAdoptable, match="of this process alone"):
             memory_of(numpy.ones(1 << 16))
 
+    def test_a_tensor_beyond_its_mapping(self, fd: int) -> None:
+        with mmap.mmap(fd, PAGE) as mapping:
+            array = numpy.frombuffer(mapping, dtype=numpy.uint8)
+            with pytest.raises(NotAdoptable, match="several mappings"):
+                memory_of(DlpackTensor(Kind.HOST, array.ctypes.data, [PAGE]))
+            del array
+
     def test_memory_that_is_not_there(self) -> None:
-        with pytest.raises(NotAdoptable, match="not in one mapping"):
+        with pytest.raises(NotAdoptable, match="no memory at"):
             memory_of(DlpackTensor(Kind.HOST, 4096, [3]))
 
 

@@ -50,7 +50,7 @@ GOOD = HostFacts(
     pyverbs=True,
     rdma_core="56.1",
 )
-NEEDS = Needs(None, frozenset({Path.HOST, Path.P2PDMA, Path.STAGED}), 64 << 20)
+NEEDS = Needs(None, frozenset({Path.HOST, Path.P2PDMA, Path.STAGED}), 64 << 20, True)
 SOFTWARE = NicPort("rxe0/1", "ACTIVE", "Ethernet", 2_500_000_000, -1, netdev="v1", uverbs="uverbs0")
 ONE_NIC = Topology(Machine(), {}, {"rxe0/1": SOFTWARE})
 NO_NIC = Topology(Machine(), {}, {})
@@ -61,6 +61,7 @@ class Device:
     name: str
     path: Path
     pci_address: str = ""
+    kind: str = "pci_resource"
 
 
 def judge(check: Check, host: HostFacts = GOOD, topology: Topology = ONE_NIC, needs: Needs = NEEDS) -> Verdict:
@@ -95,7 +96,7 @@ def test_a_kernel_that_lacks_something(kernel: str, lacks: list[str]) -> None:
 def test_lockdown_matters_where_bars_are_mapped() -> None:
     locked = replace(GOOD, lockdown="integrity")
     assert isinstance(judge(Check.LOCKDOWN, locked).error, KernelLockedDown)
-    verdict = judge(Check.LOCKDOWN, locked, needs=replace(NEEDS, paths=frozenset({Path.P2PDMA})))
+    verdict = judge(Check.LOCKDOWN, locked, needs=replace(NEEDS, maps_bars=False))
     assert (verdict.error, verdict.detail) == (None, "The kernel is locked down (integrity).")
     assert judge(Check.LOCKDOWN, replace(GOOD, lockdown="")).error is None
 
@@ -240,6 +241,8 @@ def test_what_works_through_the_host_bridge_could_be_better(gpu_server: Topology
 def test_staged_and_host_memory(gpu_server: Topology) -> None:
     staged = judge_device(Device("bar0", Path.STAGED, "0000:4a:00.0"), Path.STAGED, "mlx5_0/1", gpu_server, None)
     assert "p2pmem" in staged.advice
+    gpu = judge_device(Device("gpu0", Path.STAGED, "0000:4a:00.0", "cuda"), Path.STAGED, "mlx5_0/1", gpu_server, None)
+    assert "dma-bufs" in gpu.advice
     assert "root complex" not in staged.detail
     host = judge_device(Device("mem0", Path.HOST), Path.HOST, "mlx5_0/1", gpu_server, None)
     assert (host.advice, host.detail) == ("", "mlx5_0/1 is usable for host memory.")

@@ -40,6 +40,11 @@ async def write(made: DeviceMemory, offset: int, data: bytes) -> None:
         await made.copier.store(buffer, [(offset, 5, len(data))])
 
 
+def _is_mapped(device: Device) -> bool:
+    """Whether its memory has a view, by which a NIC may be tried with it."""
+    return not {Path.HOST, Path.P2PDMA}.isdisjoint(device.paths)
+
+
 class DeviceConformance:
     """The tests. A subclass gives the fixture `device`, with room for 64 pages at least, and `obtain`."""
 
@@ -65,7 +70,11 @@ class DeviceConformance:
         if device.path is Path.STAGED:
             assert made.copier is not None
             assert made.fd is None
-            assert len(made.view()) == made.length
+            if _is_mapped(device):
+                assert len(made.view()) == made.length
+            else:
+                with pytest.raises(ValueError, match="copier"):
+                    made.view()
         else:
             assert made.copier is None
             assert (made.fd is not None) == (device.path is Path.HOST)
@@ -143,7 +152,7 @@ class DeviceConformance:
 
     async def test_nothing_is_reached_after_close(self, device: Device) -> None:
         unused, used = await self.obtain(device, PAGE), await self.obtain(device, PAGE)
-        view = used.view()
+        view = used.view() if _is_mapped(device) else None
         await write(used, 0, b"x")
         for made in (unused, used):
             made.close()
@@ -154,8 +163,9 @@ class DeviceConformance:
             if made.copier is not None:
                 with pytest.raises(ValueError, match="closed"):
                     await read(made, 0, 1)
-        with pytest.raises(ValueError, match="released"):
-            view[0]
+        if view is not None:
+            with pytest.raises(ValueError, match="released"):
+                view[0]
 
     async def test_a_shared_descriptor_shows_the_same_bytes(self, device: Device) -> None:
         made = await self.obtain(device, PAGE + 1)

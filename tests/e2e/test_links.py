@@ -61,6 +61,10 @@ def test_link_calls_with_wrong_ids_epochs_and_rights(
         with pytest.raises(grpc.RpcError) as caught:
             links.Checksum(wrong)
         assert type(fault(caught.value)) is why
+    links.Flush(link_pb2.FlushRequest(link_id=opened.link_id, grant_id=granted.grant_id))
+    with pytest.raises(grpc.RpcError) as caught:
+        links.Flush(link_pb2.FlushRequest(link_id=other.link_id, grant_id=granted.grant_id))
+    assert type(fault(caught.value)) is errors.GrantRefused
     for link in (opened, other, opened):
         links.CloseLink(link_pb2.CloseLinkRequest(link_id=link.link_id))
 

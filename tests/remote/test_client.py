@@ -100,6 +100,8 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
         await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS, staged=True)
     with pytest.raises(errors.GrantRefused):
         await b.checksum(link.link_id, 1, [0], [1], 0)
+    with pytest.raises(errors.GrantRefused):
+        await b.flush(link.link_id, 1)
     with pytest.raises(errors.FabricUnavailable):
         await b.open_link(LinkAttributes(FabricKind.VERBS, 1))
     await b.release_grants(link.link_id, [1, 2, 3])

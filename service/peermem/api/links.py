@@ -78,6 +78,11 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         await self._serving.copy_staged(request.link_id, request.grant_id, pieces, into_region=request.into_region)
         return link_pb2.CopyStagedResponse()
 
+    async def Flush(self, request: link_pb2.FlushRequest, context: Context) -> link_pb2.FlushResponse:
+        """See the contract."""
+        await self._serving.flush(request.link_id, request.grant_id)
+        return link_pb2.FlushResponse()
+
     async def Checksum(self, request: link_pb2.ChecksumRequest, context: Context) -> link_pb2.ChecksumResponse:
         """See the contract."""
         value = await self._serving.checksum(

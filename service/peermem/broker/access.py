@@ -121,6 +121,10 @@ class Use:
         copier = self.region.copier
         await self._guard((copier.store if into_region else copier.load)(buffer, pieces))
 
+    async def flush(self) -> None:
+        """Make what NICs wrote visible to the region's device. Raises GpuFailed, RegionDeleted, RegionRevoked."""
+        await self._guard(self.region.memory.flush())
+
     def _host_memory(self, length: int) -> HostMemory:
         """Return memory of at least `length` bytes that is this use's own."""
         if self._error is not None:

@@ -22,6 +22,7 @@ from typing import Protocol
 import structlog
 
 from peermem.broker.access import checksum
+from peermem.broker.causes import cause_of
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
@@ -30,7 +31,6 @@ from peermem.broker.staging import Stager
 from peermem.core.errors import (
     ChecksumMismatch,
     FabricUnavailable,
-    GrantRefused,
     Internal,
     LinkNotFound,
     NodeUnreachable,
@@ -38,7 +38,6 @@ from peermem.core.errors import (
     PeermemError,
     RegionDeleted,
     RegionNotFound,
-    RegionRevoked,
     StaleEpoch,
 )
 from peermem.core.plan import Direction, Leg, slices
@@ -102,6 +101,8 @@ class LegRun:
         self._renewal: asyncio.Task[None] | None = None
         self._stager: Stager | None = None
         """Where an end is staged."""
+        self._buffer: StagingBuffer | None = None
+        """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
 
@@ -228,6 +229,7 @@ class LegRun:
         if is_staged and self._stager is None:
             host = self._host
             self._stager = Stager(self, self._region, buffer, self.leg.direction, host.machine, host.hold)
+            self._buffer = buffer
             if self._wanted.staged or (buffer is not None and not self._region.reach.is_staged):
                 self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
         self.held = held
@@ -291,7 +293,7 @@ class LegRun:
             self._refused = True
         else:
             flushed = status is Status.WR_FLUSH_ERR and self._opcode is Opcode.WRITE
-            machine.broken(self._index, self._cause(status), flushed=flushed)
+            machine.broken(self._index, cause_of(status, self.leg, self.fabric, self.link), flushed=flushed)
         self._host.check_drained()
 
     def _refused_again(self, key: RemoteKey) -> bool:
@@ -336,6 +338,23 @@ class LegRun:
         self.link.forget_grant(self.held)
         await asyncio.gather(*(self.link.fence(held) for held in self._used))
 
+    @property
+    def needs_flush(self) -> bool:
+        """Whether the destination's device sees the leg's bytes only after `flush`."""
+        if self.leg.direction is Direction.PULL:
+            return self._buffer is None and self._region.memory.needs_flush
+        return self.held.flush
+
+    async def flush(self) -> None:
+        """Make the leg's bytes, all of which are in place, visible to the destination's device. Raises what that
+        raises."""
+        if self.leg.direction is Direction.PULL:
+            await self._region.memory.flush()
+        else:
+            if not self.held.safe(self._host.clock()):
+                await self._acquire()
+            await self.link.flush(self.held)
+
     async def verify(self, initial: int) -> int:
         """Return the CRC32C of the leg's bytes on top of `initial`.
 
@@ -359,27 +378,6 @@ class LegRun:
         if not self.held.safe(self._host.clock()):
             await self._acquire()
         return await self.link.checksum(self.held, self.leg.ranges, initial)
-
-    def _cause(self, status: Status) -> PeermemError:
-        local, other = self.leg.local, self.leg.other
-        if status is Status.LOC_PROT_ERR:
-            return RegionRevoked(f"{local}: its memory can't be accessed any more.", region=local)
-        if status is Status.REM_OP_ERR:
-            return RegionRevoked(f"{other}: its memory can't be accessed any more.", region=other)
-        if status is Status.REM_ACCESS_ERR:
-            return GrantRefused(
-                f"nodes/{other.node} refused access to {other} again under a new grant. Try again, and look at "
-                "that daemon's log.",
-                region=other,
-            )
-        if status is Status.WR_FLUSH_ERR:
-            end, cause = self.link.down_cause or (None, "it was closed")
-            return NodeUnreachable(
-                f"The {self.fabric.value} link to nodes/{other.node} went down ({cause}). Try again.",
-                node=other.node,
-                cause=end.value if end else "closed",
-            )
-        return Internal(f"A work request to {other} ended with {status.value}.", status=status.value)
 
 
 def _instead(kind: FabricKind, error: PeermemError) -> str:

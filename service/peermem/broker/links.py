@@ -61,6 +61,8 @@ class HeldGrant:
     """Of the staging buffer that the key opens, where it does."""
     alignment: int
     """Bytes at whose multiples packets have to begin in the region."""
+    flush: bool
+    """Whether what is written under it is visible to the device only after `OutboundLink.flush`."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -175,6 +177,7 @@ class OutboundLink:
             granted.region_length,
             slots,
             granted.alignment,
+            granted.flush,
         )
         self._grants[wanted] = held
         return held
@@ -207,6 +210,10 @@ class OutboundLink:
     async def copy_staged(self, held: HeldGrant, pieces: Sequence[tuple[int, int, int]], *, into_region: bool) -> None:
         """Have the far end copy between a region and its staging buffer. Raises as GrantSource.copy_staged."""
         await self.source.copy_staged(self._link_id, held.grant_id, pieces, into_region=into_region)
+
+    async def flush(self, held: HeldGrant) -> None:
+        """Have the far end make what was written under a grant visible to its device. Raises as GrantSource.flush."""
+        await self.source.flush(self._link_id, held.grant_id)
 
     def want(self, worker: Worker) -> None:
         """Give `worker` turns until it has no request."""

@@ -122,7 +122,8 @@ class Preflight:
         host = sum(
             device.size for device in self._devices.values() if device.path is Path.HOST and device.name != ADOPTED
         )
-        return Needs(self.obstacle, paths, host + SLOT * SLOTS)
+        maps_bars = any(device.kind == "pci_resource" for device in self._devices.values())
+        return Needs(self.obstacle, paths, host + SLOT * SLOTS, maps_bars)
 
     async def _outcome(self, device: Device, path: Path, nic: str, host_memory: dict[str, Outcome]) -> Outcome:
         """Return what came of a trial; `host_memory` keeps it for each NIC and host memory."""

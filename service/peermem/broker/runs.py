@@ -4,8 +4,8 @@ Rules of this file:
 
 * What a transfer may do next is decided by `core.transfer`; here it is carried out.
 * Local regions of a transfer can't end while it uses their memory; asked to, they make it fail first.
-* It ends once: when everything that it posted has come back, the far end is fenced where it must be,
-  and the checksums agree where that was asked for.
+* It ends once: when everything that it posted has come back, the far end is fenced where it must be, the
+  destinations' devices see their bytes, and the checksums agree where that was asked for.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ class TransferRun:
             for leg in self._legs:
                 leg.link.want(leg)
             await self._drained.wait()
+        hidden = [leg for leg in self._legs if leg.needs_flush] if self.machine.error is None else []
+        if hidden:
+            await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
         if self._request.checksum and self.machine.error is None:
             await self._unless_failed(asyncio.ensure_future(self._verify()))
 

@@ -182,6 +182,7 @@ class Serving:
             region.memory.length,
             grant.staging is not None,
             region.reach.way.alignment,
+            right is Rights.WRITE and grant.staging is None and region.memory.needs_flush,
         )
 
     def _made(self, region: Region, making: asyncio.Task[GrantedKey]) -> None:
@@ -239,6 +240,11 @@ class Serving:
         finally:
             grant.copies.discard(done)
             done.set_result(None)
+
+    async def flush(self, link_id: bytes, grant_id: int) -> None:
+        """Make what was written under a grant visible to its device. Raises as GrantSource.flush."""
+        with Use(self._granted(link_id, grant_id).region) as use:
+            await use.flush()
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
@@ -343,6 +349,10 @@ class OwnNode:
     ) -> None:
         """See GrantSource."""
         await self._serving.copy_staged(link_id, grant_id, pieces, into_region=into_region)
+
+    async def flush(self, link_id: bytes, grant_id: int) -> None:
+        """See GrantSource."""
+        await self._serving.flush(link_id, grant_id)
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int

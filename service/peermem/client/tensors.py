@@ -68,15 +68,18 @@ def _host_file(found: Range) -> HostFile:
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         mapping = next((line.split() for line in maps if _holds(line, found)), None)
     if mapping is None:
-        raise NotAdoptable("The tensor is not in one mapping of memory. Give one that is.")
+        raise NotAdoptable("There is no memory at the tensor's address in this process. Give a tensor that is alive.")
     span, modes, offset, device, inode = mapping[:5]
-    start = int(offset, 16) + found.address - int(span.split("-")[0], 16)
+    first, end = (int(part, 16) for part in span.split("-"))
+    start = int(offset, 16) + found.address - first
     fd = _open_file(device, int(inode)) if modes.startswith("rw") and modes.endswith("s") else None
     if fd is None:
         raise NotAdoptable(
             "The tensor is in memory of this process alone, which no daemon can share. Put it into a memory file that "
             "stays open: numpy.frombuffer(mmap.mmap(fd, 0), ...) of a descriptor of os.memfd_create."
         )
+    if found.address + found.length > end:
+        raise NotAdoptable("The tensor is in several mappings of memory. Map its memory file in one piece.")
     if start:
         raise NotAdoptable(
             f"The tensor begins at byte {start} of its memory file, and a region with the first. Adopt the file "
@@ -87,7 +90,7 @@ def _host_file(found: Range) -> HostFile:
 
 def _holds(line: str, found: Range) -> bool:
     first, _, end = line.partition(" ")[0].partition("-")
-    return int(first, 16) <= found.address and found.address + found.length <= int(end, 16)
+    return int(first, 16) <= found.address < int(end, 16)
 
 
 def _open_file(device: str, inode: int) -> int | None:

@@ -41,6 +41,8 @@ _KERNEL_HAS = (
 """Releases of Linux, and what p2pmem can be since."""
 _BY_THE_NIC = (Path.P2PDMA, Path.DMABUF, Path.LEGACY_PEER_MEMORY)
 """Paths by which a NIC itself accesses a BAR."""
+_GPUS = ("cuda", "rocm")
+"""Kinds of devices that copy by themselves."""
 
 
 class Check(Enum):
@@ -99,6 +101,8 @@ class Needs:
     """How its devices are reached."""
     pinned: int
     """Bytes of host memory that regions may keep registered."""
+    maps_bars: bool
+    """Whether it maps BARs that have no struct pages."""
 
 
 class Placed(Protocol):
@@ -107,6 +111,10 @@ class Placed(Protocol):
     @property
     def name(self) -> str:
         """Unique on the node."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, such as memfd."""
 
     @property
     def path(self) -> Path:
@@ -183,7 +191,8 @@ def judge_device(device: Placed, path: Path, nic: str, topology: Topology, error
         return replace(verdict, detail="Host memory.")
     near = replace(topology, nics={nic: port}).choose_nics(device.pci_address).why
     if path is Path.STAGED:
-        return replace(verdict, detail=near, advice=_STAGED if device.path is path else "")
+        advice = _STAGED_GPU if device.kind in _GPUS else _STAGED
+        return replace(verdict, detail=near, advice=advice if device.path is path else "")
     if path not in _BY_THE_NIC or not port.pci_address:
         return replace(verdict, detail=near)
     p2p = topology.p2p(device.pci_address, nic)
@@ -244,7 +253,7 @@ def _lockdown(host: HostFacts, needs: Needs) -> Verdict:
     if host.lockdown == "none":
         return Verdict("The kernel is not locked down.")
     detail = f"The kernel is locked down ({host.lockdown})."
-    if Path.STAGED not in needs.paths:
+    if not needs.maps_bars:
         return Verdict(detail)
     return Verdict(
         detail,
@@ -368,6 +377,11 @@ def _nic_advice(port: NicPort, gid_type: str) -> str:
 _STAGED = (
     "The CPU copies, because no NIC reaches a BAR that the kernel maps without struct pages. A driver that gives the "
     "BAR to p2pmem would let NICs reach it."
+)
+
+_STAGED_GPU = (
+    "The GPU copies through pinned host memory, because no NIC reaches its memory. A NIC that imports dma-bufs, and a "
+    "driver of the GPU that exports them, would spare the copies."
 )
 
 

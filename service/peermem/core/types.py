@@ -101,6 +101,8 @@ class GrantedKey:
     """Whether the key opens a staging buffer instead of the region: `copy_staged` copies between the two."""
     alignment: int = 1
     """Bytes at whose multiples packets have to begin in the region for the NIC to place them right."""
+    flush: bool = False
+    """Whether what is written under it is visible to the device only after `flush`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,10 @@ class GrantSource(Protocol):
         RegionDeleted, RegionRevoked.
         """
 
+    async def flush(self, link_id: bytes, grant_id: int) -> None:
+        """Make what was written under a grant visible to its device. Raises GrantRefused, GpuFailed, RegionDeleted,
+        RegionRevoked."""
+
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:

@@ -176,6 +176,11 @@ class GrpcRemoteNode:
         )
         await self._call(self._now.links.CopyStaged(request, timeout=_SLOW_DEADLINE))
 
+    async def flush(self, link_id: bytes, grant_id: int) -> None:
+        """See GrantSource."""
+        request = link_pb2.FlushRequest(link_id=link_id, grant_id=grant_id)
+        await self._call(self._now.links.Flush(request, timeout=_SLOW_DEADLINE))
+
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:

@@ -280,6 +280,7 @@ class Grant(_message.Message):
     REGION_LENGTH_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
     ALIGNMENT_FIELD_NUMBER: _builtins.int
+    FLUSH_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.int
     """Names the grant in later calls."""
     rkey: _builtins.int
@@ -297,6 +298,10 @@ class Grant(_message.Message):
     alignment: _builtins.int
     """Bytes at whose multiples packets have to begin in the region for the NIC to place them right; 0
     stands for 1. What begins elsewhere needs a staging buffer.
+    """
+    flush: _builtins.bool
+    """Whether what is written under the key is visible to the device only after Flush: a WRITE that is
+    complete has reached the memory, not the device's caches.
     """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
@@ -319,10 +324,11 @@ class Grant(_message.Message):
         region_length: _builtins.int = ...,
         staged: _builtins.bool = ...,
         alignment: _builtins.int = ...,
+        flush: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,6 +497,49 @@ class CopyStagedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CopyStagedResponse: _TypeAlias = CopyStagedResponse  # noqa: Y015
+
+@_typing.final
+class FlushRequest(_message.Message):
+    """Request of Flush."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINK_ID_FIELD_NUMBER: _builtins.int
+    GRANT_ID_FIELD_NUMBER: _builtins.int
+    link_id: _builtins.bytes
+    """From OpenLinkResponse."""
+    grant_id: _builtins.int
+    """From Grant."""
+    def __init__(
+        self,
+        *,
+        link_id: _builtins.bytes = ...,
+        grant_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "link_id", b"link_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushRequest: _TypeAlias = FlushRequest  # noqa: Y015
+
+@_typing.final
+class FlushResponse(_message.Message):
+    """Response of Flush."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushResponse: _TypeAlias = FlushResponse  # noqa: Y015
 
 @_typing.final
 class ChecksumRequest(_message.Message):

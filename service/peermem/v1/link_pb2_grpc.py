@@ -60,6 +60,11 @@ class LinkServiceStub:
                 request_serializer=peermem_dot_v1_dot_link__pb2.CopyStagedRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_link__pb2.CopyStagedResponse.FromString,
                 _registered_method=True)
+        self.Flush = channel.unary_unary(
+                '/peermem.v1.LinkService/Flush',
+                request_serializer=peermem_dot_v1_dot_link__pb2.FlushRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_link__pb2.FlushResponse.FromString,
+                _registered_method=True)
         self.Checksum = channel.unary_unary(
                 '/peermem.v1.LinkService/Checksum',
                 request_serializer=peermem_dot_v1_dot_link__pb2.ChecksumRequest.SerializeToString,
@@ -110,6 +115,15 @@ class LinkServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Flush(self, request, context):
+        """Makes all that was written under a grant so far visible to the device whose memory it is. Only
+        needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
+        succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Checksum(self, request, context):
         """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
         OUT_OF_RANGE.
@@ -145,6 +159,11 @@ def add_LinkServiceServicer_to_server(servicer, server):
                     servicer.CopyStaged,
                     request_deserializer=peermem_dot_v1_dot_link__pb2.CopyStagedRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_link__pb2.CopyStagedResponse.SerializeToString,
+            ),
+            'Flush': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flush,
+                    request_deserializer=peermem_dot_v1_dot_link__pb2.FlushRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_link__pb2.FlushResponse.SerializeToString,
             ),
             'Checksum': grpc.unary_unary_rpc_method_handler(
                     servicer.Checksum,
@@ -288,6 +307,33 @@ class LinkService:
             '/peermem.v1.LinkService/CopyStaged',
             peermem_dot_v1_dot_link__pb2.CopyStagedRequest.SerializeToString,
             peermem_dot_v1_dot_link__pb2.CopyStagedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peermem.v1.LinkService/Flush',
+            peermem_dot_v1_dot_link__pb2.FlushRequest.SerializeToString,
+            peermem_dot_v1_dot_link__pb2.FlushResponse.FromString,
             options,
             channel_credentials,
             insecure,

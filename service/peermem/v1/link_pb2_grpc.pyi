@@ -51,6 +51,11 @@ class LinkServiceStub:
     """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
+    Flush: _grpc.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]
+    """Makes all that was written under a grant so far visible to the device whose memory it is. Only
+    needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
+    succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
+    """
     Checksum: _grpc.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
     OUT_OF_RANGE.
@@ -78,6 +83,11 @@ class LinkServiceAsyncStub(LinkServiceStub):
     CopyStaged: _aio.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]  # type: ignore[assignment]
     """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
+    """
+    Flush: _aio.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]  # type: ignore[assignment]
+    """Makes all that was written under a grant so far visible to the device whose memory it is. Only
+    needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
+    succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
     """
     Checksum: _aio.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]  # type: ignore[assignment]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
@@ -133,6 +143,17 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_link_pb2.CopyStagedResponse, _abc.Awaitable[_link_pb2.CopyStagedResponse]]:
         """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
         Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
+        """
+
+    @_abc_1.abstractmethod
+    def Flush(
+        self,
+        request: _link_pb2.FlushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_link_pb2.FlushResponse, _abc.Awaitable[_link_pb2.FlushResponse]]:
+        """Makes all that was written under a grant so far visible to the device whose memory it is. Only
+        needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
+        succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
         """
 
     @_abc_1.abstractmethod
