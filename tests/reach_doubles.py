@@ -58,6 +58,7 @@ class NicFabric(CuedFabric):
         return errors[0] if len(errors) == len(self.ports) else None
 
     async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+        memory = _reached(memory)
         self.probed.append((nic, path))
         if path in self.unreachable:
             raise ProbeFailed("The NIC does not reach it.")
@@ -66,9 +67,13 @@ class NicFabric(CuedFabric):
         return Proof(1e-5, 1e9, 2e9, PAGE if self.misplaces and path is Path.P2PDMA else 1)
 
     async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+        memory = _reached(memory)
         await super().register(memory, path, nics)
         if path is Path.P2PDMA:
             self._on_demand.append(memory)
+
+    async def unregister(self, memory: Memory) -> None:
+        await super().unregister(_reached(memory))
 
     def placed(self, request: WorkRequest) -> WorkRequest:
         """Return a request as the NICs of both ends carry it out."""
@@ -77,7 +82,8 @@ class NicFabric(CuedFabric):
             local = [start // PAGE * PAGE for start in local]
         if request.key.rkey in _MISPLACING:
             remote = [start // PAGE * PAGE for start in remote]
-        return replace(request, ranges=replace(request.ranges, local=local, remote=remote))
+        ranges = replace(request.ranges, local=local, remote=remote)
+        return replace(request, memory=_reached(request.memory), ranges=ranges)
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
         async def relabelled(offer: LinkAttributes) -> LinkAttributes:
@@ -94,6 +100,7 @@ class NicFabric(CuedFabric):
     async def grant(
         self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
     ) -> RemoteKey:
+        memory = _reached(memory)
         assert memory in self.registered
         key = await super().grant(link_id, memory, offset, length, rights, ttl)
         if self.misplaces and memory in self._on_demand:
@@ -160,6 +167,25 @@ class StagedMemory(PlainMemory):
             memories.copy(buffer, start, self.inner, offset, length)
 
 
+class ImportedMemory(StagedMemory):
+    """Memory that NICs reach by its dma-buf and nothing else but its copier does; its device sees what a NIC wrote
+    after a flush."""
+
+    needs_flush = True
+
+    def dma_buf(self) -> tuple[int, int] | None:
+        assert self.inner.fd is not None
+        return self.inner.fd, 0
+
+    async def flush(self) -> None:
+        self._device.flushes += 1
+
+
+def _reached(memory: Memory) -> Memory:
+    """Return memory as a NIC has it."""
+    return memory.inner if isinstance(memory, ImportedMemory) else memory
+
+
 class StagedDevice(MemfdDevice):
     """A device whose memory is staged; its copies can be held back, and its memory can vanish."""
 
@@ -174,6 +200,7 @@ class StagedDevice(MemfdDevice):
         """Copies that wait."""
         self.copies = 0
         self.vanished = False
+        self.flushes = 0
         self.forgets = False
         """What is written is not kept, as by registers."""
 
@@ -188,6 +215,15 @@ class StagedDevice(MemfdDevice):
             self.waiting -= 1
         if self.vanished:
             raise RegionRevoked(f"Device {self.name} has vanished.")
+
+
+class ImportedDevice(StagedDevice):
+    """A device whose memory has dma-bufs."""
+
+    paths: Sequence[Path] = (Path.DMABUF, Path.STAGED)
+
+    async def allocate(self, length: int) -> DeviceMemory:
+        return ImportedMemory(await MemfdDevice.allocate(self, length), self)
 
 
 if TYPE_CHECKING:
