@@ -110,6 +110,13 @@ class TestGpus:
         with pytest.raises(NotAdoptable, match="no handle"):
             memory_of(memory.tensor(0, 1))
 
+    def test_memory_of_a_pool(self, gpu: FakeGpu, memory: Allocation) -> None:
+        if gpu.vendor == "hip":
+            return  # HIP does not tell
+        gpu.share(False)
+        with pytest.raises(NotAdoptable, match="expandable_segments"):
+            memory_of(memory.tensor(0, 1))
+
     def test_memory_that_moves(self, gpu: FakeGpu, memory: Allocation) -> None:
         with pytest.raises(NotAdoptable, match="CUDA_MANAGED"):
             memory_of(DlpackTensor(Kind.CUDA_MANAGED, memory.address, [3]))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from peermem.core import errors
-from peermem.core.types import Path
-from peermem.fabric import verbs, verbs_memory
+from peermem.core.types import Path, Rights
+from peermem.fabric import verbs, verbs_grants, verbs_memory
 from peermem.fabric.verbs_memory import MemoryTable, Registration, check
 from peermem.fabric.verbs_nic import Port
-from peermem.fabric.verbs_types import Access
+from peermem.fabric.verbs_target import Target
+from peermem.fabric.verbs_types import Access, Settings
 from tests.descriptors import memory_file
 from tests.fabric.pyverbs_double import DmaBufMR, Registered, nic_port, pyverbs
 from tests.fabric.support import FileMemory
@@ -46,7 +50,8 @@ class ExportedMemory:
 
 @pytest.fixture(autouse=True)
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Registered]]:
-    monkeypatch.setattr(verbs_memory, "PART", PART)
+    for module in (verbs_memory, verbs_grants):
+        monkeypatch.setattr(module, "PART", PART)
     with pyverbs() as library:
         yield library
 
@@ -139,6 +144,52 @@ async def test_a_refusal_leaves_nothing_registered(library: type[Registered], po
         await table.register(memory, Path.DMABUF, [port])
     assert (len(table), table.needs_domains) == (0, False)
     memory.close()
+
+
+class TestGrants:
+    """Grants on a dma-buf, of a link that stands for one with queue pairs."""
+
+    @pytest.fixture
+    async def granting(self, port: Port) -> AsyncIterator[tuple[Target, Any, ExportedMemory]]:
+        async def fenced(rails: Sequence[object]) -> None:
+            assert rails == link.rails
+
+        table, memory = MemoryTable(), ExportedMemory(PART + 50)
+        await table.register(memory, Path.DMABUF, [port])
+        link = SimpleNamespace(link_id=b"link", rails=[_Rail(port)], domains={}, grants={}, fence=fenced)
+        target = Target(cast(Any, None), table, Settings(), time.monotonic, lambda _: None)
+        target._links[b"link"] = cast(Any, link)
+        yield target, link, memory
+        await table.close()
+        memory.close()
+
+    async def test_they_are_registrations_in_the_links_own_domain(
+        self, granting: tuple[Target, Any, ExportedMemory], library: type[Registered], port: Port
+    ) -> None:
+        target, link, memory = granting
+        own = verbs.Domain(port.nic.device)
+        link.domains[link.rails[0]] = own
+        before = len(library.made)
+        key = await target.grant(b"link", memory, 100, PART - 60, Rights.WRITE, 30.0)
+        made = library.made[before:]
+        assert [(one.where["offset"], one.length) for one in made] == [(OFFSET + 100, PART - 100), (OFFSET + PART, 40)]
+        assert {(one.pd, one.access) for one in made} == {(own.thing, Access.LOCAL_WRITE | Access.REMOTE_WRITE)}
+        assert [part.address for part in key.rails[0]] == [OFFSET + 100, OFFSET + PART]
+        await target.revoke(key.rkey)
+        assert not any(one.is_open for one in made)
+        own.close()
+
+    async def test_a_link_from_before_has_to_be_opened_anew(self, granting: tuple[Target, Any, ExportedMemory]) -> None:
+        target, _, memory = granting
+        with pytest.raises(errors.LinkNotFound, match="Open a new one"):
+            await target.grant(b"link", memory, 0, 1, Rights.READ, 30.0)
+        assert target.grant_count == 0
+
+
+class _Rail:
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.up = True
 
 
 async def test_links_get_domains_once_there_was_memory_without_windows(port: Port) -> None:

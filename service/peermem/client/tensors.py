@@ -24,6 +24,7 @@ _HANDLE = 64
 _MEMORY_TYPE, _CONTEXT, _ORDINAL, _CAN_SHARE = 2, 1, 9, 10
 """CUpointer_attribute."""
 _DEVICE_MEMORY = 2
+_CUDA_FIX = "cudaMalloc (in PyTorch, without expandable_segments in PYTORCH_CUDA_ALLOC_CONF)"
 _HIP = ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5")
 
 
@@ -109,22 +110,24 @@ def _cuda(found: Range) -> GpuRange:
     cuda = _library("libcuda.so.1")
     context, kind, ordinal, shares = c_void_p(), c_uint(), c_int(), c_int(1)
     pointer = c_uint64(found.address)
-    for value, attribute in ((kind, _MEMORY_TYPE), (context, _CONTEXT), (ordinal, _ORDINAL)):
+    for value, attribute in ((kind, _MEMORY_TYPE), (ordinal, _ORDINAL)):
         if cuda.cuPointerGetAttribute(byref(value), c_int(attribute), pointer):
             raise _not_there(found)
-    cuda.cuPointerGetAttribute(byref(shares), c_int(_CAN_SHARE), pointer)  # older drivers don't tell
     if kind.value != _DEVICE_MEMORY:
         raise _not_there(found)
+    cuda.cuPointerGetAttribute(byref(shares), c_int(_CAN_SHARE), pointer)  # older drivers don't tell
+    belongs = cuda.cuPointerGetAttribute(byref(context), c_int(_CONTEXT), pointer) == 0  # a pool's memory to none
+    if not shares.value or not belongs or cuda.cuCtxPushCurrent_v2(context):
+        raise _not_shared(_CUDA_FIX)
     base, size, handle = c_uint64(), c_size_t(), ctypes.create_string_buffer(_HANDLE)
-    cuda.cuCtxPushCurrent_v2(context)
     try:
         inside = cuda.cuMemGetAddressRange_v2(byref(base), byref(size), pointer) == 0
-        shared = inside and shares.value and cuda.cuIpcGetMemHandle(handle, base) == 0
+        shared = inside and cuda.cuIpcGetMemHandle(handle, base) == 0
     finally:
         cuda.cuCtxPopCurrent_v2(byref(c_void_p()))
     _check(found, inside, base.value, size.value)
     if not shared:
-        raise _not_shared("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, and cudaMalloc")
+        raise _not_shared(_CUDA_FIX)
     address = ctypes.create_string_buffer(32)
     if cuda.cuDeviceGetPCIBusId(address, c_int(len(address)), ordinal):
         raise _not_there(found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -118,7 +118,8 @@ class Gpu:
                 self.driver.unpin(host)
 
         try:
-            self._calls.submit(unpin).result(_UNPIN_TIME)
+            with suppress(CancelledError):  # the GPU was closed, and has let go of all it had pinned
+                self._calls.submit(unpin).result(_UNPIN_TIME)
         except TimeoutError:
             log.error("gpu_hangs", device=self.name)
 

@@ -21,19 +21,26 @@ class Calls:
         self._name = name
         self._asked: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Have `work` called when its turn comes. From any thread."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+        """Have `work` called when its turn comes; what is asked for after `close` is cancelled. From any thread."""
         future: Future[T] = Future()
-        self._asked.put((future, work))
+        with self._lock:
+            if self._is_closed:
+                future.cancel()
+                return future
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._asked.put((future, work))
         return future
 
     def close(self) -> None:
         """End the thread when all calls have been made."""
-        if self._thread is not None:
+        with self._lock:
+            self._is_closed = True
             self._asked.put(None)
 
     def _run(self) -> None:

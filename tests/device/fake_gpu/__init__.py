@@ -68,6 +68,10 @@ class FakeGpu:
         """Return how many copies were not made yet."""
         return int(self.library.fake_queued())
 
+    def share(self, on: bool) -> None:
+        """Let CUDA say whether allocations can be opened by other processes."""
+        self.library.fake_share(int(on))
+
     def copies(self, *, pinned: bool) -> int:
         """Return how many copies were made since this was asked last."""
         return int(self.library.fake_copies(int(pinned)))
@@ -80,6 +84,7 @@ class FakeGpu:
         """Set what the GPU and its driver can do; `ordering` and `pcie` are CUDA's."""
         if self.vendor == "cuda":
             self.library.fake_cuda(ordering, int(flush), int(dma_buf), int(pcie))
+            self.share(True)
         else:
             self.library.fake_hip(int(flush), int(dma_buf))
 

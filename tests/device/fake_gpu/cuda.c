@@ -9,7 +9,7 @@
 typedef struct { char bytes[64]; } handle_t;
 
 static const int CODES[] = {0, 1, 2, 801, 201, 400, 46};
-static int ordering = 0, flush_options = 1, has_dma_buf = 1, has_pcie_flag = 1, flushes = 0, exported_with = 0;
+static int ordering = 0, flush_options = 1, has_dma_buf = 1, has_pcie_flag = 1, flushes = 0, exported_with = 0, shares = 1;
 
 #define ENTER                                  \
     int fault = gpu_fault(__func__);           \
@@ -57,7 +57,7 @@ int cuPointerGetAttribute(void *value, int attribute, uint64_t address) {
     if (attribute == 1) *(void **)value = &flushes; /* context */
     else if (attribute == 2) *(unsigned *)value = 2; /* memory type: device */
     else if (attribute == 9) *(int *)value = 0; /* device ordinal */
-    else if (attribute == 10) *(int *)value = 1; /* whether there is a handle */
+    else if (attribute == 10) *(int *)value = shares; /* whether there is a handle */
     else return 1;
     return 0;
 }
@@ -136,6 +136,7 @@ V2(cuGetProcAddress, const char *, void **, int, uint64_t, int *);
 void fake_cuda(int new_ordering, int new_flush_options, int new_dma_buf, int new_pcie_flag) {
     ordering = new_ordering, flush_options = new_flush_options, has_dma_buf = new_dma_buf, has_pcie_flag = new_pcie_flag;
 }
+void fake_share(int new) { shares = new; }
 int fake_exported_with(void) { return exported_with; } /* the flags of the last dma-buf */
 int fake_flushes(void) {
     int count = flushes;
