@@ -185,7 +185,7 @@ class Cuda(Struct, frozen=True, forbid_unknown_fields=True):
     address: PciAddress
     """Of its PCI function."""
     size: DeviceSize
-    """Bytes that regions may take of its memory; they are taken at once, with the first region."""
+    """Bytes that regions may take of its memory; they are taken at once, when it is first used or tried."""
     adopt: bool = True
     """Let jobs of this node make regions of memory that they have on it."""
     kind: Literal["cuda"] = "cuda"
@@ -199,7 +199,7 @@ class Rocm(Struct, frozen=True, forbid_unknown_fields=True):
     address: PciAddress
     """Of its PCI function."""
     size: DeviceSize
-    """Bytes that regions may take of its memory; they are taken at once, with the first region."""
+    """Bytes that regions may take of its memory; they are taken at once, when it is first used or tried."""
     adopt: bool = True
     """Let jobs of this node make regions of memory that they have on it."""
     kind: Literal["rocm"] = "rocm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import mmap
 import os
 from collections.abc import Iterator
@@ -183,6 +184,24 @@ class TestRefusals:
 
 def create(node: peermem.Node, gpu: region_pb2.GpuMemory, length: int = 0) -> None:
     node._create(region_pb2.CreateRegionRequest(gpu=gpu, length=length))
+
+
+@pytest.mark.parametrize("missing", ["cuda", "rocm"])
+def test_without_its_driver_a_gpu_disturbs_nothing_else(missing: str, tmp_path: Path) -> None:
+    if ctypes.util.find_library({"cuda": "cuda", "rocm": "amdhip64"}[missing]):
+        pytest.skip("this machine has such a driver")
+    gpu = f'{{ name = "gpu0", kind = "{missing}", address = "0000:99:00.0", size = "1GiB" }}'
+    with Cluster(tmp_path, "a", devices=gpu) as cluster, peermem.connect(cluster.target("a")) as node:
+        with pytest.raises(errors.GpuDriverMissing, match=r"container pass it in|peermem\[cuda\]"):
+            node.create_region(device="gpu0", length=4096)
+        with node.create_region(device="bar0", length=4096) as region:
+            region.write(b"undisturbed")
+            assert region.read(0, 11) == b"undisturbed"
+        assert [(device.name, device.available) for device in node.devices()] == [
+            ("adopted", 1 << 30),
+            ("bar0", 1 << 30),
+            ("gpu0", 1 << 30),
+        ]
 
 
 def test_nothing_is_left(a: peermem.Node) -> None:

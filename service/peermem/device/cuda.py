@@ -4,6 +4,7 @@ Rules of this file:
 
 * The package (`peermem[cuda]`) and the driver's library are loaded when a region is first made on such a device.
   Without one of them the device says so, and nothing else is disturbed.
+* The package's calls have to let go of the GIL, as they do since release 12.9.1.
 * The GPU's primary context is used, which CUDA programs share; each thread makes it current for itself.
 * A dma-buf is asked for with a mapping through the PCIe BAR (driver 12.8 or newer), then without that wish.
 * Memory that NICs write to synchronises memory operations (SYNC_MEMOPS), as GPUDirect RDMA asks.

@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-* What the device may give out is taken from the GPU at once, with the first region, and kept: what it says is left, is.
+* What the device may give out is taken from the GPU at once, with the first memory, and kept: what it says is left, is.
 * How NICs reach the memory is for others to choose among `paths`: by its dma-buf where the driver exports one; by its
   address where the vendor's kernel modules resolve it, which only a trial shows; else not at all, and copies of the GPU
   through pinned host memory take its place.
@@ -113,7 +113,7 @@ class GpuMemory:
 
 
 class _Opened:
-    """The GPU, from the first region until it is lost or the device is closed."""
+    """The GPU, from its first memory until it is lost or the device is closed."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
