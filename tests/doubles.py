@@ -36,6 +36,8 @@ from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
 from peermem.memory import Memory
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
+from peermem.storage.base import Storage
+from peermem.storage.files import LocalStorage
 from peermem.telemetry.metrics import Metrics
 
 MIB = 1 << 20
@@ -338,6 +340,7 @@ class Host:
         settings: Mapping[str, float],
         verbs: Fabric | None = None,
         devices: Mapping[str, Device] | None = None,
+        storage: Storage | None = None,
     ) -> None:
         """`verbs` and `devices` are there besides tcp, local, bar0 and adopted memory."""
         self.node = node
@@ -366,6 +369,7 @@ class Host:
             self.sessions,
             Metrics("0"),
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),
+            storage or LocalStorage([], block=MIB, depth=1, limit=1),
         )
         brokers[node] = self.broker
 

@@ -133,6 +133,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the daemon may not open the device's file."""
     ERROR_REASON_KERNEL_TOO_OLD: _ErrorReason.ValueType  # 52
     """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
+    ERROR_REASON_STORAGE_FORBIDDEN: _ErrorReason.ValueType  # 70
+    """PERMISSION_DENIED: the file is in no directory that loads and stores may use, or the daemon may not
+    open it.
+    """
+    ERROR_REASON_FILE_NOT_FOUND: _ErrorReason.ValueType  # 71
+    """NOT_FOUND: there is no such file."""
+    ERROR_REASON_FILE_UNUSABLE: _ErrorReason.ValueType  # 72
+    """FAILED_PRECONDITION: it is neither a file nor a block device, or something else uses it."""
+    ERROR_REASON_FILE_TOO_SHORT: _ErrorReason.ValueType  # 73
+    """OUT_OF_RANGE: the file or block device ends before the range that was asked for does."""
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 74
+    """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
+    ERROR_REASON_STORAGE_FAILED: _ErrorReason.ValueType  # 75
+    """DATA_LOSS: the storage failed to read or write."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -247,6 +261,20 @@ ERROR_REASON_DEVICE_FORBIDDEN: ErrorReason.ValueType  # 51
 """FAILED_PRECONDITION: the daemon may not open the device's file."""
 ERROR_REASON_KERNEL_TOO_OLD: ErrorReason.ValueType  # 52
 """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
+ERROR_REASON_STORAGE_FORBIDDEN: ErrorReason.ValueType  # 70
+"""PERMISSION_DENIED: the file is in no directory that loads and stores may use, or the daemon may not
+open it.
+"""
+ERROR_REASON_FILE_NOT_FOUND: ErrorReason.ValueType  # 71
+"""NOT_FOUND: there is no such file."""
+ERROR_REASON_FILE_UNUSABLE: ErrorReason.ValueType  # 72
+"""FAILED_PRECONDITION: it is neither a file nor a block device, or something else uses it."""
+ERROR_REASON_FILE_TOO_SHORT: ErrorReason.ValueType  # 73
+"""OUT_OF_RANGE: the file or block device ends before the range that was asked for does."""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 74
+"""RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
+ERROR_REASON_STORAGE_FAILED: ErrorReason.ValueType  # 75
+"""DATA_LOSS: the storage failed to read or write."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
