@@ -349,9 +349,9 @@ class Host:
         self.device = FragileDevice("bar0", 64 * MIB)
         self.sessions = SessionTable(max_sessions=16)
         self.local = CuedFabric(LocalFabric())
-        self.tcp = CuedFabric(
-            TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
-        )
+        tcp = TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
+        self.tcp = CuedFabric(tcp)
+        self.metrics = Metrics("0")
         fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
         if verbs is not None:
             fabrics[FabricKind.VERBS] = verbs
@@ -367,7 +367,7 @@ class Host:
             self.directory,
             OwnerPolicy(),
             self.sessions,
-            Metrics("0"),
+            self.metrics,
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),
             storage or LocalStorage([], block=MIB, depth=1, limit=1),
         )

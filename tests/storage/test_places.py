@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ async def test_a_file_below_the_folder(inside: Path) -> None:
         "{inside}/..",
         "{inside}2/x",
         "/",
-        "//{inside}/deep/x",
+        "/{inside}/deep/x",
     ],
 )
 async def test_paths_outside_are_refused(inside: Path, path: str, order: Order) -> None:
@@ -65,10 +66,13 @@ async def test_paths_outside_are_refused(inside: Path, path: str, order: Order) 
     assert str(inside) in caught.value.message
 
 
-@pytest.mark.parametrize("path", ["", "x", "inside/x", "{inside}/\0x", "{inside}/" + "x" * 4096])
+@pytest.mark.parametrize(
+    "path", ["", "x", "inside/x", "{inside}/\0x", "{inside}/" + "x" * 4096, "{inside}/" + "x" * 256]
+)
 async def test_what_is_no_path_is_refused(inside: Path, path: str) -> None:
-    with pytest.raises(errors.InvalidField, match="absolute path"):
-        await open_and_close(inside, path.format(inside=inside))
+    for order in Order:
+        with pytest.raises(errors.InvalidField, match="path"):
+            await open_and_close(inside, path.format(inside=inside), order, None)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ async def test_what_is_no_file_is_refused_and_not_waited_for(inside: Path) -> No
         await open_and_close(inside, str(inside))
 
 
-@pytest.mark.parametrize("path", ["none", "none/x", "deep/x/y", "y" * 256])
+@pytest.mark.parametrize("path", ["none", "none/x", "deep/x/y"])
 async def test_files_that_do_not_exist(inside: Path, path: str) -> None:
     for order, offset in ((Order.LOAD, 0), (Order.STORE, 0)):
         with pytest.raises(errors.FileNotFound):
@@ -135,9 +139,9 @@ async def test_files_that_are_too_short(inside: Path) -> None:
         with pytest.raises(errors.FileTooShort, match="has 100 bytes"):
             await here.open(Order.LOAD, path, offset, length)
     (inside / "empty").touch()
-    for path, offset in ((str(inside / "empty"), 0), (path, 100), (path, 200)):
+    for name, offset in ((str(inside / "empty"), 0), (path, 100), (path, 200)):
         with pytest.raises((errors.ZeroLength, errors.FileTooShort)):
-            await here.open(Order.LOAD, path, offset, 0)
+            await here.open(Order.LOAD, name, offset, 0)
 
 
 async def test_a_folder_that_is_open_to_loads_only(inside: Path) -> None:
@@ -157,9 +161,9 @@ def test_the_innermost_place_counts(inside: Path) -> None:
 
 
 async def test_a_daemon_out_of_descriptors(inside: Path) -> None:
-    import resource
-
-    with limited(resource.RLIMIT_NOFILE, open_files()), pytest.raises(errors.LimitReached):
+    free = os.dup(0)
+    os.close(free)
+    with limited(resource.RLIMIT_NOFILE, free), pytest.raises(errors.LimitReached):
         await open_and_close(inside, str(inside / "deep/x"))
 
 

@@ -205,14 +205,14 @@ def _whole(places: Places, path: str, length: int, replaced: os.stat_result | No
 def _spanned(handles: Handles, length: int, *, fixed: bool) -> Handles:
     """Note the range, which must be inside a file of `fixed` size, and have it open for direct I/O."""
     offset, path, size = handles.span.file, handles.path, handles.size
+    if not length:
+        raise ZeroLength(f"{path} has no bytes from {offset} on. Name a file that has some.", path=path)
     if fixed and offset + length > size:
         raise FileTooShort(
             f"{path} has {size} bytes, and {length} from {offset} on were asked for. Ask for fewer, or another file.",
             path=path,
             size=size,
         )
-    if not length:
-        raise ZeroLength(f"{path} has no bytes from {offset} on. Name a file that has some.", path=path)
     handles.span = Span(offset, 0, length)
     handles.open_direct()
     return handles
