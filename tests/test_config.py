@@ -117,6 +117,34 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.verbs.nics, config.verbs.mtu, config.verbs.ack_timeout) == (("rxe0/1",), 1024, 1.0)
 
 
+def test_places_for_loads_and_stores(tmp_path: Path) -> None:
+    text = (
+        'storage = { directories = [{ path = "/data/" }, { path = "/out", write = true }], block = "64KiB", depth = 1 }'
+    )
+    storage = load(write(tmp_path, text), {}).storage
+    assert [(place.path, place.write) for place in storage.directories] == [("/data", False), ("/out", True)]
+    assert (storage.block, storage.depth, storage.max_running) == (64 << 10, 1, 8)
+    environ = {"PEERMEM_STORAGE_DIRECTORIES": '[{path = "/data"}]', "PEERMEM_STORAGE_BLOCK": "8MiB"}
+    assert load(write(tmp_path, ""), environ).storage.directories[0].path == "/data"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('directories = [{ path = "data" }]', "directories[0].path is 'data': expected an absolute path without '..'."),
+        ('directories = [{ path = "/a/../b" }]', "directories[0].path is '/a/../b': expected an absolute path"),
+        ('directories = [{ path = "//a" }]', "directories[0].path is '//a': expected an absolute path"),
+        ('directories = [{ path = "/a" }, { path = "/a/" }]', "directories has /a more than once. Leave one."),
+        ('directories = ["/a"]', "directories[0] is '/a': expected a table."),
+        ('block = "5000"', "block is '5000': expected a size from 4KiB to 64MiB"),
+        ("depth = 0", "depth is 0: expected a whole number from 1 to 64."),
+    ],
+)
+def test_places_that_are_wrong(tmp_path: Path, text: str, problem: str) -> None:
+    (found,) = problems(write(tmp_path, f"[storage]\n{text}\n"))
+    assert f"storage.{problem}" in found
+
+
 def test_devices_in_bars_are_read(tmp_path: Path) -> None:
     file = write(
         tmp_path,
