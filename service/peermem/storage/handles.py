@@ -104,8 +104,8 @@ class Handles:
         """Return what an error between the file and a region's memory means."""
         if error.errno == errno.EFAULT:
             return RegionRevoked(f"The region's memory can't be accessed any more ({error.strerror}).", path=self.path)
-        size = self.size
-        if self.order is Order.LOAD and size < self.span.file + self.span.length:
+        ended = error.errno in (None, errno.EINVAL)  # the latter, where what is left is no block of the disk
+        if ended and self.order is Order.LOAD and (size := self.size) < self.span.file + self.span.length:
             return FileTooShort(f"{self.path} was cut to {size} bytes while it was read.", path=self.path, size=size)
         return refused(self.path, error)
 
