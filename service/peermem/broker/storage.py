@@ -56,10 +56,13 @@ class StorageRun:
         self._counting = threading.Lock()
         self._crc32c: int | None = None
         self._movement: Movement | None = None
+        self._last: StorageFacts | None = None
 
     @property
     def facts(self) -> StorageFacts:
         """It as it stands."""
+        if self._last is not None:
+            return self._last
         movement = self._movement
         return StorageFacts(
             bytes_total=self._total,
@@ -85,6 +88,7 @@ class StorageRun:
         self._began = time.monotonic()
         try:
             await self._work(region, storage, moved)
+            self.error = None  # what came too late
         except PeermemError as error:
             # as a new one: the traceback of this holds what is closed now
             self.error = type(error)(error.message, **error.metadata)
@@ -94,6 +98,7 @@ class StorageRun:
         finally:
             self._duration = time.monotonic() - self._began
             region.users.discard(self)
+            self._last, self._movement = self.facts, None  # who remembers it needs its facts only
             self.ended.set()
 
     async def _work(self, region: Region, storage: Storage, moved: Callable[[StorageRun, int], None]) -> None:
@@ -120,9 +125,9 @@ class StorageRun:
         self._check()
         await self._movement.run()
         self._check()
-        await file.commit()
         if self.request.checksum:
             self._crc32c = await self._verified(region, file)
+        await file.commit()
 
     async def _verified(self, region: Region, file: OpenFile) -> int:
         """Return the CRC32C of both sides. Raises ChecksumMismatch."""

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
+
 from peermem.core.storage import Order
 from peermem.device.base import Copier, DeviceMemory
 from peermem.offload import in_thread, made_in_thread
@@ -19,6 +21,8 @@ from peermem.storage.base import OpenFile, Storage
 from peermem.storage.handles import Handles, open_source, open_target
 from peermem.storage.movement import BlockMovement
 from peermem.storage.places import Place, Places
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -86,7 +90,10 @@ class LocalFile:
 
     async def close(self) -> None:
         """See OpenFile."""
-        await in_thread(self._handles.close, self._pool)
+        try:
+            await in_thread(self._handles.close, self._pool)
+        except OSError as error:  # the outcome is decided: what was to last has been synced
+            log.warning("file_not_closed", path=self._handles.path, cause=error.strerror)
 
     async def _do(self, work: Callable[[], T]) -> T:
         try:

@@ -16,7 +16,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 from peermem import memory
 from peermem.core.errors import FileNotFound, FileTooShort, PeermemError, RegionRevoked, ZeroLength
@@ -37,6 +37,8 @@ class Handles:
 
     def __init__(self, path: str, order: Order, fd: int, offset: int) -> None:
         """Owns `fd`."""
+        self._closing = ExitStack()
+        self._closing.callback(os.close, fd)
         self.path = path
         self.order = order
         self.buffered = fd
@@ -77,9 +79,11 @@ class Handles:
             return
         try:
             self.direct = kernel.reopen(self.buffered, _flags(self.order) | os.O_DIRECT)
-            self.memory_unit, self.unit = asked
         except OSError as error:
             self.why = _UNWILLING.format(path=self.path, cause=os.strerror(error.errno or 0))
+        else:
+            self._closing.callback(os.close, self.direct)
+            self.memory_unit, self.unit = asked
 
     def commit(self) -> None:
         """See OpenFile."""
@@ -110,10 +114,8 @@ class Handles:
         return refused(self.path, error)
 
     def close(self) -> None:
-        """See OpenFile."""
-        os.close(self.buffered)
-        if self.direct is not None:
-            os.close(self.direct)
+        """See OpenFile. Raises OSError, when all has been closed that can be."""
+        self._closing.close()
 
 
 class WholeFile(Handles):
@@ -130,6 +132,8 @@ class WholeFile(Handles):
             os.close(folder)
             raise
         super().__init__(path, Order.STORE, fd, 0)
+        self._closing.callback(os.close, folder)
+        self._closing.callback(self._remove)
 
     @property
     def aftermath(self) -> str:
@@ -151,14 +155,9 @@ class WholeFile(Handles):
         self._named = True
         os.fsync(self._folder)
 
-    def close(self) -> None:
-        """See OpenFile."""
-        super().close()
-        try:
-            if not self._named:
-                os.unlink(self._other_name, dir_fd=self._folder)
-        finally:
-            os.close(self._folder)
+    def _remove(self) -> None:
+        if not self._named:
+            os.unlink(self._other_name, dir_fd=self._folder)
 
 
 def open_source(places: Places, path: str, offset: int, length: int) -> Handles:

@@ -145,8 +145,8 @@ class RegionServiceServicer:
 
     def LoadRegion(self, request, context):
         """Loads a file or block device of the region's node into the region. Streams how far it is (at most
-        ten times a second), and ends after the outcome, which is the last message, or an error whose
-        metadata has `bytes_done`. Ending the call ends the load; blocks that are under way still land.
+        ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+        metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
         Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
         once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
         WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,

@@ -62,8 +62,8 @@ class RegionServiceStub:
     """
     LoadRegion: _grpc.UnaryStreamMultiCallable[_region_pb2.LoadRegionRequest, _region_pb2.StorageProgress]
     """Loads a file or block device of the region's node into the region. Streams how far it is (at most
-    ten times a second), and ends after the outcome, which is the last message, or an error whose
-    metadata has `bytes_done`. Ending the call ends the load; blocks that are under way still land.
+    ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+    metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
     Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
     once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
     WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
@@ -110,8 +110,8 @@ class RegionServiceAsyncStub(RegionServiceStub):
     """
     LoadRegion: _aio.UnaryStreamMultiCallable[_region_pb2.LoadRegionRequest, _region_pb2.StorageProgress]  # type: ignore[assignment]
     """Loads a file or block device of the region's node into the region. Streams how far it is (at most
-    ten times a second), and ends after the outcome, which is the last message, or an error whose
-    metadata has `bytes_done`. Ending the call ends the load; blocks that are under way still land.
+    ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+    metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
     Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
     once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
     WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
@@ -203,8 +203,8 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_region_pb2.StorageProgress], _abc.AsyncIterator[_region_pb2.StorageProgress]]:
         """Loads a file or block device of the region's node into the region. Streams how far it is (at most
-        ten times a second), and ends after the outcome, which is the last message, or an error whose
-        metadata has `bytes_done`. Ending the call ends the load; blocks that are under way still land.
+        ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+        metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
         Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
         once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
         WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
