@@ -206,20 +206,20 @@ def _check(memory: Memory, offset: int, length: int) -> None:
 def _read_file(fd: int, offset: int, into: memoryview) -> None:
     """Fill `into` and release it, since an error's traceback would keep it, and with it the memory, from closing."""
     with into:
-        done = 0
-        while done < len(into):
+        done = count = os.preadv(fd, [into], offset)
+        while count and done < len(into):
             count = os.preadv(fd, [into[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"the file ended {len(into) - done} bytes early")
             done += count
+        if done < len(into):
+            raise OSError(f"the file ended {len(into) - done} bytes early")
 
 
 def _write_file(fd: int, offset: int, data: memoryview) -> None:
     """Write `data` and release it, as `_read_file`."""
     with data:
-        done = 0
-        while done < len(data):
+        done = count = os.pwritev(fd, [data], offset)
+        while count and done < len(data):
             count = os.pwritev(fd, [data[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"the file took {done} of {len(data)} bytes")
             done += count
+        if done < len(data):
+            raise OSError(f"the file took {done} of {len(data)} bytes")

@@ -87,6 +87,7 @@ async def test_there_and_back_with_checksums(host: StorageHost, tmp_path: Path, 
     assert stored.crc32c == loaded.crc32c
     assert stored.duration
     assert stored.way is not None
+    await asyncio.sleep(0)
     for order in ("load", "store"):
         assert host.sample("peermem_storage_bytes_total", operation=order) == SIZE
         labels = {"operation": order, "outcome": "succeeded"}

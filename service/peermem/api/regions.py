@@ -7,7 +7,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 
@@ -197,7 +196,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         run = await known.run(subject, request.request_id, content, make)
         with self._broker.storage.watched(run):
             told = None
-            while not await _ended_within(run, _TICK):
+            while not await run.ended_within(_TICK):
                 before, told = told, run.facts
                 if told != before:
                     yield storage_to_proto(told)
@@ -214,16 +213,6 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
             yield
         finally:
             self._streams -= 1
-
-
-async def _ended_within(run: StorageRun, seconds: float) -> bool:
-    """Wait for the end, but at most so long; return whether it has ended."""
-    try:
-        async with asyncio.timeout(seconds):
-            await run.ended.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 def page_size(asked: int) -> int:

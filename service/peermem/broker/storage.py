@@ -37,6 +37,9 @@ from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
+_TICK = 0.1
+"""Seconds between two counts of what moved."""
+
 
 class StorageRun:
     """One load or store; a `regions.RegionUser`."""
@@ -83,11 +86,20 @@ class StorageRun:
         """See RegionUser."""
         await self.ended.wait()
 
-    async def drive(self, region: Region, storage: Storage, moved: Callable[[StorageRun, int], None]) -> None:
-        """Carry it to its end; never raises. `moved` is told in any thread of bytes in place."""
+    async def ended_within(self, seconds: float) -> bool:
+        """Wait for its end, but at most so long; return whether it has ended."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def drive(self, region: Region, storage: Storage) -> None:
+        """Carry it to its end; never raises."""
         self._began = time.monotonic()
         try:
-            await self._work(region, storage, moved)
+            await self._work(region, storage)
             self.error = None  # what came too late
         except PeermemError as error:
             # as a new one: the traceback of this holds what is closed now
@@ -101,27 +113,22 @@ class StorageRun:
             self._last, self._movement = self.facts, None  # who remembers it needs its facts only
             self.ended.set()
 
-    async def _work(self, region: Region, storage: Storage, moved: Callable[[StorageRun, int], None]) -> None:
+    async def _work(self, region: Region, storage: Storage) -> None:
         request = self.request
         room = region.memory.length - request.region_offset
         length = request.length or (room if request.order is Order.STORE else 0)
         file = await storage.open(request.order, request.path, request.file_offset, length)
         try:
             _check_room(region, request, file.length)
-            await self._carry(region, file, moved)
+            await self._carry(region, file)
         except PeermemError as error:
             raise self._told(self.error or error, file.aftermath) from error
         finally:
             await file.close()
 
-    async def _carry(self, region: Region, file: OpenFile, moved: Callable[[StorageRun, int], None]) -> None:
-        def count(size: int) -> None:
-            with self._counting:
-                self._done += size
-            moved(self, size)
-
+    async def _carry(self, region: Region, file: OpenFile) -> None:
         self._total = file.length
-        self._movement = file.movement(region.memory, region.copier, self.request.region_offset, count)
+        self._movement = file.movement(region.memory, region.copier, self.request.region_offset, self._moved)
         self._check()
         await self._movement.run()
         self._check()
@@ -143,6 +150,11 @@ class StorageRun:
                 path=self.request.path,
             )
         return in_file
+
+    def _moved(self, size: int) -> None:
+        """Called in any thread."""
+        with self._counting:
+            self._done += size
 
     def _check(self) -> None:
         if self.error is not None:
@@ -216,11 +228,19 @@ class StorageRuns:
         run.task = asyncio.get_running_loop().create_task(self._drive(run, region))
 
     async def _drive(self, run: StorageRun, region: Region) -> None:
-        await run.drive(region, self._storage, self._moved)
+        counting = asyncio.get_running_loop().create_task(self._count(run))
+        await run.drive(region, self._storage)
         self._running.discard(run)
         self._metrics.storage_ended(run.request.order, run.facts, run.error)
+        await counting
 
-    def _moved(self, run: StorageRun, size: int) -> None:
-        way = run.facts.way
-        assert way is not None  # it is known before a byte moves
-        self._metrics.storage_bytes(run.request.order, way, size)
+    async def _count(self, run: StorageRun) -> None:
+        """Count the bytes of a run while they move."""
+        counted = 0
+        ended = False
+        while not ended:
+            ended = await run.ended_within(_TICK)
+            facts = run.facts
+            if facts.way is not None and facts.bytes_done > counted:
+                self._metrics.storage_bytes(run.request.order, facts.way, facts.bytes_done - counted)
+                counted = facts.bytes_done

@@ -82,7 +82,8 @@ class LocalFile:
 
     async def commit(self) -> None:
         """See OpenFile."""
-        await self._do(self._handles.commit)
+        if self._handles.order is Order.STORE:
+            await self._do(self._handles.commit)
 
     async def crc32c(self, stopped: Callable[[], bool]) -> int:
         """See OpenFile."""

@@ -39,6 +39,7 @@ class Handles:
         """Owns `fd`."""
         self._closing = ExitStack()
         self._closing.callback(os.close, fd)
+        self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.path = path
         self.order = order
         self.buffered = fd
@@ -72,7 +73,7 @@ class Handles:
     def open_direct(self) -> None:
         """Open it for direct I/O too, where that works."""
         asked = kernel.direct_alignment(self.buffered)
-        if asked is None and stat.S_ISBLK(os.fstat(self.buffered).st_mode):
+        if asked is None and self._is_device:
             asked = (kernel.block_size(self.buffered),) * 2
         if asked is None:
             self.why = _UNTOLD.format(path=self.path)
@@ -86,9 +87,8 @@ class Handles:
             self.memory_unit, self.unit = asked
 
     def commit(self) -> None:
-        """See OpenFile."""
-        if self.order is Order.STORE:
-            os.fsync(self.buffered)
+        """Have what was stored on the disk, under its name. Raises OSError."""
+        os.fsync(self.buffered)
 
     def crc32c(self, block: int, stopped: Callable[[], bool]) -> int:
         """Return the CRC32C of the range, read anew; of less once `stopped`. Raises OSError."""
@@ -108,8 +108,9 @@ class Handles:
         """Return what an error between the file and a region's memory means."""
         if error.errno == errno.EFAULT:
             return RegionRevoked(f"The region's memory can't be accessed any more ({error.strerror}).", path=self.path)
+        may_be_cut = self.order is Order.LOAD and not self._is_device  # a device that ends was taken away
         ended = error.errno in (None, errno.EINVAL)  # the latter, where what is left is no block of the disk
-        if ended and self.order is Order.LOAD and (size := self.size) < self.span.file + self.span.length:
+        if may_be_cut and ended and (size := self.size) < self.span.file + self.span.length:
             return FileTooShort(f"{self.path} was cut to {size} bytes while it was read.", path=self.path, size=size)
         return refused(self.path, error)
 

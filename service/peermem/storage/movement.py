@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* DIRECT: the file's device reads and writes the region's own pages. Whether that works shows only when bytes move, so
-  one unit of the file is tried first; where it does not, the bytes are staged.
+* DIRECT: the file's device reads and writes the region's own pages. Whether that works shows only when bytes move:
+  where the first blocks don't, the bytes are staged.
 * STAGED: direct I/O on host memory, and copies by the region's copier; one block is copied while others are read.
 * BUFFERED: through the page cache. Ranges at either end that direct I/O can't address go this way too.
 * A thread takes the next block by itself and no turn of the event loop lies between two: as many blocks are under way
@@ -68,7 +68,7 @@ class BlockMovement:
         self._block = handles.whole_units(block)
         self._depth = depth
         self._pool = pool
-        self._stopped = False
+        self._stopped = self._broken = self._any_moved = False
 
     def stop(self) -> None:
         """See Movement."""
@@ -83,31 +83,37 @@ class BlockMovement:
                 self.way, self.why = Way.BUFFERED, self._handles.why or _SMALL.format(unit=self._handles.unit)
                 await (self._staged if self._memory.copier else self._straight)(buffered, self._span)
                 return
-            self.why = await self._obstacle(direct, body)
-            self.way = Way.STAGED if self.why else Way.DIRECT
-            self.why = self.why or _STRAIGHT.format(path=self._handles.path)
-            await (self._staged if self.way is Way.STAGED else self._straight)(direct, body)
+            obstacle = self._obstacle(body) or await self._directly(direct, body)
+            if obstacle:
+                self.way, self.why = Way.STAGED, obstacle
+                await self._staged(direct, body)
             for edge in (head, tail):
                 await self._staged(buffered, edge)
         except OSError as error:
             raise self._handles.failed(error) from error
 
-    async def _obstacle(self, fd: int, body: Span) -> str:
-        """Return what keeps the device from the region's own pages; empty when nothing does. Raises OSError."""
+    def _obstacle(self, body: Span) -> str:
+        """Return what is known to keep the device from the region's own pages; empty when nothing is."""
         if self._memory.copier is not None:
             return _NO_MAPPING
         unit = self._handles.memory_unit
         if (body.region - body.file) % unit:
             return _UNALIGNED.format(unit=unit)
-        try:
-            await in_thread(lambda: self._carry(fd, body.part(0, self._handles.unit)), self._pool)
-        except OSError as error:
-            if error.errno not in _NOT_DIRECT:
-                raise
-            return _REFUSED.format(path=self._handles.path, cause=error.strerror)
         return ""
 
     # straight between the file and the region
+
+    async def _directly(self, fd: int, body: Span) -> str:
+        """Carry the body by direct I/O; return why no byte of it could be. Raises OSError."""
+        self.way, self.why = Way.DIRECT, _STRAIGHT.format(path=self._handles.path)
+        try:
+            await self._straight(fd, body)
+        except OSError as error:
+            if self._any_moved or error.errno not in _NOT_DIRECT:
+                raise
+            self._broken = False
+            return _REFUSED.format(path=self._handles.path, cause=error.strerror)
+        return ""
 
     async def _straight(self, fd: int, span: Span) -> None:
         starts = self._starts(span)
@@ -115,20 +121,18 @@ class BlockMovement:
 
     def _carry_all(self, fd: int, span: Span, starts: Iterator[int]) -> None:
         """Carry blocks, in one of several threads that share them, until there are no more."""
+        move = memory.read_file if self._handles.order is Order.LOAD else memory.write_file
         try:
             for start in starts:
-                if self._stopped:
+                if self._stopped or self._broken:
                     break
-                block = self._block_at(span, start)
-                self._carry(fd, block)
-                self._moved(block.length)
+                length = min(self._block, span.length - start)
+                move(fd, span.file + start, self._memory, span.region + start, length)
+                self._any_moved = True
+                self._moved(length)
         except BaseException:
-            self.stop()  # the others
+            self._broken = True
             raise
-
-    def _carry(self, fd: int, span: Span) -> None:
-        move = memory.read_file if self._handles.order is Order.LOAD else memory.write_file
-        move(fd, span.file, self._memory, span.region, span.length)
 
     # by way of host memory
 
@@ -143,13 +147,13 @@ class BlockMovement:
         """Carry blocks by way of a part of the buffer, beside others that have parts of their own."""
         try:
             for start in starts:
-                if self._stopped:
+                if self._stopped or self._broken:
                     break
-                block = self._block_at(span, start)
+                block = span.part(start, min(self._block, span.length - start))
                 await self._stage(fd, block, buffer, at)
                 self._moved(block.length)
         except BaseException:
-            self.stop()  # the others
+            self._broken = True
             raise
 
     async def _stage(self, fd: int, block: Span, buffer: HostMemory, at: int) -> None:
@@ -169,9 +173,6 @@ class BlockMovement:
     def _starts(self, span: Span) -> Iterator[int]:
         """Return where blocks begin, to be shared by threads: the interpreter lets one at a time take the next."""
         return iter(range(0, span.length, self._block))
-
-    def _block_at(self, span: Span, start: int) -> Span:
-        return span.part(start, min(self._block, span.length - start))
 
     async def _all(self, lanes: Iterable[Awaitable[None]]) -> None:
         """Wait for all of them, whatever happens. Raises what the first that failed raised."""
