@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -116,8 +116,20 @@ class BlockMovement:
         return ""
 
     async def _straight(self, fd: int, span: Span) -> None:
-        starts = self._starts(span)
-        await self._all([in_thread(lambda: self._carry_all(fd, span, starts), self._pool) for _ in self._lanes(span)])
+        lanes, starts = self._lanes(span), self._starts(span)
+        await self._all([in_thread(lambda: self._carry_together(fd, span, starts, len(lanes)), self._pool)])
+
+    def _carry_together(self, fd: int, span: Span, starts: Iterator[int], threads: int) -> None:
+        """Carry blocks in so many threads, of which this is one."""
+        others: list[Future[None]] = []
+        try:
+            for _ in range(threads - 1):
+                others.append(self._pool.submit(self._carry_all, fd, span, starts))  # noqa: PERF401  # one may fail
+            self._carry_all(fd, span, starts)
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
     def _carry_all(self, fd: int, span: Span, starts: Iterator[int]) -> None:
         """Carry blocks, in one of several threads that share them, until there are no more."""

@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from peermem.core.errors import (
     FileNotFound,
@@ -44,6 +43,7 @@ class Place:
     """A folder, or a single file or block device, as the configuration names it."""
 
     path: str
+    """Absolute, without `.`, `..` or a slash at its end."""
     write: bool
     """Whether stores may use it."""
 
@@ -52,14 +52,15 @@ class Places:
     """All places."""
 
     def __init__(self, places: Sequence[Place]) -> None:
-        self._places = sorted(places, key=lambda place: len(PurePosixPath(place.path).parts), reverse=True)
+        self._places = sorted(places, key=lambda place: len(place.path), reverse=True)
 
     def pin(self, path: str, *, write: bool) -> tuple[int, os.stat_result]:
         """Return a descriptor (O_PATH) of a file or block device, and what it is.
 
         Raises InvalidField, StorageForbidden, FileNotFound, FileUnusable, LimitReached, KernelTooOld.
         """
-        pinned = self._open(path, self._place(path, write), os.O_PATH)
+        place, below = self._place(path, write)
+        pinned = _open(path, place, below, os.O_PATH)
         try:
             info = os.fstat(pinned)
             kind = stat.S_IFMT(info.st_mode)
@@ -76,22 +77,23 @@ class Places:
 
     def folder(self, path: str) -> tuple[int, str]:
         """Return a descriptor of the folder of a file that is to be made, and its name there. Raises as `pin`."""
-        place = self._place(path, write=True)
-        if PurePosixPath(path) == PurePosixPath(place.path):
-            real = os.path.realpath(place.path)
-            place, path = Place(os.path.dirname(real), write=True), real
-        parent, name = os.path.split(str(PurePosixPath(path)))
-        return self._open(parent, place, os.O_RDONLY | os.O_DIRECTORY), name
+        place, below = self._place(path, write=True)
+        parent, name = os.path.split(below)
+        if not below:
+            place, name = os.path.split(os.path.realpath(place))
+        return _open(path, place, parent, os.O_RDONLY | os.O_DIRECTORY), name
 
-    def _place(self, path: str, write: bool) -> Place:
-        whole = PurePosixPath(path)
+    def _place(self, path: str, write: bool) -> tuple[str, str]:
+        """Return the place of a path, and the path below it."""
         if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > _LONGEST:
             raise InvalidField(
                 f"path {path[:80]!r} must be an absolute path on the region's node, of at most {_LONGEST} bytes.",
                 field="path",
             )
-        found = [place for place in self._places if whole.is_relative_to(place.path)]
-        if not found or ".." in whole.parts:
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        whole = f"/{'/'.join(parts)}"
+        found = [place for place in self._places if f"{whole}/".startswith(f"{place.path.rstrip('/')}/")]
+        if not found or ".." in parts:
             known = ", ".join(sorted(place.path for place in self._places)) or "none"
             raise StorageForbidden(
                 f"{path} is in no directory that loads and stores may use, which are: {known}. Name a file in one of "
@@ -104,20 +106,21 @@ class Places:
                 "storage.directories.",
                 path=path,
             )
-        return found[0]
+        return found[0].path, whole[len(found[0].path) :].strip("/")
 
-    def _open(self, path: str, place: Place, flags: int) -> int:
-        below = PurePosixPath(path).relative_to(place.path)
+
+def _open(path: str, place: str, below: str, flags: int) -> int:
+    """Open what is below a place, or the place itself; `path` is the whole for errors."""
+    try:
+        if not below:
+            return os.open(place, flags | os.O_CLOEXEC)
+        folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not below.parts:
-                return os.open(place.path, flags | os.O_CLOEXEC)
-            folder = os.open(place.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                return kernel.open_beneath(folder, str(below), flags)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise refused(path, error) from error
+            return kernel.open_beneath(folder, below, flags)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 def refused(path: str, error: OSError) -> PeermemError:
