@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
-from peermem.broker.settings import Settings
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
@@ -39,6 +38,7 @@ from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.storage.base import Storage
 from peermem.storage.files import LocalStorage
 from peermem.telemetry.metrics import Metrics
+from tests.settings import broker_settings
 
 MIB = 1 << 20
 PATIENCE = 20.0
@@ -359,7 +359,7 @@ class Host:
         own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
-            _settings(node, settings),
+            broker_settings(node, settings),
             f"epoch-{node}",
             own,
             fabrics,
@@ -381,20 +381,6 @@ class Host:
         await self.directory.join(NodeEntry(self.node, f"{self.node}.test:1"))
         stack.push_async_callback(self.broker.close)
         stack.push_async_callback(self.broker.drain, 0.0)
-
-
-def _settings(node: str, changes: Mapping[str, float]) -> Settings:
-    return Settings(
-        node=node,
-        rails=1,
-        max_regions=int(changes.get("max_regions", 64)),
-        max_running=int(changes.get("max_running", 16)),
-        max_segments=int(changes.get("max_segments", 131_072)),
-        keep_ended=int(changes.get("keep_ended", 16)),
-        keep_ended_for=changes.get("keep_ended_for", 60.0),
-        grant_ttl=changes.get("grant_ttl", 30.0),
-        link_idle=changes.get("link_idle", 60.0),
-    )
 
 
 if TYPE_CHECKING:

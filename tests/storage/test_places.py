@@ -44,7 +44,7 @@ async def open_and_close(folder: Path, path: str, order: Order = Order.LOAD, off
 
 async def test_a_file_below_the_folder(inside: Path) -> None:
     assert await open_and_close(inside, f"{inside}/deep/x") == 100
-    assert await open_and_close(inside, f"{inside}//./deep/x/") == 100
+    assert await open_and_close(inside, f"/{inside}//./deep/x/") == 100
 
 
 @pytest.mark.parametrize("order", Order)
@@ -57,7 +57,6 @@ async def test_a_file_below_the_folder(inside: Path) -> None:
         "{inside}/..",
         "{inside}2/x",
         "/",
-        "/{inside}/deep/x",
     ],
 )
 async def test_paths_outside_are_refused(inside: Path, path: str, order: Order) -> None:
