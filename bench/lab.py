@@ -20,6 +20,8 @@ HEADING = "## In the lab"
 _HERE = Path(__file__).parent
 _REPORT = _HERE.parent / "build" / "lab" / "report.json"
 _MIB = 1 << 20
+_SPEED = ("speed", "storage")
+"""Suites that have bars."""
 _STAGED = {"staged_load": "out of a BAR", "staged_store": "into a BAR"}
 _AWAKE = {
     "bare": "a bare gRPC server, idle",
@@ -34,7 +36,8 @@ _HOW = """\
 The lab (`tests/lab/README.md`) is an emulated machine with software NICs: its absolute speed says nothing about
 hardware, ratios of what takes turns in one boot do. perftest runs as it is set, with one queue pair, between the same
 two NICs; *bare pyverbs* is a loop with one queue pair, classic work requests made once, 16 outstanding, and a
-completion queue that is polled all the time. *rounds* is the lowest and the highest ratio of one round; the median of
+completion queue that is polled all the time; fio (libaio) has as many blocks of the same size under way, on memory of
+the same kind. *rounds* is the lowest and the highest ratio of one round; the median of
 the rounds decides. A test fails when a bar is missed by a factor of 2: what is missed by less is told here."""
 
 
@@ -54,7 +57,7 @@ def section(reports: Iterable[Mapping[str, Any]]) -> str:
     facts = next((guest["facts"] for guest in guests if "speed" in guest["suites"]), guests[-1]["facts"])
     of = {"kernel": "Linux", "python": "Python", "rdma-core": "rdma-core", "perftest": "perftest"}
     versions = ", ".join(f"{name} {facts[key]}" for key, name in of.items() if key in facts)
-    bars = [figure for figure in suites.get("speed", {}).values() if "bound" in figure]
+    bars = [figure for name in _SPEED for figure in suites.get(name, {}).values() if "bound" in figure]
     parts = [
         HEADING,
         f"Made by `make lab` and `python -m bench.lab`, with {versions}.",

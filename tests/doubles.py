@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
-from peermem.broker.settings import Settings
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
@@ -37,7 +36,10 @@ from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
 from peermem.memory import Memory
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
+from peermem.storage.base import Storage
+from peermem.storage.files import LocalStorage
 from peermem.telemetry.metrics import Metrics
+from tests.settings import broker_settings
 
 MIB = 1 << 20
 PATIENCE = 20.0
@@ -343,6 +345,7 @@ class Host:
         settings: Mapping[str, float],
         verbs: Fabric | None = None,
         devices: Mapping[str, Device] | None = None,
+        storage: Storage | None = None,
     ) -> None:
         """`verbs` and `devices` are there besides tcp, local, bar0 and adopted memory."""
         self.node = node
@@ -351,15 +354,15 @@ class Host:
         self.device = FragileDevice("bar0", 64 * MIB)
         self.sessions = SessionTable(max_sessions=16)
         self.local = CuedFabric(LocalFabric())
-        self.tcp = CuedFabric(
-            TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
-        )
+        tcp = TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
+        self.tcp = CuedFabric(tcp)
+        self.metrics = Metrics("0")
         self._fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
         self._fabrics |= {FabricKind.VERBS: verbs} if verbs is not None else {}
         own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
-            _settings(node, settings),
+            broker_settings(node, settings),
             f"epoch-{node}",
             own,
             self._fabrics,
@@ -367,8 +370,9 @@ class Host:
             self.directory,
             OwnerPolicy(),
             self.sessions,
-            Metrics("0"),
+            self.metrics,
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),
+            storage or LocalStorage([], block=MIB, depth=1, limit=1),
         )
         brokers[node] = self.broker
 
@@ -380,20 +384,6 @@ class Host:
         await self.directory.join(NodeEntry(self.node, f"{self.node}.test:1"))
         stack.push_async_callback(self.broker.close)
         stack.push_async_callback(self.broker.drain, 0.0)
-
-
-def _settings(node: str, changes: Mapping[str, float]) -> Settings:
-    return Settings(
-        node=node,
-        rails=1,
-        max_regions=int(changes.get("max_regions", 64)),
-        max_running=int(changes.get("max_running", 16)),
-        max_segments=int(changes.get("max_segments", 131_072)),
-        keep_ended=int(changes.get("keep_ended", 16)),
-        keep_ended_for=changes.get("keep_ended_for", 60.0),
-        grant_ttl=changes.get("grant_ttl", 30.0),
-        link_idle=changes.get("link_idle", 60.0),
-    )
 
 
 if TYPE_CHECKING:

@@ -9,32 +9,13 @@ import pytest
 from peermem.config import (
     Address,
     Config,
-    ConfigError,
-    Cuda,
-    DeviceSize,
     ListenAddress,
-    Name,
-    PciResource,
-    Rocm,
     load,
     node_name,
 )
-from peermem.config_values import BarOffset, BarSize, PciAddress
+from tests.configs import problems, write
 
 SHIPPED = Path(__file__).parents[1] / "deploy" / "peermem.toml"
-
-
-def write(folder: Path, text: str) -> Path:
-    file = folder / "peermem.toml"
-    file.write_text(text)
-    return file
-
-
-def problems(file: Path | None, environ: dict[str, str] | None = None) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(file, environ or {})
-    assert str(caught.value) == "\n".join(caught.value.problems)
-    return list(caught.value.problems)
 
 
 def every_key(table: dict[str, object], path: str = "") -> set[str]:
@@ -127,61 +108,6 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
     assert config.directory.nodes == {"c": "10.0.0.3:7470"}
     assert (config.p2pmem, config.fabric) == (False, "tcp")
     assert (config.verbs.nics, config.verbs.mtu, config.verbs.ack_timeout) == (("rxe0/1",), 1024, 1.0)
-
-
-def test_devices_in_bars_are_read(tmp_path: Path) -> None:
-    file = write(
-        tmp_path,
-        """
-        [[device]]
-        kind = "pci_resource"
-        name = "fpga0"
-        address = "0000:41:00.0"
-        bar = 2
-        [[device]]
-        kind = "pci_resource"
-        name = "fpga1"
-        address = "10000:e1:1f.7"
-        bar = 0
-        offset = "1MiB"
-        size = "16MiB"
-        [[device]]
-        kind = "pci_resource"
-        name = "fpga2"
-        address = "10000:e1:1f.7"
-        bar = 0
-        offset = 0
-        size = 0x100000
-        """,
-    )
-    assert load(file, {}).devices == (
-        PciResource(Name("fpga0"), PciAddress("0000:41:00.0"), 2, BarOffset(0), None),
-        PciResource(Name("fpga1"), PciAddress("10000:e1:1f.7"), 0, BarOffset(1 << 20), BarSize(16 << 20)),
-        PciResource(Name("fpga2"), PciAddress("10000:e1:1f.7"), 0, BarOffset(0), BarSize(1 << 20)),
-    )
-
-
-def test_gpus_are_read(tmp_path: Path) -> None:
-    file = write(
-        tmp_path,
-        """
-        [[device]]
-        kind = "cuda"
-        name = "gpu0"
-        address = "0000:41:00.0"
-        size = "1GiB"
-        [[device]]
-        kind = "rocm"
-        name = "gpu1"
-        address = "0000:42:00.0"
-        size = "2GiB"
-        adopt = false
-        """,
-    )
-    assert load(file, {}).devices == (
-        Cuda(Name("gpu0"), PciAddress("0000:41:00.0"), DeviceSize(1 << 30), True),
-        Rocm(Name("gpu1"), PciAddress("0000:42:00.0"), DeviceSize(2 << 30), False),
-    )
 
 
 HOST_PORT = 'host:port with a port from 1 to 65535, such as "10.0.0.2:7470" or "[fd00::2]:7470"'

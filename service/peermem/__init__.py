@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peermem.client.node import Node, connect
     from peermem.client.region import Region
     from peermem.client.segments import Slice, Strided
+    from peermem.client.storage import StorageInfo, StorageWay
     from peermem.client.transfer import Transfer
     from peermem.core.errors import PeermemError
     from peermem.core.types import FabricKind, LeaseKind, Path
@@ -44,6 +45,8 @@ _HOMES = {
     "Transfer": "peermem.client.transfer",
     "Slice": "peermem.client.segments",
     "Strided": "peermem.client.segments",
+    "StorageInfo": "peermem.client.storage",
+    "StorageWay": "peermem.client.storage",
     "PeermemError": "peermem.core.errors",
     "FabricKind": "peermem.core.types",
     "LeaseKind": "peermem.core.types",
@@ -67,6 +70,8 @@ __all__ = [
     "RegionInfo",
     "RegionState",
     "Slice",
+    "StorageInfo",
+    "StorageWay",
     "Strided",
     "Transfer",
     "TransferInfo",

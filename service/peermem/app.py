@@ -34,6 +34,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
+from peermem.broker.storage import StorageRun
 from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Verbs
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED
@@ -59,6 +60,8 @@ from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Marks, Timing
 from peermem.fabric.verbs_types import Settings as VerbsSettings
 from peermem.remote.client import GrpcRemotes
+from peermem.storage.files import LocalStorage
+from peermem.storage.places import Place
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
@@ -106,6 +109,7 @@ class App:
             if fabric.unavailable is not None:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
+        self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions)
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: _snapshot(broker, sessions, parts))
@@ -160,6 +164,7 @@ class App:
             sessions,
             self.metrics,
             self._topology,
+            parts.storage,
         )
 
     async def _start_attach(self, broker: Broker, sessions: SessionTable) -> None:
@@ -172,9 +177,12 @@ class App:
         config = self.config
         identity = Identity(sessions)
         keep = config.transfer.keep_ended
+        loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
         services = Services(
             node=NodeService(broker, read_topology, self._preflight(broker)),
-            region=RegionService(broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep)),
+            region=RegionService(
+                broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep), loaded, stored
+            ),
             transfer=TransferService(
                 broker,
                 identity,
@@ -232,12 +240,22 @@ class _Parts:
         self.fabrics[FabricKind.LOCAL] = LocalFabric(on_link_lost=lost)
         self.devices: dict[str, Device] = {device.name: _device(device) for device in config.devices}
         self.devices |= {device.name: device for device in (p2pmem_devices() if config.p2pmem else ())}
+        self.storage = LocalStorage(
+            [Place(folder.path, folder.write) for folder in config.storage.directories],
+            block=config.storage.block,
+            depth=config.storage.depth,
+            limit=config.storage.max_running,
+        )
         self.devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
 
     @property
     def addresses(self) -> dict[str, str]:
         """Where the fabrics listen, for the log."""
         return {"tcp": self.tcp.address} if self.tcp is not None else {}
+
+
+def _is_spent(run: StorageRun) -> bool:
+    return run.error is not None
 
 
 def _device(config: AnyDevice) -> Device:

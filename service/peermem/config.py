@@ -29,6 +29,8 @@ from peermem.config_values import (
     AdoptSize,
     BarOffset,
     BarSize,
+    BlockSize,
+    FilePath,
     Keep,
     MessageSize,
     NicName,
@@ -151,6 +153,28 @@ class Region(Struct, frozen=True, forbid_unknown_fields=True):
     """Regions at the same time."""
 
 
+class StorageDirectory(Struct, frozen=True, forbid_unknown_fields=True):
+    """A place that loads and stores may use."""
+
+    path: FilePath
+    """Of a directory, or of a single file or block device."""
+    write: bool = False
+    """Whether stores may use it."""
+
+
+class Storage(Struct, frozen=True, forbid_unknown_fields=True):
+    """Loads and stores: files and block devices into regions and back."""
+
+    directories: tuple[StorageDirectory, ...] = ()
+    """The only places that they may use."""
+    block: BlockSize = BlockSize("1MiB")
+    """What is read or written at once."""
+    depth: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Blocks of one load or store that are under way at the same time."""
+    max_running: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Loads and stores at the same time."""
+
+
 class Memfd(Struct, frozen=True, forbid_unknown_fields=True):
     """Host memory that stands in for a BAR."""
 
@@ -258,6 +282,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     verbs: Verbs = Verbs()
     transfer: Transfer = Transfer()
     region: Region = Region()
+    storage: Storage = Storage()
     devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
@@ -289,6 +314,9 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
     yield from _device_contradictions(config.devices)
+    folders = [folder.path for folder in config.storage.directories]
+    for path in sorted({path for path in folders if folders.count(path) > 1}):
+        yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
         if address and not address.is_loopback and not config.insecure_network:

@@ -11,6 +11,7 @@ import ipaddress
 import mmap
 import re
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import PurePosixPath
 from typing import ClassVar, Self
 
 from peermem.core.errors import InvalidField
@@ -43,6 +44,20 @@ class SocketPath(str):
         if not text.startswith("/") or "\0" in text or len(text.encode()) > 107:
             raise ValueError(cls.expected)
         return super().__new__(cls, text)
+
+
+class FilePath(str):
+    """A directory, file or block device."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "an absolute path without '..'"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        path = PurePosixPath(text)
+        if not text.startswith("/") or text.startswith("//") or "\0" in text or ".." in path.parts:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, str(path))
 
 
 class Address(str):
@@ -197,6 +212,10 @@ class BarOffset(Size, least="0B", most="1024TiB", pages=True):
 
 class BarSize(Size, least="4KiB", most="1024TiB", pages=True):
     """Of a device in a BAR."""
+
+
+class BlockSize(Size, least="4KiB", most="64MiB", pages=True):
+    """What is read from storage or written to it at once."""
 
 
 class AckTimeout(Duration, least="1ms", most="60s"):

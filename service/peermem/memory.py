@@ -162,6 +162,22 @@ def write(target: Memory, offset: int, data: bytes | bytearray | memoryview) -> 
         _read_file(scratch.open_fd(), 0, target.view()[offset : offset + len(data)])
 
 
+def read_file(fd: int, fd_offset: int, target: Memory, offset: int, length: int) -> None:
+    """Fill a range of memory from a file, which may be open for direct I/O: then the device writes it.
+
+    Raises OSError: EFAULT where the memory has vanished or direct I/O can't reach it, and one without a number where
+    the file ends early.
+    """
+    _check(target, offset, length)
+    _read_file(fd, fd_offset, target.view()[offset : offset + length])
+
+
+def write_file(fd: int, fd_offset: int, source: Memory, offset: int, length: int) -> None:
+    """Write a range of memory into a file, which may be open for direct I/O. Raises OSError, as `read_file`."""
+    _check(source, offset, length)
+    _write_file(fd, fd_offset, source.view()[offset : offset + length])
+
+
 def crc32c(source: Memory, ranges: Iterable[tuple[int, int]], value: int = 0) -> int:
     """Return the CRC32C (Castagnoli, RFC 3720 B.4) of (offset, length) ranges in order, on top of `value`."""
     for offset, length in ranges:
@@ -195,21 +211,25 @@ def _check(memory: Memory, offset: int, length: int) -> None:
 
 
 def _read_file(fd: int, offset: int, into: memoryview) -> None:
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], offset + done)
-        if count == 0:
+    """Fill `into` and release it, since an error's traceback would keep it, and with it the memory, from closing."""
+    with into:
+        done = count = os.preadv(fd, [into], offset)
+        while count and done < len(into):
+            count = os.preadv(fd, [into[done:]], offset + done)
+            done += count
+        if done < len(into):
             raise OSError(f"the file ended {len(into) - done} bytes early")
-        done += count
 
 
 def _write_file(fd: int, offset: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        count = os.pwritev(fd, [data[done:]], offset + done)
-        if count == 0:
+    """Write `data` and release it, as `_read_file`."""
+    with data:
+        done = count = os.pwritev(fd, [data], offset)
+        while count and done < len(data):
+            count = os.pwritev(fd, [data[done:]], offset + done)
+            done += count
+        if done < len(data):
             raise OSError(f"the file took {done} of {len(data)} bytes")
-        done += count
 
 
 def dma_buf_exporter(fd: int) -> str:

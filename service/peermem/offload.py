@@ -7,7 +7,9 @@ its descriptor's number not be used again, while the thread is at it.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -23,9 +25,10 @@ class Closable(Protocol):
 C = TypeVar("C", bound=Closable)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns. Raises what it raises, and CancelledError after it is done."""
-    thread = asyncio.ensure_future(asyncio.to_thread(work))
+async def in_thread(work: Callable[[], T], pool: Executor | None = None) -> T:
+    """Return what `work` returns, in a thread of `pool` where one is given. Raises what it raises, and CancelledError
+    after it is done."""
+    thread = asyncio.get_running_loop().run_in_executor(pool, contextvars.copy_context().run, work)
     try:
         return await asyncio.shield(thread)
     except asyncio.CancelledError:
@@ -35,9 +38,10 @@ async def in_thread(work: Callable[[], T]) -> T:
         raise
 
 
-async def made_in_thread(make: Callable[[], C]) -> C:
-    """Return what `make` makes. A caller that gives up meanwhile does not wait: it is closed when it is made."""
-    making = asyncio.get_running_loop().run_in_executor(None, make)
+async def made_in_thread(make: Callable[[], C], pool: Executor | None = None) -> C:
+    """Return what `make` makes, in a thread of `pool` where one is given. A caller that gives up meanwhile does not
+    wait: it is closed when it is made."""
+    making = asyncio.get_running_loop().run_in_executor(pool, make)
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from peermem.core.node import DeviceFacts, NicPort, NodeFacts
 from peermem.core.plan import Direction
 from peermem.core.preflight import Verdict
 from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
+from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import error_pb2, node_pb2, region_pb2, transfer_pb2
 
@@ -117,6 +118,29 @@ def region_to_proto(facts: core_region.RegionFacts) -> region_pb2.Region:
         create_time=time_to_proto(facts.created_at),
         nics=facts.nics,
         why=facts.why,
+    )
+
+
+def load_request_from_proto(message: region_pb2.LoadRegionRequest) -> StorageRequest:
+    """Return what is asked for. Raises InvalidField."""
+    return _storage_request(message, Order.LOAD, message.file_offset)
+
+
+def store_request_from_proto(message: region_pb2.StoreRegionRequest) -> StorageRequest:
+    """Return what is asked for. Raises InvalidField."""
+    offset = message.file_offset if message.HasField("file_offset") else None
+    return _storage_request(message, Order.STORE, offset)
+
+
+def storage_to_proto(facts: StorageFacts) -> region_pb2.StorageProgress:
+    """Return the message for a load or store as it stands."""
+    return region_pb2.StorageProgress(
+        bytes_total=facts.bytes_total,
+        bytes_done=facts.bytes_done,
+        way=region_pb2.StorageWay.Value(f"STORAGE_WAY_{facts.way.value if facts.way else 'UNSPECIFIED'}"),
+        why=facts.why,
+        duration=None if facts.duration is None else duration_to_proto(facts.duration),
+        crc32c=facts.crc32c,
     )
 
 
@@ -287,6 +311,22 @@ def verdict_to_proto(verdict: Verdict, done: int, total: int) -> node_pb2.Prefli
     elif verdict.device:
         message.latency.CopyFrom(duration_to_proto(verdict.latency))
     return message
+
+
+def _storage_request(
+    message: region_pb2.LoadRegionRequest | region_pb2.StoreRegionRequest, order: Order, file_offset: int | None
+) -> StorageRequest:
+    if (file_offset or 0) + message.length >= 1 << 63:
+        raise InvalidField("file_offset and length reach beyond what a file can have.", field="file_offset")
+    return StorageRequest(
+        order=order,
+        region=parse_region(message.name),
+        region_offset=message.offset,
+        path=message.path,
+        file_offset=file_offset,
+        length=message.length,
+        checksum=message.checksum,
+    )
 
 
 def _list_from_proto(message: transfer_pb2.SegmentList, limit: int) -> SegmentList:

@@ -32,6 +32,15 @@ async def test_a_repetition_gets_the_first_result() -> None:
     assert len(replays) == 2
 
 
+async def test_a_result_that_is_spent_is_made_anew() -> None:
+    calls, spent = Calls(), set[int]()
+    once: Once[int] = Once(10, is_spent=spent.__contains__)
+    assert [await once.run("a", "id", b"x", calls) for _ in range(2)] == [1, 1]
+    spent.add(1)
+    assert await once.run("a", "id", b"other", calls) == 2
+    assert [await once.run("a", "id", b"other", calls), len(once)] == [2, 1]
+
+
 async def test_other_callers_and_empty_ids_are_other_requests() -> None:
     calls, once = Calls(), Once[int](10)
     assert await once.run("a", "id", b"x", calls) == 1

@@ -22,8 +22,14 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("cluster"), "a", "b") as cluster:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that the daemons load from and store into."""
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def cluster(files: Path) -> Iterator[Cluster]:
+    with Cluster(files, "a", "b") as cluster:
         yield cluster
 
 
@@ -94,6 +100,34 @@ def test_files_go_in_and_come_out(run: Run, region: str, tmp_path: Path) -> None
     assert run("regions", "get", f"{region}:100+5", "-").stdout_bytes == b"stdin"
     assert "OUT_OF_RANGE" in run("regions", "put", str(tmp_path / "in"), f"{region}:0+9999", code=1).stderr
     assert "OUT_OF_RANGE" in run("regions", "put", "-", f"{region}:0+4", code=1, stdin=b"stdin").stderr
+
+
+def test_the_node_loads_and_stores_its_own_files(run: Run, region: str, files: Path) -> None:
+    data = os.urandom(10_000)
+    (files / "in").write_bytes(data)
+    loaded = facts(run("regions", "load", str(files / "in"), f"{region}:5+9000", "--file-offset", "500", "--json"))
+    assert (loaded["region"], loaded["bytes_done"], loaded["crc32c"]) == (region, 9000, None)
+    assert loaded["way"] in ("DIRECT", "STAGED", "BUFFERED")
+    assert loaded["why"]
+    assert loaded["bandwidth"] > 0
+    stored = run("regions", "store", f"{region}:5+9000", str(files / "out"), "--checksum").stdout
+    assert "crc32c:" in stored
+    assert (files / "out").read_bytes() == data[500:9500]
+    run("regions", "store", f"{region}:5+3", str(files / "out"), "--file-offset", "1")
+    assert (files / "out").read_bytes()[:5] == data[500:501] + data[500:503] + data[504:505]
+    run("regions", "load", str(files / "in"), region)
+    assert run("regions", "get", f"{region}:0+10000", "-").stdout_bytes == data
+    assert "FILE_NOT_FOUND" in run("regions", "load", str(files / "none"), region, code=4).stderr
+    assert "STORAGE_FORBIDDEN" in run("regions", "store", region, "/etc/passwd", code=5).stderr
+    assert "FILE_TOO_SHORT" in run("regions", "load", str(files / "in"), f"{region}:0+10001", code=1).stderr
+
+
+def test_a_region_of_another_node_is_loaded_there(run: Run, files: Path) -> None:
+    name = facts(run("regions", "create", "--device", "bar0", "--length", "4KiB", "--json", target="b"))["name"]
+    (files / "in").write_bytes(b"far")
+    assert facts(run("regions", "load", str(files / "in"), name, "--json"))["bytes_done"] == 3
+    assert run("regions", "get", f"{name}:0+3", "-").stdout_bytes == b"far"
+    run("regions", "delete", name, target="b")
 
 
 def test_a_region_of_another_node_is_found_by_its_name(run: Run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ grpc = {{ socket = "{folder}/{node}/peermem.sock", address = "127.0.0.1:{grpc}" 
 attach = {{ socket = "{folder}/{node}/attach.sock" }}
 http = {{ address = "" }}
 tcp = {{ address = "127.0.0.1:0" }}
+storage = {{ directories = [{{ path = "{folder}", write = true }}] }}
 device = [{{ name = "bar0", kind = "memfd", size = "1GiB" }}{devices}]
 log = {{ format = "json" }}
 

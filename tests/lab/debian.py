@@ -19,6 +19,8 @@ from tests.lab import host
 
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _PACKAGES = (
+    "e2fsprogs",
+    "fio",
     "ibverbs-utils",
     "iproute2",
     "iputils-ping",
@@ -58,6 +60,7 @@ _MODULES = (
     "veth",
     "sch_netem",
     "loop",
+    "ext4",
 )
 
 

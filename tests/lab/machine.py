@@ -22,7 +22,7 @@ from tests.lab.image import Image
 
 _CMB_MIB = 64
 _BAR_MIB = 16
-_DISKS = {"results": 256 << 20, "nvme": 64 << 20}
+_DISKS = {"results": 256 << 20, "nvme": 512 << 20}
 _READY_SECONDS = 240
 _BOOTS, _BOOT_SECONDS = 3, 60
 """How often a guest is booted, and only while so much time is left."""

@@ -42,6 +42,7 @@ TABLE = {
     "preflight": Settings(namespace="n1", seconds=600),
     "soak": Settings(namespace="n1", soak_seconds=3600),
     "speed": Settings(seconds=600),
+    "storage": Settings(seconds=600),
 }
 
 

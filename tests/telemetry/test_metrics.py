@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from peermem.core.errors import NodeUnreachable, PeermemError, TransferCancelled
 from peermem.core.plan import Direction
+from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.telemetry.metrics import (
@@ -71,6 +72,8 @@ def everything(metrics: Metrics) -> None:
     metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 10)
     metrics.transfer_ended(State.SUCCEEDED, None, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 0.1)
     metrics.transfer_ended(State.FAILED, "TIMEOUT", Direction.RELAYED, None, None, 1, 0.1)
+    metrics.storage_bytes(Order.LOAD, Way.DIRECT, 10)
+    metrics.storage_ended(Order.STORE, StorageFacts(way=Way.STAGED, duration=0.1), NodeUnreachable("x"))
     metrics.lease_ended(LeaseEnd.TTL)
     metrics.replayed(Replayed.REGION)
     metrics.event_loop_lag(0.1)
@@ -89,6 +92,26 @@ def test_what_is_bound_to_happen_starts_at_zero(metrics: Metrics, read: Read) ->
         assert read("peermem_transfer_failures_total", reason=reason) == 0
     assert read("peermem_lease_expirations_total", reason="client_exit") == 0
     assert read("peermem_idempotent_replays_total", resource="transfer") == 0
+
+
+def test_loads_and_stores(metrics: Metrics, read: Read) -> None:
+    assert read("peermem_storage_bytes_total", operation="store", way="BUFFERED") == 0
+    metrics.storage_bytes(Order.LOAD, Way.DIRECT, 100)
+    assert read("peermem_storage_bytes_total", operation="load", way="DIRECT") == 100
+    facts = StorageFacts(way=Way.DIRECT, duration=0.1)
+    for error in (None, NodeUnreachable("x"), TransferCancelled("x")):
+        metrics.storage_ended(Order.LOAD, facts, error)
+    metrics.storage_ended(Order.LOAD, StorageFacts(), NodeUnreachable("x"))
+    for outcome, way, count in (
+        ("succeeded", "DIRECT", 1),
+        ("failed", "DIRECT", 1),
+        ("cancelled", "DIRECT", 1),
+        ("failed", "none", 1),
+    ):
+        labels = {"operation": "load", "outcome": outcome, "way": way}
+        assert read("peermem_storage_operations_total", **labels) == count
+    assert read("peermem_storage_failures_total", operation="load", reason="NODE_UNREACHABLE") == 2
+    assert read("peermem_storage_duration_seconds_count", operation="load", outcome="succeeded") == 1
 
 
 def test_bytes_count_while_they_move(metrics: Metrics, read: Read) -> None:

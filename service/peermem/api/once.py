@@ -36,10 +36,17 @@ class _Entry(Generic[T]):
 class Once(Generic[T]):
     """Remembers the results of one kind of call."""
 
-    def __init__(self, keep: int, replayed: Callable[[], None] = lambda: None) -> None:
-        """Keep `keep` results; `replayed` is called for each repetition."""
+    def __init__(
+        self,
+        keep: int,
+        replayed: Callable[[], None] = lambda: None,
+        is_spent: Callable[[T], bool] = lambda result: False,
+    ) -> None:
+        """Keep `keep` results; `replayed` is called for each repetition. A result that `is_spent` meanwhile, because
+        what it stands for failed, is forgotten."""
         self._keep = keep
         self._replayed = replayed
+        self._is_spent = is_spent
         self._entries: OrderedDict[tuple[str, str], _Entry[T]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -57,7 +64,7 @@ class Once(Generic[T]):
         key = (subject, request_id)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         known = self._entries.get(key)
-        if known is None:
+        if known is None or (known.result.done() and self._is_spent(known.result.result())):
             return await asyncio.shield(self._first(key, digest, call))
         if known.digest != digest:
             raise RequestIdReused(

@@ -1,38 +1,65 @@
-"""RegionService: messages in, broker calls, messages out."""
+"""RegionService: messages in, broker calls, messages out.
+
+Rules of this file:
+
+* Who watches a load or store sees the newest state, not each step: a slow reader costs nothing and misses no outcome.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 
 from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import Session
+from peermem.broker.storage import StorageRun
 from peermem.core.errors import InvalidField, LimitReached
 from peermem.core.names import parse_region
 from peermem.core.policy import Action
 from peermem.core.region import RegionFacts, RegionRequest
+from peermem.core.storage import StorageRequest
 from peermem.v1 import region_pb2, region_pb2_grpc
-from peermem.wire import labels_from_proto, lease_from_proto, lease_to_proto, region_to_proto
+from peermem.wire import (
+    labels_from_proto,
+    lease_from_proto,
+    lease_to_proto,
+    load_request_from_proto,
+    region_to_proto,
+    storage_to_proto,
+    store_request_from_proto,
+)
 
 _CHUNK = 64 << 10
 _MAX_STREAMS = 256
 """Streams of bytes at the same time: gRPC keeps about two chunks for each that is not read."""
 _MAX_CHUNK = 1 << 20
 _MAX_PAGE = 1000
+_TICK = 0.1
+"""Seconds between two reports of a load or store."""
 
 
 class RegionService(region_pb2_grpc.RegionServiceServicer):
     """See protos/peermem/v1/region.proto."""
 
-    def __init__(self, broker: Broker, identity: Identity, created: Once[RegionFacts], deleted: Once[None]) -> None:
-        """`created` and `deleted` remember the results of repeated requests."""
+    def __init__(
+        self,
+        broker: Broker,
+        identity: Identity,
+        created: Once[RegionFacts],
+        deleted: Once[None],
+        loaded: Once[StorageRun],
+        stored: Once[StorageRun],
+    ) -> None:
+        """`created`, `deleted`, `loaded` and `stored` remember the results of repeated requests."""
         self._broker = broker
         self._identity = identity
         self._created = created
         self._deleted = deleted
+        self._loaded = loaded
+        self._stored = stored
         self._streams = 0
 
     async def CreateRegion(self, request: region_pb2.CreateRegionRequest, context: Context) -> region_pb2.Region:
@@ -138,6 +165,49 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
                 if message is None:
                     return region_pb2.WriteRegionResponse(length=offset - first.offset)
                 data = message.data
+
+    async def LoadRegion(
+        self, request: region_pb2.LoadRegionRequest, context: Context
+    ) -> AsyncIterator[region_pb2.StorageProgress]:
+        """See the contract."""
+        wanted = load_request_from_proto(request)
+        async with aclosing(self._carry(self._loaded, request, wanted, context)) as steps:
+            async for progress in steps:
+                yield progress
+
+    async def StoreRegion(
+        self, request: region_pb2.StoreRegionRequest, context: Context
+    ) -> AsyncIterator[region_pb2.StorageProgress]:
+        """See the contract."""
+        wanted = store_request_from_proto(request)
+        async with aclosing(self._carry(self._stored, request, wanted, context)) as steps:
+            async for progress in steps:
+                yield progress
+
+    async def _carry(
+        self,
+        known: Once[StorageRun],
+        request: region_pb2.LoadRegionRequest | region_pb2.StoreRegionRequest,
+        wanted: StorageRequest,
+        context: Context,
+    ) -> AsyncGenerator[region_pb2.StorageProgress]:
+        """Begin a load or store, or find the one that this request began before, and tell how far it is."""
+        subject = self._identity.subject(context)
+
+        async def make() -> StorageRun:
+            return StorageRun(subject, wanted)
+
+        content = request.SerializeToString(deterministic=True)
+        run = await known.run(subject, request.request_id, content, make)
+        with self._broker.storage.watched(run):
+            told = None
+            while not await run.ended_within(_TICK):
+                before, told = told, run.facts
+                if told != before:
+                    yield storage_to_proto(told)
+        if run.error is not None:
+            raise run.error
+        yield storage_to_proto(run.facts)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

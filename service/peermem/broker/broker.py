@@ -30,6 +30,7 @@ from peermem.broker.runs import Transfer, TransferRun
 from peermem.broker.serving import OwnNode, Serving
 from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.settings import Settings
+from peermem.broker.storage import StorageRun, StorageRuns
 from peermem.broker.transfers import TransferTable
 from peermem.core.errors import (
     LeaseNotRenewable,
@@ -52,6 +53,7 @@ from peermem.device.base import Device, DeviceMemory
 from peermem.directory.base import Directory
 from peermem.fabric.base import Fabric
 from peermem.remote.base import GrantSource, Remotes
+from peermem.storage.base import Storage
 from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -75,6 +77,7 @@ class Broker:
         sessions: SessionTable,
         metrics: Metrics,
         topology: Callable[[], Topology],
+        storage: Storage,
     ) -> None:
         """`epoch` identifies this run of the daemon; devices by name; fabrics that have been started; `topology`
         reads what holds now, in a thread."""
@@ -103,6 +106,7 @@ class Broker:
         )
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
+        self.storage = StorageRuns(storage, self._open_region, policy, metrics)
         self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
         sessions.on_close(self._session_closed)
 
@@ -297,6 +301,10 @@ class Broker:
         if self._draining:
             raise ShuttingDown(f"nodes/{self.node} is shutting down. Try another node, or again after its restart.")
 
+    def _open_region(self, name: ChildName) -> Region:
+        self._check_open()
+        return self.region(name)
+
     def _check_here(self, name: ChildName) -> None:
         if name.node != self.node:
             entry = self.directory.nodes().get(name.node)
@@ -335,22 +343,25 @@ class Broker:
                 self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
-        """Refuse new work, wait up to `grace` seconds for running transfers to end, then fail them."""
+        """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""
         self._draining = True
-        waits = [transfer.ended.wait() for transfer in self.transfers.running()]
+        waits = [each.ended.wait() for each in self._running()]
         try:
             async with asyncio.timeout(grace):
                 await asyncio.gather(*waits)
         except TimeoutError:
             error = ShuttingDown(f"nodes/{self.node} is shutting down and its grace time of {grace:g} s is over.")
-            running = list(self.transfers.running())
-            for transfer in running:
-                transfer.fail(error)
+            running = self._running()
+            for each in running:
+                each.fail(error)
             await self.links.close()  # what is on the way to a node that stands still comes back now
             await self._await_fences(running)
 
-    async def _await_fences(self, running: Sequence[Transfer]) -> None:
-        """Wait for failed transfers to end, but no longer than any grant lives: after that nothing is written."""
+    def _running(self) -> list[Transfer | StorageRun]:
+        return [*self.transfers.running(), *self.storage.running()]
+
+    async def _await_fences(self, running: Sequence[Transfer | StorageRun]) -> None:
+        """Wait for what failed to end, but no longer than any grant lives: after that nothing is written."""
         try:
             async with asyncio.timeout(self._grant_ttl + _MARGIN):
                 await asyncio.gather(*(transfer.ended.wait() for transfer in running))

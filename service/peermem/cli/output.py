@@ -35,6 +35,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import peermem
 from peermem.core.errors import PeermemError
 from peermem.core.units import format_size
 
@@ -173,6 +174,10 @@ class Meter(_Progress):
         whole = f" of {format_size(total)}" if total else ""
         left = f", {(total - done) / speed:.0f}s left" if total and speed else ""
         self._draw(done, total, rate(speed) or "", f"{format_size(done)}{whole}, {rate(speed)}{left}")
+
+    def follow(self, progress: peermem.Progress) -> None:
+        """Show how far a transfer, load or store is."""
+        self.show(progress.bytes_done, progress.bytes_total or None, progress.rate)
 
 
 class Steps(_Progress):

@@ -1,13 +1,15 @@
-"""Commands about regions: list, show, create, delete, put, get.
+"""Commands about regions: list, show, create, delete, put, get, load, store.
 
 Rules of this file:
 
 * A region of another node is reached at the address that the asked daemon names.
-* `put` and `get` go in pieces, so that progress shows and memory stays small.
+* `put` and `get` move files of this host through the tool, in pieces, so that progress shows and memory stays small;
+  `load` and `store` have the region's daemon move files of its own host.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from time import monotonic
 
@@ -31,7 +33,7 @@ _label = click.option(
 
 @click.group()
 def regions() -> None:
-    """List, create, fill, read and delete regions.
+    """List, create, fill, read, load, store and delete regions.
 
     REGION is nodes/NODE/regions/REGION, or its last part for a region of the asked node.
     """
@@ -132,6 +134,61 @@ def get(settings: Settings, region: Operand, file: str) -> None:
         _print_copied(settings, whole.name, length, monotonic() - began)
 
 
+_file_offset = click.option("--file-offset", type=parsing.SIZE, help="First byte in FILE, such as 4MiB.")
+_checksum = click.option("--checksum", is_flag=True, help="Read both again and compare before success is reported.")
+
+
+@regions.command()
+@click.argument("file", type=click.Path())
+@click.argument("region", type=parsing.RANGE, shell_complete=parsing.complete_regions)
+@_file_offset
+@_checksum
+@pass_settings
+def load(settings: Settings, file: str, region: Operand, file_offset: int | None, checksum: bool) -> None:
+    """Have REGION's node load its own FILE, or a block device, into REGION or REGION:OFFSET+LENGTH.
+
+    FILE is in a directory that the daemon's configuration allows (storage.directories). Interrupting the command ends
+    the load.
+    """
+    whole, offset, length = settings.at_owner(lambda node: _located(node, region))
+    with output.Meter(f"load {whole.name}", settings.json) as meter:
+        info = whole.load(
+            os.path.abspath(file),
+            offset=offset,
+            length=length if isinstance(region, peermem.Slice) else None,
+            file_offset=file_offset or 0,
+            checksum=checksum,
+            progress=meter.follow,
+        )
+    _print_storage(settings, whole.name, info)
+
+
+@regions.command()
+@click.argument("region", type=parsing.RANGE, shell_complete=parsing.complete_regions)
+@click.argument("file", type=click.Path())
+@_file_offset
+@_checksum
+@pass_settings
+def store(settings: Settings, region: Operand, file: str, file_offset: int | None, checksum: bool) -> None:
+    """Have REGION's node store REGION, or REGION:OFFSET+LENGTH, into its own FILE or a block device.
+
+    FILE is in a directory that the daemon's configuration opens to stores (storage.directories). It is made, or
+    replaced as a whole; with --file-offset an existing one is written in place. Interrupting the command ends the
+    store.
+    """
+    whole, offset, length = settings.at_owner(lambda node: _located(node, region))
+    with output.Meter(f"store {whole.name}", settings.json) as meter:
+        info = whole.store(
+            os.path.abspath(file),
+            offset=offset,
+            length=length,
+            file_offset=file_offset,
+            checksum=checksum,
+            progress=meter.follow,
+        )
+    _print_storage(settings, whole.name, info)
+
+
 def _located(node: peermem.Node, region: Operand) -> tuple[peermem.Region, int, int]:
     """Return a region, and the offset and length of the range of it that was named."""
     if isinstance(region, peermem.Slice):
@@ -176,6 +233,23 @@ def _print_copied(settings: Settings, name: str, length: int, seconds: float) ->
     else:
         speed = output.rate(length / seconds)
         click.echo(f"{name}: {format_size(length)} in {format_duration(seconds)}, {speed}", err=True)
+
+
+def _print_storage(settings: Settings, name: str, info: peermem.StorageInfo) -> None:
+    if settings.json:
+        output.print_json({"region": name, **output.plain(info), "bandwidth": info.bandwidth})
+        return
+    output.print_facts(
+        {
+            "region": name,
+            "bytes": format_size(info.bytes_done),
+            "duration": format_duration(info.duration),
+            "bandwidth": output.rate(info.bandwidth),
+            "way": info.way,
+            "why": info.why,
+            "crc32c": f"{info.crc32c:08x}" if info.crc32c is not None else None,
+        }
+    )
 
 
 def _lease(region: peermem.Region) -> str | None:

@@ -346,7 +346,7 @@ class TransferInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a transfer is."""
+    """How far a transfer, load or store is."""
 
     bytes_done: int
     bytes_total: int

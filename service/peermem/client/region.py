@@ -3,7 +3,8 @@
 Rules of this file:
 
 * A Region is a snapshot: its facts don't change; `refresh` asks again.
-* Its bytes are reached by `map` (this host, no copy) or by `read` and `write` (any host, for small amounts).
+* Its bytes are reached by `map` (this host, no copy) by `read` and `write` (any host, for small amounts), or
+  by `load` and `store` (files of the region's node).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from peermem.client.facts import Lease, RegionInfo
+from peermem.client.storage import StorageInfo, Watcher
 from peermem.core.errors import RegionNotFound
 
 if TYPE_CHECKING:
@@ -45,6 +47,58 @@ class Region(RegionInfo):
     def write(self, data: Buffer, offset: int = 0) -> None:
         """Write `data` from `offset` on."""
         self._node.write_region(self.name, offset, memoryview(data).cast("B"))
+
+    def load(
+        self,
+        path: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        file_offset: int | str = 0,
+        checksum: bool = False,
+        progress: Watcher | None = None,
+    ) -> StorageInfo:
+        """Load a file or block device of the region's node, from `file_offset` on, into the region from `offset` on.
+
+        Without `length` all up to the file's end. With `checksum` both are read again and compared. `progress` is
+        called as it goes on; what it raises ends the load. Raises StorageForbidden outside the directories that the
+        daemon's configuration allows, FileNotFound, FileTooShort, OutOfRange.
+        """
+        return self._node.load_region(
+            self.name,
+            path,
+            offset=offset,
+            length=length,
+            file_offset=file_offset,
+            checksum=checksum,
+            progress=progress,
+        )
+
+    def store(
+        self,
+        path: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        file_offset: int | str | None = None,
+        checksum: bool = False,
+        progress: Watcher | None = None,
+    ) -> StorageInfo:
+        """Store the region, from `offset` on, into a file or block device of its node; returns when it is on the disk.
+
+        Without `file_offset` the file is made, or replaced when all bytes are there, and is as it was before where that
+        fails; with it, an existing file or block device is written in place. The rest is as for `load`. Raises
+        StorageForbidden, FileNotFound, FileUnusable, StorageFull.
+        """
+        return self._node.store_region(
+            self.name,
+            path,
+            offset=offset,
+            length=length,
+            file_offset=file_offset,
+            checksum=checksum,
+            progress=progress,
+        )
 
     def refresh(self) -> Region:
         """Return the region as it is now."""

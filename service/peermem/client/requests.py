@@ -33,7 +33,15 @@ Time = float | str
 
 _RETRIED = {
     "peermem.v1.NodeService": ["GetNode", "ListNodes", "ListDevices", "ListNics"],
-    "peermem.v1.RegionService": ["CreateRegion", "GetRegion", "ListRegions", "DeleteRegion", "RenewLease"],
+    "peermem.v1.RegionService": [
+        "CreateRegion",
+        "GetRegion",
+        "ListRegions",
+        "DeleteRegion",
+        "RenewLease",
+        "LoadRegion",
+        "StoreRegion",
+    ],
     "peermem.v1.TransferService": ["GetTransfer", "ListTransfers", "CancelTransfer"],
 }
 

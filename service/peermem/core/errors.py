@@ -281,6 +281,30 @@ class ChecksumMismatch(PeermemError, code=Code.DATA_LOSS):
     """The CRC32C at the destination differs from the source's."""
 
 
+class StorageForbidden(PeermemError, code=Code.PERMISSION_DENIED):
+    """The file is in no directory that loads and stores may use, or the daemon may not open it."""
+
+
+class FileNotFound(PeermemError, code=Code.NOT_FOUND):
+    """There is no such file."""
+
+
+class FileUnusable(PeermemError, code=Code.FAILED_PRECONDITION):
+    """It is neither a file nor a block device, or something else uses it."""
+
+
+class FileTooShort(PeermemError, code=Code.OUT_OF_RANGE):
+    """The file or block device ends before the range that was asked for does."""
+
+
+class StorageFull(PeermemError, code=Code.RESOURCE_EXHAUSTED):
+    """The file can't grow: the disk, a quota or the limit of a file's size is reached."""
+
+
+class StorageFailed(PeermemError, code=Code.DATA_LOSS):
+    """The storage failed to read or write."""
+
+
 class Internal(PeermemError, code=Code.INTERNAL):
     """A defect; the daemon's log has the details."""
 

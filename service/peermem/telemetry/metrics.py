@@ -18,6 +18,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import product
 
 from prometheus_client import (
     CollectorRegistry,
@@ -32,8 +33,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from peermem.core.errors import Code, Internal, PeermemError
+from peermem.core.errors import Code, Internal, PeermemError, TransferCancelled
 from peermem.core.plan import Direction
+from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
@@ -62,6 +64,7 @@ class Replayed(Enum):
 
     REGION = "region"
     TRANSFER = "transfer"
+    STORAGE = "storage"
 
 
 class LinkSide(Enum):
@@ -130,6 +133,7 @@ class Metrics:
         self._refreshing = asyncio.Lock()
         self._registry.register(self._state)
         self._declare_transfers()
+        self._declare_storage()
         self._declare_others()
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version()})
@@ -173,6 +177,27 @@ class Metrics:
         self._size.labels(*labels[:2])
         if fabric:
             self._bytes.labels(*labels)
+
+    def _declare_storage(self) -> None:
+        self._storage_runs = self._counter(
+            "peermem_storage_operations", "Loads and stores that ended.", "operation", "outcome", "way"
+        )
+        self._storage_failures = self._counter(
+            "peermem_storage_failures", "Loads and stores that failed, by reason.", "operation", "reason"
+        )
+        self._storage_bytes = self._counter(
+            "peermem_storage_bytes", "Bytes that loads and stores moved.", "operation", "way"
+        )
+        self._storage_duration = self._histogram(
+            "peermem_storage_duration_seconds",
+            "Time from a load's or store's beginning to its end.",
+            DURATION_BUCKETS,
+            "operation",
+            "outcome",
+        )
+        for order, way in product(Order, Way):
+            self._storage_runs.labels(order.value, OUTCOMES[State.SUCCEEDED], way.value)
+            self._storage_bytes.labels(order.value, way.value)
 
     def _declare_others(self) -> None:
         self._lease_ends = self._counter(
@@ -225,6 +250,18 @@ class Metrics:
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
             self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
+
+    def storage_bytes(self, order: Order, way: Way, count: int) -> None:
+        """Some bytes of a running load or store are in place. May be called in any thread."""
+        self._storage_bytes.labels(order.value, way.value).inc(count)
+
+    def storage_ended(self, order: Order, facts: StorageFacts, error: PeermemError | None) -> None:
+        """A load or store ended, for this reason where it did not succeed."""
+        state = State.CANCELLED if isinstance(error, TransferCancelled) else State.FAILED if error else State.SUCCEEDED
+        self._storage_runs.labels(order.value, OUTCOMES[state], facts.way.value if facts.way else "none").inc()
+        self._storage_duration.labels(order.value, OUTCOMES[state]).observe(facts.duration or 0.0)
+        if error is not None and state is State.FAILED:
+            self._storage_failures.labels(order.value, error.reason).inc()
 
     def lease_ended(self, end: LeaseEnd) -> None:
         """A region was deleted because its lease ended."""

@@ -133,12 +133,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the daemon may not open the device's file."""
     ERROR_REASON_KERNEL_TOO_OLD: _ErrorReason.ValueType  # 52
     """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
-    ERROR_REASON_DMA_BUF_UNSUPPORTED: _ErrorReason.ValueType  # 60
+    ERROR_REASON_DMA_BUF_UNSUPPORTED: _ErrorReason.ValueType  # 53
     """FAILED_PRECONDITION: the NIC can't import the dma-buf, or its exporter refuses the NIC."""
-    ERROR_REASON_GPU_DRIVER_MISSING: _ErrorReason.ValueType  # 61
+    ERROR_REASON_GPU_DRIVER_MISSING: _ErrorReason.ValueType  # 54
     """FAILED_PRECONDITION: the GPU's driver, or the Python package that calls it, can't be loaded."""
-    ERROR_REASON_GPU_FAILED: _ErrorReason.ValueType  # 62
+    ERROR_REASON_GPU_FAILED: _ErrorReason.ValueType  # 55
     """FAILED_PRECONDITION: the GPU's driver refused a call."""
+    ERROR_REASON_STORAGE_FORBIDDEN: _ErrorReason.ValueType  # 56
+    """PERMISSION_DENIED: the file is in no directory that loads and stores may use, or the daemon may not
+    open it.
+    """
+    ERROR_REASON_FILE_NOT_FOUND: _ErrorReason.ValueType  # 57
+    """NOT_FOUND: there is no such file."""
+    ERROR_REASON_FILE_UNUSABLE: _ErrorReason.ValueType  # 58
+    """FAILED_PRECONDITION: it is neither a file nor a block device, or something else uses it."""
+    ERROR_REASON_FILE_TOO_SHORT: _ErrorReason.ValueType  # 59
+    """OUT_OF_RANGE: the file or block device ends before the range that was asked for does."""
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 60
+    """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
+    ERROR_REASON_STORAGE_FAILED: _ErrorReason.ValueType  # 61
+    """DATA_LOSS: the storage failed to read or write."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -253,12 +267,26 @@ ERROR_REASON_DEVICE_FORBIDDEN: ErrorReason.ValueType  # 51
 """FAILED_PRECONDITION: the daemon may not open the device's file."""
 ERROR_REASON_KERNEL_TOO_OLD: ErrorReason.ValueType  # 52
 """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
-ERROR_REASON_DMA_BUF_UNSUPPORTED: ErrorReason.ValueType  # 60
+ERROR_REASON_DMA_BUF_UNSUPPORTED: ErrorReason.ValueType  # 53
 """FAILED_PRECONDITION: the NIC can't import the dma-buf, or its exporter refuses the NIC."""
-ERROR_REASON_GPU_DRIVER_MISSING: ErrorReason.ValueType  # 61
+ERROR_REASON_GPU_DRIVER_MISSING: ErrorReason.ValueType  # 54
 """FAILED_PRECONDITION: the GPU's driver, or the Python package that calls it, can't be loaded."""
-ERROR_REASON_GPU_FAILED: ErrorReason.ValueType  # 62
+ERROR_REASON_GPU_FAILED: ErrorReason.ValueType  # 55
 """FAILED_PRECONDITION: the GPU's driver refused a call."""
+ERROR_REASON_STORAGE_FORBIDDEN: ErrorReason.ValueType  # 56
+"""PERMISSION_DENIED: the file is in no directory that loads and stores may use, or the daemon may not
+open it.
+"""
+ERROR_REASON_FILE_NOT_FOUND: ErrorReason.ValueType  # 57
+"""NOT_FOUND: there is no such file."""
+ERROR_REASON_FILE_UNUSABLE: ErrorReason.ValueType  # 58
+"""FAILED_PRECONDITION: it is neither a file nor a block device, or something else uses it."""
+ERROR_REASON_FILE_TOO_SHORT: ErrorReason.ValueType  # 59
+"""OUT_OF_RANGE: the file or block device ends before the range that was asked for does."""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 60
+"""RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
+ERROR_REASON_STORAGE_FAILED: ErrorReason.ValueType  # 61
+"""DATA_LOSS: the storage failed to read or write."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -113,6 +113,34 @@ LEASE_KIND_TTL: LeaseKind.ValueType  # 3
 """Until its time to live passes without a renewal."""
 Global___LeaseKind: _TypeAlias = LeaseKind  # noqa: Y015
 
+class _StorageWay:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StorageWayEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StorageWay.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STORAGE_WAY_UNSPECIFIED: _StorageWay.ValueType  # 0
+    """Not known yet."""
+    STORAGE_WAY_DIRECT: _StorageWay.ValueType  # 1
+    """The file's device reads and writes the region's memory itself (O_DIRECT)."""
+    STORAGE_WAY_STAGED: _StorageWay.ValueType  # 2
+    """The file's device reads and writes host memory (O_DIRECT), and the CPU copies."""
+    STORAGE_WAY_BUFFERED: _StorageWay.ValueType  # 3
+    """Through the page cache."""
+
+class StorageWay(_StorageWay, metaclass=_StorageWayEnumTypeWrapper):
+    """How the bytes of a load or store go."""
+
+STORAGE_WAY_UNSPECIFIED: StorageWay.ValueType  # 0
+"""Not known yet."""
+STORAGE_WAY_DIRECT: StorageWay.ValueType  # 1
+"""The file's device reads and writes the region's memory itself (O_DIRECT)."""
+STORAGE_WAY_STAGED: StorageWay.ValueType  # 2
+"""The file's device reads and writes host memory (O_DIRECT), and the CPU copies."""
+STORAGE_WAY_BUFFERED: StorageWay.ValueType  # 3
+"""Through the page cache."""
+Global___StorageWay: _TypeAlias = StorageWay  # noqa: Y015
+
 @_typing.final
 class Lease(_message.Message):
     """What keeps a region alive, and until when."""
@@ -651,3 +679,157 @@ class WriteRegionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteRegionResponse: _TypeAlias = WriteRegionResponse  # noqa: Y015
+
+@_typing.final
+class LoadRegionRequest(_message.Message):
+    """Request of LoadRegion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FILE_OFFSET_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """nodes/{node}/regions/{region}: bytes are written here."""
+    request_id: _builtins.str
+    """Makes a repeated request watch or return the first one's load: 1 to 128 characters; empty: never
+    taken for a repetition.
+    """
+    offset: _builtins.int
+    """First byte in the region."""
+    length: _builtins.int
+    """Bytes; 0 means all up to the file's end."""
+    path: _builtins.str
+    """Absolute path of a file or block device on the region's node, in a directory that its
+    configuration allows. No symbolic link below that directory is followed.
+    """
+    file_offset: _builtins.int
+    """First byte in the file."""
+    checksum: _builtins.bool
+    """Read the region and the file again afterwards, and compare their CRC32C before success is reported."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+        path: _builtins.str = ...,
+        file_offset: _builtins.int = ...,
+        checksum: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "file_offset", b"file_offset", "length", b"length", "name", b"name", "offset", b"offset", "path", b"path", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadRegionRequest: _TypeAlias = LoadRegionRequest  # noqa: Y015
+
+@_typing.final
+class StoreRegionRequest(_message.Message):
+    """Request of StoreRegion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FILE_OFFSET_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """nodes/{node}/regions/{region}: bytes are read here."""
+    request_id: _builtins.str
+    """See LoadRegionRequest."""
+    offset: _builtins.int
+    """First byte in the region."""
+    length: _builtins.int
+    """Bytes; 0 means all up to the region's end."""
+    path: _builtins.str
+    """Absolute path of a file or block device on the region's node, see LoadRegionRequest; the directory
+    must be open to stores.
+    """
+    file_offset: _builtins.int
+    """First byte in the file, which must exist and is written in place: where that fails, the range may
+    hold old bytes, new ones, or both. Absent: the file is made, or replaced as a whole when all bytes
+    are on the disk, and is as it was before where that fails; a block device is written in place from
+    its start.
+    """
+    checksum: _builtins.bool
+    """See LoadRegionRequest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+        path: _builtins.str = ...,
+        file_offset: _builtins.int | None = ...,
+        checksum: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_file_offset", b"_file_offset", "file_offset", b"file_offset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_file_offset", b"_file_offset", "checksum", b"checksum", "file_offset", b"file_offset", "length", b"length", "name", b"name", "offset", b"offset", "path", b"path", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__file_offset: _TypeAlias = _typing.Literal["file_offset"]  # noqa: Y015
+    _WhichOneofArgType__file_offset: _TypeAlias = _typing.Literal["_file_offset", b"_file_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__file_offset) -> _WhichOneofReturnType__file_offset | None: ...
+
+Global___StoreRegionRequest: _TypeAlias = StoreRegionRequest  # noqa: Y015
+
+@_typing.final
+class StorageProgress(_message.Message):
+    """How far a load or store is; the last message of a call is its outcome."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    bytes_total: _builtins.int
+    """Bytes that it has to move; 0 as long as the file has not been opened."""
+    bytes_done: _builtins.int
+    """Bytes in place."""
+    way: Global___StorageWay.ValueType
+    """How they go. The outcome says how all but a few at the range's ends went, which direct I/O can't
+    address and which always pass through the page cache.
+    """
+    why: _builtins.str
+    """Why this way, in words."""
+    crc32c: _builtins.int
+    """CRC32C (Castagnoli) of the bytes, equal in the region and in the file; only in the outcome, where it
+    was asked for.
+    """
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Time that it took, by a clock that does not jump; only in the outcome."""
+
+    def __init__(
+        self,
+        *,
+        bytes_total: _builtins.int = ...,
+        bytes_done: _builtins.int = ...,
+        way: Global___StorageWay.ValueType = ...,
+        why: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        crc32c: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "crc32c", b"crc32c", "duration", b"duration", "way", b"way", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
+    _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32c) -> _WhichOneofReturnType__crc32c | None: ...
+
+Global___StorageProgress: _TypeAlias = StorageProgress  # noqa: Y015

@@ -70,6 +70,16 @@ class RegionServiceStub:
                 request_serializer=peermem_dot_v1_dot_region__pb2.WriteRegionRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_region__pb2.WriteRegionResponse.FromString,
                 _registered_method=True)
+        self.LoadRegion = channel.unary_stream(
+                '/peermem.v1.RegionService/LoadRegion',
+                request_serializer=peermem_dot_v1_dot_region__pb2.LoadRegionRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_region__pb2.StorageProgress.FromString,
+                _registered_method=True)
+        self.StoreRegion = channel.unary_stream(
+                '/peermem.v1.RegionService/StoreRegion',
+                request_serializer=peermem_dot_v1_dot_region__pb2.StoreRegionRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_region__pb2.StorageProgress.FromString,
+                _registered_method=True)
 
 
 class RegionServiceServicer:
@@ -134,6 +144,29 @@ class RegionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadRegion(self, request, context):
+        """Loads a file or block device of the region's node into the region. Streams how far it is (at most
+        ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+        metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
+        Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
+        once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
+        WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
+        FILE_UNUSABLE, FILE_TOO_SHORT, STORAGE_FAILED, CHECKSUM_MISMATCH, REGION_DELETED, REGION_REVOKED,
+        LIMIT_REACHED, REQUEST_ID_REUSED, KERNEL_TOO_OLD, SHUTTING_DOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreRegion(self, request, context):
+        """Stores the region into a file or block device of its node. Success means that the bytes are on the
+        disk. Otherwise as LoadRegion, and an error's message says what the file holds. Errors: as
+        LoadRegion, and STORAGE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -171,6 +204,16 @@ def add_RegionServiceServicer_to_server(servicer, server):
                     servicer.WriteRegion,
                     request_deserializer=peermem_dot_v1_dot_region__pb2.WriteRegionRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_region__pb2.WriteRegionResponse.SerializeToString,
+            ),
+            'LoadRegion': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadRegion,
+                    request_deserializer=peermem_dot_v1_dot_region__pb2.LoadRegionRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_region__pb2.StorageProgress.SerializeToString,
+            ),
+            'StoreRegion': grpc.unary_stream_rpc_method_handler(
+                    servicer.StoreRegion,
+                    request_deserializer=peermem_dot_v1_dot_region__pb2.StoreRegionRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_region__pb2.StorageProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -363,6 +406,60 @@ class RegionService:
             '/peermem.v1.RegionService/WriteRegion',
             peermem_dot_v1_dot_region__pb2.WriteRegionRequest.SerializeToString,
             peermem_dot_v1_dot_region__pb2.WriteRegionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadRegion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peermem.v1.RegionService/LoadRegion',
+            peermem_dot_v1_dot_region__pb2.LoadRegionRequest.SerializeToString,
+            peermem_dot_v1_dot_region__pb2.StorageProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreRegion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peermem.v1.RegionService/StoreRegion',
+            peermem_dot_v1_dot_region__pb2.StoreRegionRequest.SerializeToString,
+            peermem_dot_v1_dot_region__pb2.StorageProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,21 @@ class RegionServiceStub:
     """Writes a stream of chunks into a region, for tools and tests. The first message names the
     region and the offset, each message may carry data. Errors: as ReadRegion.
     """
+    LoadRegion: _grpc.UnaryStreamMultiCallable[_region_pb2.LoadRegionRequest, _region_pb2.StorageProgress]
+    """Loads a file or block device of the region's node into the region. Streams how far it is (at most
+    ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+    metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
+    Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
+    once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
+    WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
+    FILE_UNUSABLE, FILE_TOO_SHORT, STORAGE_FAILED, CHECKSUM_MISMATCH, REGION_DELETED, REGION_REVOKED,
+    LIMIT_REACHED, REQUEST_ID_REUSED, KERNEL_TOO_OLD, SHUTTING_DOWN.
+    """
+    StoreRegion: _grpc.UnaryStreamMultiCallable[_region_pb2.StoreRegionRequest, _region_pb2.StorageProgress]
+    """Stores the region into a file or block device of its node. Success means that the bytes are on the
+    disk. Otherwise as LoadRegion, and an error's message says what the file holds. Errors: as
+    LoadRegion, and STORAGE_FULL.
+    """
 
 @_typing.type_check_only
 class RegionServiceAsyncStub(RegionServiceStub):
@@ -94,6 +109,21 @@ class RegionServiceAsyncStub(RegionServiceStub):
     WriteRegion: _aio.StreamUnaryMultiCallable[_region_pb2.WriteRegionRequest, _region_pb2.WriteRegionResponse]  # type: ignore[assignment]
     """Writes a stream of chunks into a region, for tools and tests. The first message names the
     region and the offset, each message may carry data. Errors: as ReadRegion.
+    """
+    LoadRegion: _aio.UnaryStreamMultiCallable[_region_pb2.LoadRegionRequest, _region_pb2.StorageProgress]  # type: ignore[assignment]
+    """Loads a file or block device of the region's node into the region. Streams how far it is (at most
+    ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+    metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
+    Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
+    once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
+    WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
+    FILE_UNUSABLE, FILE_TOO_SHORT, STORAGE_FAILED, CHECKSUM_MISMATCH, REGION_DELETED, REGION_REVOKED,
+    LIMIT_REACHED, REQUEST_ID_REUSED, KERNEL_TOO_OLD, SHUTTING_DOWN.
+    """
+    StoreRegion: _aio.UnaryStreamMultiCallable[_region_pb2.StoreRegionRequest, _region_pb2.StorageProgress]  # type: ignore[assignment]
+    """Stores the region into a file or block device of its node. Success means that the bytes are on the
+    disk. Otherwise as LoadRegion, and an error's message says what the file holds. Errors: as
+    LoadRegion, and STORAGE_FULL.
     """
 
 class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -167,6 +197,33 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_region_pb2.WriteRegionResponse, _abc.Awaitable[_region_pb2.WriteRegionResponse]]:
         """Writes a stream of chunks into a region, for tools and tests. The first message names the
         region and the offset, each message may carry data. Errors: as ReadRegion.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadRegion(
+        self,
+        request: _region_pb2.LoadRegionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_region_pb2.StorageProgress], _abc.AsyncIterator[_region_pb2.StorageProgress]]:
+        """Loads a file or block device of the region's node into the region. Streams how far it is (at most
+        ten times a second), and ends after the outcome, which is the last message, or with an error, whose
+        metadata has `bytes_done` if the file had been opened. Ending the call ends the load; blocks that are under way still land.
+        Idempotent by request_id: a repetition watches the same load while it runs, and gets its outcome
+        once it succeeded; one that failed begins anew. Errors: INVALID_FIELD, REGION_NOT_FOUND,
+        WRONG_NODE, ACCESS_DENIED, OUT_OF_RANGE, ZERO_LENGTH, STORAGE_FORBIDDEN, FILE_NOT_FOUND,
+        FILE_UNUSABLE, FILE_TOO_SHORT, STORAGE_FAILED, CHECKSUM_MISMATCH, REGION_DELETED, REGION_REVOKED,
+        LIMIT_REACHED, REQUEST_ID_REUSED, KERNEL_TOO_OLD, SHUTTING_DOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def StoreRegion(
+        self,
+        request: _region_pb2.StoreRegionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_region_pb2.StorageProgress], _abc.AsyncIterator[_region_pb2.StorageProgress]]:
+        """Stores the region into a file or block device of its node. Success means that the bytes are on the
+        disk. Otherwise as LoadRegion, and an error's message says what the file holds. Errors: as
+        LoadRegion, and STORAGE_FULL.
         """
 
 def add_RegionServiceServicer_to_server(servicer: RegionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,6 +15,7 @@ from typing import TypeVar
 import grpc
 
 from peermem.client import calls, errors, requests
+from peermem.client.storage import Course, StorageInfo, Watcher
 from peermem.v1 import node_pb2, node_pb2_grpc, region_pb2, region_pb2_grpc, transfer_pb2_grpc
 
 Q = TypeVar("Q")
@@ -55,6 +56,23 @@ class Channel:
                     yield verdict
             finally:
                 call.cancel()
+
+    async def storage(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Q, region_pb2.StorageProgress],
+        request: Q,
+        watcher: Watcher | None,
+    ) -> StorageInfo:
+        """Carry a load or store to its outcome; it lasts as long as it lasts, and ends where this is broken off."""
+        course = Course(watcher)
+        with self._faults():
+            call = method(request, metadata=self._metadata)
+            try:
+                async for message in call:
+                    course.take(message)
+            finally:
+                call.cancel()
+        return course.outcome()
 
     async def read(self, request: region_pb2.ReadRegionRequest) -> bytes:
         """Return bytes of a region."""

@@ -23,6 +23,7 @@ from peermem.client.attach import Attachment
 from peermem.client.facts import Device, Lease, Nic, NodeInfo, TransferInfo, Verdict
 from peermem.client.requests import Time
 from peermem.client.segments import Plan, Segments, Side, explicit, full_name
+from peermem.client.storage import StorageInfo, Watcher, load_request, store_request
 from peermem.core.types import FabricKind, LeaseKind
 from peermem.v1 import node_pb2, region_pb2, transfer_pb2
 
@@ -241,6 +242,44 @@ class Node:
     async def write_region(self, name: str, offset: int, data: memoryview) -> None:
         """Write bytes into a region."""
         await self._channel.write(full_name(name, self.name), offset, data)
+
+    async def load_region(
+        self,
+        name: str,
+        path: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        file_offset: int | str = 0,
+        checksum: bool = False,
+        progress: Watcher | None = None,
+        request_id: str | None = None,
+    ) -> StorageInfo:
+        """Load a file or block device of the node into a region, see Region.load."""
+        whole = full_name(name, self.name)
+        request = load_request(
+            whole, path, offset=offset, length=length, file_offset=file_offset, checksum=checksum, request=request_id
+        )
+        return await self._channel.storage(self._channel.regions.LoadRegion, request, progress)
+
+    async def store_region(
+        self,
+        name: str,
+        path: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        file_offset: int | str | None = None,
+        checksum: bool = False,
+        progress: Watcher | None = None,
+        request_id: str | None = None,
+    ) -> StorageInfo:
+        """Store a region into a file or block device of the node, see Region.store."""
+        whole = full_name(name, self.name)
+        request = store_request(
+            whole, path, offset=offset, length=length, file_offset=file_offset, checksum=checksum, request=request_id
+        )
+        return await self._channel.storage(self._channel.regions.StoreRegion, request, progress)
 
     async def transfer(
         self,
