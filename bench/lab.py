@@ -37,8 +37,10 @@ The lab (`tests/lab/README.md`) is an emulated machine with software NICs: its a
 hardware, ratios of what takes turns in one boot do. perftest runs as it is set, with one queue pair, between the same
 two NICs; *bare pyverbs* is a loop with one queue pair, classic work requests made once, 16 outstanding, and a
 completion queue that is polled all the time; fio (libaio) has as many blocks of the same size under way, on memory of
-the same kind. *rounds* is the lowest and the highest ratio of one round; the median of
-the rounds decides. A test fails when a bar is missed by a factor of 2: what is missed by less is told here."""
+the same kind. While bandwidth is measured, loops that give way to everything keep the processors from halting: an
+emulated one that halts between two packets is woken later than the packet takes. *rounds* is the lowest and the highest
+ratio of one round; the median of the rounds decides. A test fails when a bar is missed by a factor of 2: what is missed
+by less is told here."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,6 +41,8 @@ class NicFabric(CuedFabric):
         self.unreachable: set[Path] = set()
         """Paths that a probe finds not to work."""
         self.probed: list[tuple[str, Path]] = []
+        self.hanging_up: asyncio.Event | None = None
+        """Waited for by `hang_up` while it is here."""
         self.packet = 4096
         self.misplaces = False
         """Whether it takes every address in a page of memory on demand for the page's first one, as rxe does."""
@@ -96,6 +98,11 @@ class NicFabric(CuedFabric):
 
     def accept(self, offer: LinkAttributes) -> LinkAttributes:
         return replace(super().accept(replace(offer, fabric=FabricKind.TCP)), fabric=FabricKind.VERBS)
+
+    async def hang_up(self, link_id: bytes) -> None:
+        if self.hanging_up is not None:
+            await self.hanging_up.wait()
+        await super().hang_up(link_id)
 
     async def grant(
         self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float

@@ -116,6 +116,20 @@ async def test_a_region_that_ends_while_a_grant_on_it_is_made(nic_pair: list[Nic
     assert type(await failure(transfer)) in (errors.RegionDeleted, errors.RegionNotFound)
 
 
+async def test_a_region_that_ends_while_a_link_that_has_a_grant_on_it_is_closed(nic_pair: list[NicHost]) -> None:
+    a, b = nic_pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    await outcome(await start(a, whole(source, sink)))
+    (link_id,) = b.broker.serving._links
+    b.nic.hanging_up = asyncio.Event()
+    closing = asyncio.create_task(b.broker.serving.close_link(link_id))
+    await asyncio.sleep(0)
+    await b.broker.delete_region("anonymous", sink.name, force=False)
+    b.nic.hanging_up.set()
+    await closing
+    assert b.broker.serving.grant_count == 0
+
+
 async def test_a_device_that_vanished_gets_its_memory_back_at_once(nic_pair: list[NicHost]) -> None:
     a, b = nic_pair
     source, sink = await region(a, MIB), await region(b, MIB)

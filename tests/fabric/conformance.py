@@ -175,6 +175,21 @@ class FabricConformance:
         assert set(statuses) <= {Status.SUCCESS, Status.REM_ACCESS_ERR}
         await connection.target.revoke(key)
 
+    async def test_a_grant_that_is_revoked_while_its_link_hangs_up(
+        self, connection: Connection, memories: Callable[..., FileMemory]
+    ) -> None:
+        local, remote = memories(BIG, 1), FileMemory(BIG, 2)
+        posted = await connection.post_all(Opcode.WRITE, local, key := await connection.grant(remote))
+        await connection.events.wait(posted[:1])
+        hanging_up = asyncio.create_task(connection.target.hang_up(connection.link_id))
+        await turns(1)
+        await connection.target.revoke(key)
+        await connection.release(remote)
+        remote.close()
+        await hanging_up
+        statuses = await connection.events.wait(posted)
+        assert set(statuses) <= {Status.SUCCESS, Status.REM_ACCESS_ERR, Status.WR_FLUSH_ERR}
+
     async def test_two_who_revoke_are_both_fenced(
         self, connection: Connection, memories: Callable[..., FileMemory]
     ) -> None:

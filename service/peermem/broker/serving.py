@@ -132,7 +132,7 @@ class Serving:
         if link is None:
             return
         await link.fabric.hang_up(link_id)
-        for grant in [self._grants[grant_id] for grant_id in link.grants]:
+        for grant in [self._grants[grant_id] for grant_id in link.grants if grant_id in self._grants]:
             await self._settle(grant)
 
     def link_lost(self, link_id: bytes) -> None:

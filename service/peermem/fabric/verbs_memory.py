@@ -170,10 +170,14 @@ class Registration:
     async def close(self) -> None:
         """Deregister everywhere, with turns of the loop. Raises VerbsError."""
         every, self.parts = self.parts, {}
-        for parts in every.values():
-            for part in parts:
-                part.close()
-                await asyncio.sleep(0)
+        try:
+            for parts in every.values():
+                for part in parts:
+                    part.close()
+                    await asyncio.sleep(0)
+        except VerbsError:
+            self.parts = every  # to be tried again
+            raise
         self._backing.close()
 
 

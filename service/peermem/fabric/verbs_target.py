@@ -162,8 +162,9 @@ class Target:
 
     async def _revoke(self, name: int, grant: Grant) -> None:
         link = self._links.get(grant.link_id)
-        if link is None:
-            return  # it has ended since, and its grants with it
+        if link is None:  # it has ended since, and its grants with it
+            await self._settled(grant.link_id)
+            return
         del link.grants[name]
         for door in grant.doors:
             door.shut()
@@ -171,9 +172,12 @@ class Target:
         _close(grant.doors)
 
     async def unregistering(self, memory: Memory) -> None:
-        """End what grants there still are on a memory."""
+        """End what grants there still are on a memory, those of links that are hanging up included."""
         for name in [name for name, grant in self._grants.items() if grant.memory is memory]:
             await self.revoke(name)
+        hanging_up = [task for what, task in self._ending.items() if isinstance(what, bytes)]
+        if hanging_up:
+            await asyncio.wait(hanging_up)
 
     async def expire(self) -> None:
         """Revoke what has expired by the clock."""
@@ -203,11 +207,16 @@ class Target:
             await self._settled(link_id)
         else:
             self._forget(link)
-            await self._end(link_id, self._hang_up(link))
+            self._ending |= dict.fromkeys(link.grants, task := self._begin(link_id, self._hang_up(link)))
+            await asyncio.shield(task)
 
     async def _hang_up(self, link: AcceptedLink) -> None:
-        await link.farewell()
-        link.close()
+        try:
+            await link.farewell()
+            link.close()
+        finally:
+            for name in link.grants:
+                self._ending.pop(name, None)
 
     def _forget(self, link: AcceptedLink) -> None:
         del self._links[link.link_id]
