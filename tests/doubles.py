@@ -29,6 +29,7 @@ from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, Path, RemoteKey, Rights
 from peermem.device.base import Copier, Device, DeviceMemory
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
+from peermem.device.plain import PlainMemory
 from peermem.directory.base import NodeEntry
 from peermem.directory.static import StaticDirectory
 from peermem.fabric.base import Completion, Exchange, Fabric, FabricLimits, Link, LinkEvents, Proof, Status, WorkRequest
@@ -42,7 +43,7 @@ MIB = 1 << 20
 PATIENCE = 20.0
 
 
-class FragileMemory:
+class FragileMemory(PlainMemory):
     """Memory that its device can lose."""
 
     def __init__(self, inner: DeviceMemory, device: FragileDevice) -> None:

@@ -18,6 +18,7 @@ from peermem.core.errors import NicNotFound, PeermemError, ProbeFailed, RegionRe
 from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.device.base import Copier, DeviceMemory
 from peermem.device.memfd import MemfdDevice
+from peermem.device.plain import PlainMemory
 from peermem.fabric.base import Exchange, Fabric, Link, LinkEvents, Proof, WorkRequest
 from peermem.fabric.tcp import TcpFabric
 from peermem.memory import Memory
@@ -125,7 +126,7 @@ class OnDemandDevice(MemfdDevice):
     paths: Sequence[Path] = (Path.P2PDMA, Path.STAGED)
 
 
-class StagedMemory:
+class StagedMemory(PlainMemory):
     """Memory that only its copier touches."""
 
     fd = None

@@ -1,58 +1,152 @@
-"""What the kernel and the NIC answer to a registration, as reasons with their fixes."""
+"""Memory as it is registered: what the library is asked for on each path, in which parts, and what is left after."""
 
 from __future__ import annotations
 
 import errno
-from types import SimpleNamespace
-from typing import cast
+import os
+from collections.abc import Iterator
 
 import pytest
 
 from peermem.core import errors
 from peermem.core.types import Path
-from peermem.fabric.verbs_memory import check, refusal
+from peermem.fabric import verbs, verbs_memory
+from peermem.fabric.verbs_memory import MemoryTable, Registration, check
 from peermem.fabric.verbs_nic import Port
-from peermem.fabric.verbs_types import VerbsError
+from peermem.fabric.verbs_types import Access
+from tests.descriptors import memory_file
+from tests.fabric.pyverbs_double import DmaBufMR, Registered, nic_port, pyverbs
 from tests.fabric.support import FileMemory
 
+KIB = 1 << 10
+PART = 64 * KIB
+OFFSET = 12 * KIB
+ADDRESS = 7 << 40
 
-def port(*, on_demand: bool) -> Port:
-    """A port of a NIC that is not here, as far as registrations look at it."""
-    return cast(Port, SimpleNamespace(name="nic0/1", nic=SimpleNamespace(caps=SimpleNamespace(on_demand=on_demand))))
+
+class ExportedMemory:
+    """Memory with a dma-buf, where it begins at OFFSET, and a device address; the CPU does not reach it."""
+
+    fd = None
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.exported = memory_file(OFFSET + length)
+        self.device_address = ADDRESS
+
+    def view(self) -> memoryview:
+        raise ValueError("it has no view")
+
+    def dma_buf(self) -> tuple[int, int] | None:
+        return self.exported, OFFSET
+
+    def close(self) -> None:
+        os.close(self.exported)
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Registered]]:
+    monkeypatch.setattr(verbs_memory, "PART", PART)
+    with pyverbs() as library:
+        yield library
+
+
+@pytest.fixture
+def port() -> Iterator[Port]:
+    with nic_port() as port:
+        yield port
+        assert port.nic.device.counts["mr"] == 0
 
 
 @pytest.mark.parametrize(
     ("path", "on_demand", "fault"),
-    [
-        (Path.P2PDMA, False, errors.OnDemandMissing),
-        (Path.STAGED, True, errors.RegistrationRefused),
-        (Path.DMABUF, True, errors.RegistrationRefused),
-    ],
+    [(Path.P2PDMA, False, errors.OnDemandMissing), (Path.STAGED, True, errors.RegistrationRefused)],
 )
 def test_what_can_not_be_registered_is_not_tried(path: Path, on_demand: bool, fault: type[errors.PeermemError]) -> None:
-    with pytest.raises(fault, match=r"nic0/1|not registered"):
-        check(port(on_demand=on_demand), FileMemory(4096), path)
+    with nic_port(on_demand=on_demand) as port, pytest.raises(fault, match=r"nic0/1|staging buffer"):
+        check(port, path)
 
 
-@pytest.mark.parametrize("path", [Path.HOST, Path.P2PDMA])
-def test_what_can_be_is(path: Path) -> None:
-    check(port(on_demand=True), FileMemory(4096), path)
+@pytest.mark.parametrize("path", [Path.HOST, Path.P2PDMA, Path.DMABUF, Path.LEGACY_PEER_MEMORY])
+def test_what_can_be_is(path: Path, port: Port) -> None:
+    check(port, path)
+
+
+async def test_a_dma_buf_is_imported_in_parts_without_windows(library: type[Registered], port: Port) -> None:
+    memory = ExportedMemory(2 * PART + 1)
+    registration = Registration(memory, Path.DMABUF)
+    await registration.add(port)
+    assert [(made.where, made.length, made.access) for made in library.made] == [
+        ({"fd": memory.exported, "offset": OFFSET}, PART, Access.LOCAL_WRITE),
+        ({"fd": memory.exported, "offset": OFFSET + PART}, PART, Access.LOCAL_WRITE),
+        ({"fd": memory.exported, "offset": OFFSET + 2 * PART}, 1, Access.LOCAL_WRITE),
+    ]
+    assert all(isinstance(made, DmaBufMR) for made in library.made)
+    assert registration.address == OFFSET
+    assert not registration.takes_windows
+    assert [part.address for part in registration.parts[port.nic]] == [OFFSET, OFFSET + PART, OFFSET + 2 * PART]
+    await registration.close()
+    assert not any(made.is_open for made in library.made)
+    memory.close()
+
+
+async def test_a_grant_on_a_dma_buf_is_a_registration_of_just_its_range(library: type[Registered], port: Port) -> None:
+    memory = ExportedMemory(PART)
+    registration = Registration(memory, Path.DMABUF)
+    own = verbs.Domain(port.nic.device)
+    region = registration.tight(own, 100, 50, Access.REMOTE_READ)
+    made = library.made[-1]
+    assert (made.pd, made.where["offset"], made.length) == (own.thing, OFFSET + 100, 50)
+    assert region.rkey == made.rkey
+    region.close()
+    own.close()
+    await registration.close()
+    memory.close()
 
 
 @pytest.mark.parametrize(
-    ("code", "path", "fault"),
+    ("path", "access"),
     [
-        (errno.EFAULT, Path.P2PDMA, errors.RegistrationRefused),
-        (errno.EREMOTEIO, Path.HOST, errors.RegistrationRefused),
-        (errno.EINVAL, Path.HOST, errors.RegistrationRefused),
-        (errno.EOPNOTSUPP, Path.P2PDMA, errors.OnDemandMissing),
-        (errno.EOPNOTSUPP, Path.HOST, errors.RegistrationRefused),
-        (errno.ENOMEM, Path.HOST, errors.MemlockTooSmall),
-        (errno.EPERM, Path.HOST, errors.MemlockTooSmall),
-        (errno.ENODEV, Path.HOST, errors.NicNotFound),
+        (Path.HOST, Access.LOCAL_WRITE | Access.MW_BIND),
+        (Path.P2PDMA, Access(81)),
+        (Path.LEGACY_PEER_MEMORY, Access(17)),
     ],
 )
-def test_each_errno_has_its_reason(code: int, path: Path, fault: type[errors.PeermemError]) -> None:
-    error = refusal(VerbsError("no", code), port(on_demand=True), FileMemory(4096), path)
-    assert type(error) is fault
-    assert "nic0/1" in error.message
+async def test_addresses_are_registered_with_windows(
+    path: Path, access: Access, library: type[Registered], port: Port
+) -> None:
+    legacy = path is Path.LEGACY_PEER_MEMORY
+    memory = ExportedMemory(PART) if legacy else FileMemory(PART)
+    registration = Registration(memory, path)
+    await registration.add(port)
+    assert registration.takes_windows
+    assert [made.access for made in library.made] == [access]
+    assert (registration.address == ADDRESS) is legacy
+    await registration.close()
+    memory.close()
+
+
+@pytest.mark.parametrize("path", [Path.DMABUF, Path.LEGACY_PEER_MEMORY])
+def test_memory_that_is_not_of_the_path_is_refused(path: Path) -> None:
+    with pytest.raises(errors.RegistrationRefused, match=path.value):
+        Registration(FileMemory(4096), path)
+
+
+async def test_a_refusal_leaves_nothing_registered(library: type[Registered], port: Port) -> None:
+    table, memory = MemoryTable(), ExportedMemory(PART)
+    library.fails["DmaBufMR"] = errno.EOPNOTSUPP
+    with pytest.raises(errors.DmaBufUnsupported):
+        await table.register(memory, Path.DMABUF, [port])
+    assert (len(table), table.needs_domains) == (0, False)
+    memory.close()
+
+
+async def test_links_get_domains_once_there_was_memory_without_windows(port: Port) -> None:
+    table, host, exported = MemoryTable(), FileMemory(PART), ExportedMemory(PART)
+    await table.register(host, Path.HOST, [port])
+    assert not table.needs_domains
+    await table.register(exported, Path.DMABUF, [port])
+    await table.close()
+    assert table.needs_domains
+    host.close()
+    exported.close()

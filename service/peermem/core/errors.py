@@ -205,6 +205,18 @@ class RegistrationRefused(PeermemError, code=Code.FAILED_PRECONDITION):
     """The kernel or the NIC refused to register the memory."""
 
 
+class DmaBufUnsupported(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The NIC can't import the dma-buf, or its exporter refuses the NIC."""
+
+
+class GpuDriverMissing(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The GPU's driver, or the Python package that calls it, can't be loaded."""
+
+
+class GpuFailed(PeermemError, code=Code.FAILED_PRECONDITION):
+    """The GPU's driver refused a call."""
+
+
 class ProbeFailed(PeermemError, code=Code.FAILED_PRECONDITION):
     """The memory was registered, and then the NIC could not access it."""
 

@@ -40,6 +40,26 @@ class DeviceMemory(Memory, Protocol):
         """What alone in this process touches memory whose `fd` is None and whose `view` is only for NICs to be tried
         with; None for memory that `peermem.memory` reaches."""
 
+    @property
+    def device_address(self) -> int | None:
+        """Where the device itself finds the memory, which a vendor's kernel may resolve for a NIC (path
+        LEGACY_PEER_MEMORY); None where there is no such address."""
+
+    def dma_buf(self) -> tuple[int, int] | None:
+        """Return (descriptor of a dma-buf, where the memory begins in it) for a NIC to import (path DMABUF); None where
+        the memory has none. The descriptor stays the memory's and is closed with it.
+
+        Raises ValueError after `close`.
+        """
+
+    @property
+    def needs_flush(self) -> bool:
+        """Whether what NICs wrote into the memory itself is visible to the device only after `flush`; what the copier
+        wrote always is."""
+
+    async def flush(self) -> None:
+        """Make what NICs have written so far visible to the device. Raises RegionRevoked where it has vanished."""
+
     def share(self) -> tuple[int, int]:
         """Return (file descriptor, offset) for a local job to map; the caller does not own the
         descriptor, and must duplicate or send it before the memory is closed.

@@ -27,6 +27,7 @@ from peermem.core.errors import DeviceFull, LimitReached, NotAdoptable, NotSuppo
 from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
+from peermem.device.plain import PlainMemory
 from peermem.memory import FileMemory, whole_pages
 from peermem.offload import made_in_thread
 
@@ -36,7 +37,7 @@ _SMALL = 1 << 20
 """Bytes up to which making the pages takes less time than going to a thread and back, about 0.1 ms."""
 
 
-class MemfdMemory(FileMemory):
+class MemfdMemory(PlainMemory, FileMemory):
     """One memory file; a `DeviceMemory`. Usable from any thread."""
 
     copier = None

@@ -38,6 +38,7 @@ from peermem.core.node import P2PMEM
 from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
+from peermem.device.plain import PlainMemory
 from peermem.device.sysfs import SYSFS, p2pmem_pool, p2pmem_pools
 from peermem.memory import HostMemory, whole_pages
 from peermem.offload import made_in_thread
@@ -46,7 +47,7 @@ _ZEROS = 1 << 20
 """Bytes zeroed by one system call."""
 
 
-class P2pmemMemory:
+class P2pmemMemory(PlainMemory):
     """One mapping of a pool's memory; a `DeviceMemory`."""
 
     fd = None

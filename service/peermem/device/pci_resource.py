@@ -44,13 +44,14 @@ from peermem.core.units import format_size
 from peermem.device.base import Copier, Device, DeviceMemory
 from peermem.device.copier import BarCopier, BarRange, SliceCopier
 from peermem.device.free_ranges import FreeRanges
+from peermem.device.plain import PlainMemory
 from peermem.device.sysfs import SYSFS, lockdown, pci_function
 from peermem.memory import HostMemory, whole_pages
 
 _ZEROS = 1 << 20
 
 
-class PciMemory:
+class PciMemory(PlainMemory):
     """A part of a BAR range; a `DeviceMemory`."""
 
     fd = None

@@ -262,11 +262,27 @@ class MemoryRegion(Owned):
     def __init__(self, domain: Domain, address: int, length: int, access: Access) -> None:
         """Raises VerbsError. An address is always given: without one pyverbs allocates memory, and leaks it."""
         with faults():
-            super().__init__(domain.device, loaded().mr.MR(domain.thing, length, int(access), address))
+            super().__init__(domain.device, self._register(domain, address, length, access))
         self.address = address
         self.length = length
         self.lkey: int = self._thing.lkey
         self.rkey: int = self._thing.rkey
+
+    def _register(self, domain: Domain, address: int, length: int, access: Access) -> Any:
+        return loaded().mr.MR(domain.thing, length, int(access), address)
+
+
+class DmaBufRegion(MemoryRegion):
+    """A registered range of a dma-buf. Its addresses count from the dma-buf's first byte; the kernel holds the dma-buf
+    until this is closed, whatever becomes of the descriptor. It takes no memory windows."""
+
+    def __init__(self, domain: Domain, fd: int, offset: int, length: int, access: Access) -> None:
+        """`fd` stays the caller's. Raises VerbsError."""
+        self._fd = fd
+        super().__init__(domain, offset, length, access)
+
+    def _register(self, domain: Domain, address: int, length: int, access: Access) -> Any:
+        return loaded().mr.DmaBufMR(domain.thing, length, int(access), dmabuf=self._fd, offset=address)
 
 
 class Window(Owned):

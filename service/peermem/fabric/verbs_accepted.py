@@ -38,7 +38,7 @@ class AcceptedLink:
         self.grants: dict[int, Grant] = {}
         """By the keys' names."""
         self.domains: dict[Rail, verbs.Domain] = {}
-        """Of rails whose NIC has no windows."""
+        """Of rails that are to have no windows, or whose NIC has none."""
         self.news = asyncio.Event()
         """Set whenever a rail comes up."""
         self._settings = settings
@@ -53,9 +53,10 @@ class AcceptedLink:
         self._closed = False
         self._expect(settings.connect_timeout)
 
-    def open(self, offered: Sequence[QueuePair], ports: Sequence[Port]) -> list[QueuePair]:
-        """Make this side's ends, each on the port nearest to what it is offered. Raises FabricUnavailable where none
-        comes up; the caller closes the link then."""
+    def open(self, offered: Sequence[QueuePair], ports: Sequence[Port], *, windows: bool) -> list[QueuePair]:
+        """Make this side's ends, each on the port nearest to what it is offered, and without `windows` each in a
+        protection domain of its own. Raises FabricUnavailable where none comes up; the caller closes the link then.
+        """
         load: Counter[str] = Counter()
         failure: FabricUnavailable | None = None
         for there in offered:
@@ -67,7 +68,7 @@ class AcceptedLink:
                 )
             port, gid = found
             load[port.name] += 1
-            failure = self._add(port, gid, there) or failure
+            failure = self._add(port, gid, there, windows=windows and port.nic.caps.windows) or failure
         if failure is not None and not any(rail.up for rail in self.rails):
             raise failure
         self._offered = list(offered)
@@ -78,10 +79,10 @@ class AcceptedLink:
         soon."""
         return [rail.here if rail.up else replace(rail.here, number=0) for rail in self.rails]
 
-    def _add(self, port: Port, gid: Gid, there: QueuePair) -> FabricUnavailable | None:
+    def _add(self, port: Port, gid: Gid, there: QueuePair, *, windows: bool) -> FabricUnavailable | None:
         nic, own = port.nic, None
         try:
-            if not (self._settings.windows and nic.caps.windows):
+            if not windows:
                 own = verbs.Domain(nic.device)
             rail = Rail(port, gid, own or nic.domain, self, self._settings)
         except VerbsError as error:

@@ -3,8 +3,8 @@
 Rules of this file:
 
 * A grant is, for each rail and each part of the memory, one fresh memory window bound to the rail's queue pair, with
-  exactly the right that was granted; or, where the NIC has no windows, a registration of the link's own protection
-  domain. Either way the key is of no use to any other link.
+  exactly the right that was granted; or, where the NIC or the memory (a dma-buf) has no windows, a registration of
+  the link's own protection domain. Either way the key is of no use to any other link.
 * A window covers a memory region to its last byte: a NIC may check a window's queue pair and right, but not its
   range (rxe), so a range that is not a whole part is registered for itself first.
 * A grant is closed in two steps: `shut`, after which no new access begins, and `close`, when none is running.
@@ -52,7 +52,7 @@ class Door:
     async def open(
         self, registration: Registration, offset: int, length: int, rights: Rights, domain: verbs.Domain | None
     ) -> bool:
-        """Open a range. `domain` is the link's own, where it has no windows. Return False when the rail broke.
+        """Open a range. `domain` is the link's own, where it is not to have windows. Return False when the rail broke.
 
         Raises VerbsError; the caller closes it then, too.
         """

@@ -5,28 +5,30 @@ Rules of this file:
 * Memory is registered in parts of at most PART bytes, with a turn of the loop after each: registering pins pages
   and holds the GIL. Pages that have yet to be made are made before, in a thread, which takes longer than pinning them.
 * A registration gives no remote rights of its own. Grants give them, each to one link.
-* The mapping is held until the last part is deregistered; who closes the memory before meets a BufferError.
+* A mapping is held until the last part is deregistered; who closes the memory before meets a BufferError. A dma-buf
+  is held by the kernel for as long as one of its parts is registered.
+* What the NIC or the kernel refuses is told with its reason (`verbs_refusals.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import errno
-import resource
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
-from peermem.core.errors import MemlockTooSmall, NicNotFound, OnDemandMissing, PeermemError, RegistrationRefused
+from peermem.core.errors import RegistrationRefused
 from peermem.core.types import Path
-from peermem.core.units import format_size
 from peermem.fabric import verbs
 from peermem.fabric.verbs_nic import Nic, Port
+from peermem.fabric.verbs_refusals import no_on_demand, refusal
 from peermem.fabric.verbs_types import Access, VerbsError
 from peermem.memory import Memory
 from peermem.offload import in_thread
 
 PART = 64 << 20
 """Bytes of one memory region of a NIC, at most."""
+_NO_MORE = Access(0)
 
 
 _LIBC = ctypes.CDLL(None)
@@ -36,54 +38,128 @@ _WORTH_A_THREAD = 1 << 20
 """Bytes: fewer pages are made in less than a millisecond."""
 
 
-class Mapping:
-    """A memory's address, held until `close`."""
+class Backing(Protocol):
+    """Memory as the verbs take it, held until `close`."""
 
-    def __init__(self, memory: Memory) -> None:
-        """Raises RegistrationRefused where the memory is closed."""
-        try:
-            view = memory.view()
-            self._hold: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * memory.length).from_buffer(view)
-        except (ValueError, OSError) as error:
-            raise RegistrationRefused(f"The memory can't be mapped to be registered: {error}.") from error
-        self.address = ctypes.addressof(self._hold)
+    @property
+    def address(self) -> int:
+        """Of its first byte, as the NIC is to count."""
+
+    @property
+    def dma_buf(self) -> tuple[int, int] | None:
+        """The descriptor of the dma-buf that it is a range of, and where it begins there; no window can be bound to
+        its registrations."""
+
+    def register(self, domain: verbs.Domain, offset: int, length: int, access: Access) -> verbs.MemoryRegion:
+        """Register a range. The caller closes it. Raises VerbsError."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of the memory."""
+
+
+class Addressed:
+    """Memory at an address: of this process, or one that a vendor's kernel resolves."""
+
+    dma_buf = None
+
+    def __init__(self, address: int, access: Access = _NO_MORE, hold: object = None) -> None:
+        """`access` is added to each registration; `hold` keeps the memory mapped."""
+        self.address = address
+        self._access = access
+        self._hold = hold
+
+    def register(self, domain: verbs.Domain, offset: int, length: int, access: Access) -> verbs.MemoryRegion:
+        """See Backing."""
+        return verbs.MemoryRegion(domain, self.address + offset, length, access | self._access)
+
+    def close(self) -> None:
+        """See Backing."""
         self._hold = None
+
+
+class Imported:
+    """Memory that is a range of a dma-buf, whose descriptor stays the memory's."""
+
+    def __init__(self, dma_buf: tuple[int, int]) -> None:
+        self.dma_buf = dma_buf
+        self._fd, self.address = dma_buf
+
+    def register(self, domain: verbs.Domain, offset: int, length: int, access: Access) -> verbs.MemoryRegion:
+        """See Backing. What dma-bufs don't take is left out of `access`."""
+        return verbs.DmaBufRegion(domain, self._fd, self.address + offset, length, access & ~Access.MW_BIND)
+
+    def close(self) -> None:
+        """See Backing."""
+
+
+@runtime_checkable
+class _HasDmaBuf(Protocol):
+    def dma_buf(self) -> tuple[int, int] | None:
+        """See DeviceMemory."""
+
+
+@runtime_checkable
+class _HasDeviceAddress(Protocol):
+    @property
+    def device_address(self) -> int | None:
+        """See DeviceMemory."""
+
+
+def backing(memory: Memory, path: Path) -> Backing:
+    """Return memory as the verbs take it on this path. Raises RegistrationRefused where it is closed, or not of this
+    path."""
+    try:
+        if path is Path.DMABUF:
+            found = memory.dma_buf() if isinstance(memory, _HasDmaBuf) else None
+            if found is None:
+                raise ValueError("it has no dma-buf")
+            return Imported(found)
+        if path is Path.LEGACY_PEER_MEMORY:
+            address = memory.device_address if isinstance(memory, _HasDeviceAddress) else None
+            if address is None:
+                raise ValueError("it has no device address")
+            return Addressed(address)
+        hold = (ctypes.c_char * memory.length).from_buffer(memory.view())
+    except (ValueError, OSError) as error:
+        raise RegistrationRefused(
+            f"The memory can't be registered by path {path.value}: {error}.", path=path.value
+        ) from error
+    return Addressed(ctypes.addressof(hold), Access.ON_DEMAND if path is Path.P2PDMA else _NO_MORE, hold)
 
 
 class Registration:
     """One memory with the NICs that reach it."""
 
     def __init__(self, memory: Memory, path: Path) -> None:
-        """Raises RegistrationRefused where the memory is closed."""
+        """Raises RegistrationRefused where the memory is closed, or not of this path."""
         self.memory = memory
         self.path = path
         self.parts: dict[Nic, Sequence[verbs.MemoryRegion]] = {}
         """Consecutive, all but the last one of PART bytes."""
-        self._mapping = Mapping(memory)
-        self.address = self._mapping.address
+        self._backing = backing(memory, path)
+        self.address = self._backing.address
+        self.takes_windows = self._backing.dma_buf is None
+        """Whether grants can be memory windows; else each is a registration in the link's own domain."""
 
     def tight(self, domain: verbs.Domain, offset: int, length: int, access: Access) -> verbs.MemoryRegion:
         """Register just a range, for a grant. The caller closes it. Raises VerbsError."""
-        return verbs.MemoryRegion(domain, self.address + offset, length, access | access_for(self.path))
+        return self._backing.register(domain, offset, length, access)
 
     async def add(self, port: Port) -> None:
         """Register with a port's NIC. Raises as `Fabric.register`."""
-        check(port, self.memory, self.path)
+        check(port, self.path)
         parts: list[verbs.MemoryRegion] = []
         self.parts[port.nic] = parts
-        access = Access.LOCAL_WRITE | access_for(self.path)
-        if port.nic.caps.windows:
+        access = Access.LOCAL_WRITE
+        if port.nic.caps.windows and self.takes_windows:
             access |= Access.MW_BIND
         for start in range(0, self.memory.length, PART):
             length = min(PART, self.memory.length - start)
             await self._populate(start, length)
             try:
-                parts.append(verbs.MemoryRegion(port.nic.domain, self.address + start, length, access))
+                parts.append(self._backing.register(port.nic.domain, start, length, access))
             except VerbsError as error:
-                raise refusal(error, port, self.memory, self.path) from error
+                raise refusal(error, port, self.memory.length, self.path, self._backing.dma_buf) from error
             await asyncio.sleep(0)
 
     async def _populate(self, start: int, length: int) -> None:
@@ -98,7 +174,7 @@ class Registration:
             for part in parts:
                 part.close()
                 await asyncio.sleep(0)
-        self._mapping.close()
+        self._backing.close()
 
 
 class MemoryTable:
@@ -106,6 +182,8 @@ class MemoryTable:
 
     def __init__(self) -> None:
         self._registrations: dict[int, Registration] = {}
+        self.needs_domains = False
+        """Whether memory without windows was ever registered: from then on accepted links have domains of their own."""
 
     def __len__(self) -> int:
         return len(self._registrations)
@@ -125,6 +203,7 @@ class MemoryTable:
             await registration.close()
             raise
         self._registrations[id(memory)] = registration
+        self.needs_domains |= not registration.takes_windows
 
     async def unregister(self, memory: Memory) -> None:
         """Deregister; unknown memory is no error. Raises VerbsError."""
@@ -138,48 +217,13 @@ class MemoryTable:
             await self.unregister(registration.memory)
 
 
-def access_for(path: Path) -> Access:
-    """Return what a path adds to the access of a registration."""
-    return Access.ON_DEMAND if path is Path.P2PDMA else Access(0)
-
-
-def check(port: Port, memory: Memory, path: Path) -> None:
+def check(port: Port, path: Path) -> None:
     """See that a port can register memory of this path. Raises OnDemandMissing, RegistrationRefused."""
-    if path not in (Path.HOST, Path.P2PDMA):
+    if path is Path.STAGED:
         raise RegistrationRefused(
-            f"Memory of path {path.value} is not registered with NICs by this release.", nic=port.name, path=path.value
+            f"Memory of path {path.value} is reached by the CPU alone; its staging buffer is registered instead.",
+            nic=port.name,
+            path=path.value,
         )
     if path is Path.P2PDMA and not port.nic.caps.on_demand:
-        raise _no_on_demand(port)
-
-
-def refusal(error: VerbsError, port: Port, memory: Memory, path: Path) -> PeermemError:
-    """Return the reason for which a registration failed."""
-    if error.errno in (errno.ENOMEM, errno.EPERM):
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        allowed = "no limit" if limit == resource.RLIM_INFINITY else format_size(limit)
-        return MemlockTooSmall(
-            f"The NIC {port.name} needs to lock {format_size(memory.length)} more, and the daemon may lock {allowed} "
-            "in all. Set LimitMEMLOCK=infinity in its unit (ulimit -l unlimited), or give it CAP_IPC_LOCK.",
-            nic=port.name,
-            need=memory.length,
-            limit=limit,
-        )
-    if error.errno == errno.EOPNOTSUPP and path is Path.P2PDMA:
-        return _no_on_demand(port)
-    if error.errno == errno.ENODEV:
-        return NicNotFound(f"The NIC {port.name} is gone: {error}.", nic=port.name)
-    return RegistrationRefused(
-        f"The kernel or the NIC {port.name} refused to register {format_size(memory.length)} of path {path.value}: "
-        f"{error}. Mappings of a PCI BAR without struct pages can't be registered; use path STAGED for them.",
-        nic=port.name,
-        errno=error.errno,
-    )
-
-
-def _no_on_demand(port: Port) -> OnDemandMissing:
-    return OnDemandMissing(
-        f"The NIC {port.name} can't register memory on demand, which is the only way to reach p2pmem. Use a NIC and a "
-        "kernel that can (mlx5 since Linux 6.16, rxe since 6.15), or path STAGED.",
-        nic=port.name,
-    )
+        raise no_on_demand(port)

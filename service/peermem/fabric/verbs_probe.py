@@ -26,9 +26,10 @@ from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.fabric import verbs
 from peermem.fabric.base import Proof
-from peermem.fabric.verbs_memory import Mapping, access_for, check, refusal
+from peermem.fabric.verbs_memory import backing, check
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_qp import QueuePair
+from peermem.fabric.verbs_refusals import refusal
 from peermem.fabric.verbs_types import Access, Marks, Settings, VerbsError, WcStatus, WrOpcode
 from peermem.fabric.verbs_types import Path as Way
 from peermem.memory import Memory
@@ -47,22 +48,21 @@ LOOPBACK_ACCESS = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE
 
 async def probe(port: Port, memory: Memory, path: Path, settings: Settings) -> Proof:
     """See Fabric."""
-    check(port, memory, path)
+    check(port, path)
+    length = min(_LARGE, memory.length)
     try:
         with ExitStack() as stack:
             loopback = _Loopback(port, settings, stack)
-            mapping = Mapping(memory)
-            stack.callback(mapping.close)
+            tried = backing(memory, path)
+            stack.callback(tried.close)
             try:
-                target = loopback.register(
-                    mapping.address, min(_LARGE, memory.length), LOOPBACK_ACCESS | access_for(path)
-                )
+                target = loopback.kept(tried.register(loopback.domain, 0, length, LOOPBACK_ACCESS))
             except VerbsError as error:
-                raise refusal(error, port, memory, path) from error
+                raise refusal(error, port, length, path, tried.dma_buf) from error
             return await _prove(loopback, target, path)
     except VerbsError as error:
         if error.errno in (errno.ENOMEM, errno.EPERM):  # the probe's own buffers and queues are locked as well
-            raise refusal(error, port, memory, path) from error
+            raise refusal(error, port, length, Path.HOST) from error
         raise NicLost(f"The NIC {port.name} can't make a connection to itself: {error}.", nic=port.name) from error
 
 
@@ -116,18 +116,14 @@ class _Loopback:
         """What is made is closed by `stack`, last made first. Raises VerbsError, NoGid."""
         self.port = port
         self._stack = stack
-        self._domain = self._kept(verbs.Domain(port.nic.device))
+        self.domain = self.kept(verbs.Domain(port.nic.device))
         self.out, self.back = mmap.mmap(-1, _LARGE), mmap.mmap(-1, _LARGE)
         self._out, self._back = (self._host(buffer) for buffer in (self.out, self.back))
-        self._queue = self._kept(verbs.CompletionQueue(port.nic.device, 8))
-        other = self._kept(verbs.CompletionQueue(port.nic.device, 8))
-        pairs = [self._kept(QueuePair(self._domain, queue, 4, 1, settings.extended)) for queue in (self._queue, other)]
+        self._queue = self.kept(verbs.CompletionQueue(port.nic.device, 8))
+        other = self.kept(verbs.CompletionQueue(port.nic.device, 8))
+        pairs = [self.kept(QueuePair(self.domain, queue, 4, 1, settings.extended)) for queue in (self._queue, other)]
         self._pair = pairs[0]
         self._connect(pairs, settings)
-
-    def register(self, address: int, length: int, access: Access) -> verbs.MemoryRegion:
-        """Register memory for the probe's time. Raises VerbsError."""
-        return self._kept(verbs.MemoryRegion(self._domain, address, length, access))
 
     async def move(self, opcode: WrOpcode, target: verbs.MemoryRegion, length: int, offset: int = 0) -> float:
         """WRITE `out` to the target, or READ it into `back`; return the seconds that it took. Raises _Refused."""
@@ -180,9 +176,10 @@ class _Loopback:
 
     def _host(self, buffer: mmap.mmap) -> verbs.MemoryRegion:
         hold = (ctypes.c_char * _LARGE).from_buffer(buffer)
-        return self.register(ctypes.addressof(hold), _LARGE, Access.LOCAL_WRITE)
+        return self.kept(verbs.MemoryRegion(self.domain, ctypes.addressof(hold), _LARGE, Access.LOCAL_WRITE))
 
-    def _kept(self, thing: T) -> T:
+    def kept(self, thing: T) -> T:
+        """Have `thing` closed with the probe."""
         self._stack.callback(thing.close)
         return thing
 

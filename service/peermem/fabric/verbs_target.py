@@ -73,7 +73,8 @@ class Target:
         else:
             link = AcceptedLink(secrets.token_bytes(16), self._settings, self._lost)
             try:
-                answer = link.open(ends, self._nics.usable())
+                windows = self._settings.windows and not self._memories.needs_domains
+                answer = link.open(ends, self._nics.usable(), windows=windows)
             except BaseException:
                 link.close()
                 raise
@@ -99,6 +100,11 @@ class Target:
         reaching = [rail for rail in link.rails if registration is not None and rail.port.nic in registration.parts]
         if registration is None or not reaching:
             raise FabricUnavailable("The memory is registered with no NIC of the link's rails. Use tcp for it.")
+        if not registration.takes_windows and not all(rail in link.domains for rail in reaching):
+            raise LinkNotFound(
+                "The link was opened before this node had memory of path DMABUF, which only links with protection "
+                "domains of their own can be granted. Open a new one."
+            )
         expires_at = self._clock() + ttl
         doors = await self._open(link, reaching, registration, offset, length, rights)
         name = secrets.randbits(64)

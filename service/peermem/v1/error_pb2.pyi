@@ -133,6 +133,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the daemon may not open the device's file."""
     ERROR_REASON_KERNEL_TOO_OLD: _ErrorReason.ValueType  # 52
     """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
+    ERROR_REASON_DMA_BUF_UNSUPPORTED: _ErrorReason.ValueType  # 60
+    """FAILED_PRECONDITION: the NIC can't import the dma-buf, or its exporter refuses the NIC."""
+    ERROR_REASON_GPU_DRIVER_MISSING: _ErrorReason.ValueType  # 61
+    """FAILED_PRECONDITION: the GPU's driver, or the Python package that calls it, can't be loaded."""
+    ERROR_REASON_GPU_FAILED: _ErrorReason.ValueType  # 62
+    """FAILED_PRECONDITION: the GPU's driver refused a call."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -247,6 +253,12 @@ ERROR_REASON_DEVICE_FORBIDDEN: ErrorReason.ValueType  # 51
 """FAILED_PRECONDITION: the daemon may not open the device's file."""
 ERROR_REASON_KERNEL_TOO_OLD: ErrorReason.ValueType  # 52
 """FAILED_PRECONDITION: the running kernel lacks an interface that the device needs."""
+ERROR_REASON_DMA_BUF_UNSUPPORTED: ErrorReason.ValueType  # 60
+"""FAILED_PRECONDITION: the NIC can't import the dma-buf, or its exporter refuses the NIC."""
+ERROR_REASON_GPU_DRIVER_MISSING: ErrorReason.ValueType  # 61
+"""FAILED_PRECONDITION: the GPU's driver, or the Python package that calls it, can't be loaded."""
+ERROR_REASON_GPU_FAILED: ErrorReason.ValueType  # 62
+"""FAILED_PRECONDITION: the GPU's driver refused a call."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
