@@ -184,8 +184,8 @@ class CuedFabric:
             self.registered.remove(memory)
         await self._inner.unregister(memory)
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
-        return await self._inner.probe(nic, memory, path)
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
+        return await self._inner.probe(nic, memory, path, keep=keep)
 
     async def start(self) -> None:
         await self._inner.start()
@@ -354,12 +354,12 @@ class Host:
         if verbs is not None:
             fabrics[FabricKind.VERBS] = verbs
         self._fabrics = fabrics
-        own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
+        self.devices: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
             _settings(node, settings),
             f"epoch-{node}",
-            own,
+            self.devices,
             fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,

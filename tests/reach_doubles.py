@@ -57,12 +57,15 @@ class NicFabric(CuedFabric):
         errors = [error for error in self.ports.values() if error is not None]
         return errors[0] if len(errors) == len(self.ports) else None
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         self.probed.append((nic, path))
         if path in self.unreachable:
             raise ProbeFailed("The NIC does not reach it.")
+        before = memories.read(memory, 0, 7)
         memories.write(memory, 0, b"pattern")
         assert memories.read(memory, 0, 7) == b"pattern"
+        if keep:
+            memories.write(memory, 0, before)
         return Proof(1e-5, 1e9, 2e9, PAGE if self.misplaces and path is Path.P2PDMA else 1)
 
     async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
@@ -137,7 +140,7 @@ class StagedMemory(PlainMemory):
         self._device = device
 
     @property
-    def copier(self) -> Copier:
+    def copier(self) -> Copier | None:
         return self
 
     def view(self) -> memoryview:
@@ -158,6 +161,28 @@ class StagedMemory(PlainMemory):
         await self._device.turn()
         for offset, start, length in () if self._device.forgets else pieces:
             memories.copy(buffer, start, self.inner, offset, length)
+
+
+class ImportedMemory(StagedMemory):
+    """Memory that NICs import as a dma-buf; the CPU reaches it by its copier, or not at all."""
+
+    exporter = "gpu"
+    is_revoked = False
+
+    def __init__(self, inner: DeviceMemory, device: ImportedDevice) -> None:
+        super().__init__(inner, device)
+        self.is_reached_by_cpu = device.lets_map
+
+    @property
+    def copier(self) -> Copier | None:
+        return self if self.is_reached_by_cpu else None
+
+    def view(self) -> memoryview:
+        """For the NIC, which moves its bytes by the CPU here."""
+        return self.inner.view()
+
+    def alive(self) -> bool:
+        return not self.is_revoked
 
 
 class StagedDevice(MemfdDevice):
@@ -188,6 +213,18 @@ class StagedDevice(MemfdDevice):
             self.waiting -= 1
         if self.vanished:
             raise RegionRevoked(f"Device {self.name} has vanished.")
+
+
+class ImportedDevice(StagedDevice):
+    """A device whose memory is dma-bufs."""
+
+    path = Path.DMABUF
+    paths: Sequence[Path] = (Path.DMABUF, Path.STAGED)
+    lets_map = True
+    """Whether the CPU reaches its memory."""
+
+    async def allocate(self, length: int) -> DeviceMemory:
+        return ImportedMemory(await MemfdDevice.allocate(self, length), self)
 
 
 if TYPE_CHECKING:

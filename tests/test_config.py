@@ -175,9 +175,9 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("device = [{name = 'a'}]", 'device[0].size is missing: expected a size from 4KiB to 1024TiB in bytes, KiB, '
          'MiB, GiB or TiB, such as "64MiB"'),
         ("device = [{name = 'a', size = 4096, kind = 'gpu'}]", "device[0].kind is 'gpu': expected one of \"memfd\", "
-         '"pci_resource"'),
+         '"pci_resource", "udmabuf"'),
         ("device = [{name = 'a', size = 4096, kind = []}]", "device[0].kind is []: expected one of \"memfd\", "
-         '"pci_resource"'),
+         '"pci_resource", "udmabuf"'),
         ("device = [{name = 'a', size = 4096, bar = 1}]", "device[0].bar is no option; the nearest is device[0].name"),
         (f"device = [{{{BAR}, bar = 6}}]", "device[0].bar is 6: expected a whole number from 0 to 5"),
         (f"device = [{{{BAR}}}]", "device[0].bar is missing: expected a whole number from 0 to 5"),

@@ -34,19 +34,21 @@ from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
-from peermem.config import Config, Memfd, PciResource, Verbs
+from peermem.config import AnyDevice, Config, Memfd, Udmabuf, Verbs
 from peermem.core.errors import NodeNotFound
-from peermem.core.node import ADOPTED
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.policy import OwnerPolicy
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.base import Device
+from peermem.device.dmabuf import AdoptedDmaBufs
 from peermem.device.host import read_host
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
 from peermem.device.p2pmem import p2pmem_devices
 from peermem.device.pci_resource import PciResourceDevice
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
+from peermem.device.udmabuf import UdmabufDevice
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
 from peermem.fabric.base import Fabric, Proof
@@ -229,7 +231,8 @@ class _Parts:
         self.fabrics[FabricKind.LOCAL] = LocalFabric(on_link_lost=lost)
         self.devices: dict[str, Device] = {device.name: _device(device) for device in config.devices}
         self.devices |= {device.name: device for device in (p2pmem_devices() if config.p2pmem else ())}
-        self.devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+        adopted = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+        self.devices |= {ADOPTED: adopted, ADOPTED_DMABUF: AdoptedDmaBufs(ADOPTED_DMABUF, adopted.room)}
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -237,9 +240,11 @@ class _Parts:
         return {"tcp": self.tcp.address} if self.tcp is not None else {}
 
 
-def _device(config: Memfd | PciResource) -> Device:
+def _device(config: AnyDevice) -> Device:
     if isinstance(config, Memfd):
         return MemfdDevice(config.name, config.size)
+    if isinstance(config, Udmabuf):
+        return UdmabufDevice(config.name, config.size)
     return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
 
 

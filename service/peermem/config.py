@@ -40,7 +40,7 @@ from peermem.config_values import DeviceSize as DeviceSize
 from peermem.config_values import ListenAddress as ListenAddress
 from peermem.config_values import Name as Name
 from peermem.config_values import SocketPath as SocketPath
-from peermem.core.node import ADOPTED, P2PMEM
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF, P2PMEM
 from peermem.strict_toml import ConfigError as ConfigError
 from peermem.strict_toml import Contradiction
 
@@ -177,6 +177,19 @@ class PciResource(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["pci_resource"] = "pci_resource"
 
 
+class Udmabuf(Struct, frozen=True, forbid_unknown_fields=True):
+    """Host memory as dma-bufs, which stands in for that of a device that exports its own."""
+
+    name: Name
+    """Unique on the node."""
+    size: DeviceSize
+    """Bytes in all."""
+    kind: Literal["udmabuf"] = "udmabuf"
+
+
+AnyDevice = Memfd | PciResource | Udmabuf
+
+
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
     """Where nodes find each other."""
 
@@ -227,9 +240,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     verbs: Verbs = Verbs()
     transfer: Transfer = Transfer()
     region: Region = Region()
-    devices: tuple[Memfd | PciResource, ...] = msgspec.field(
-        default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device"
-    )
+    devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
@@ -268,10 +279,10 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
             yield f"{section}.advertise", _NOWHERE.format(section=section, address=address)
 
 
-def _device_contradictions(devices: tuple[Memfd | PciResource, ...]) -> Iterator[Contradiction]:
+def _device_contradictions(devices: tuple[AnyDevice, ...]) -> Iterator[Contradiction]:
     names = [device.name for device in devices]
-    if ADOPTED in names:
-        yield "device", f"device has the name {ADOPTED}, which stands for memory that jobs hand in. Choose another."
+    for name in (name for name in (ADOPTED, ADOPTED_DMABUF) if name in names):
+        yield "device", f"device has the name {name}, which stands for memory that jobs hand in. Choose another."
     for name in names:
         if name.startswith(P2PMEM):
             yield "device", f"device has the name {name}; {P2PMEM} begins the names of p2pmem pools. Choose another."

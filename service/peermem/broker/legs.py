@@ -192,7 +192,7 @@ class LegRun:
             or not any(start % need for start in chain((link.packet,), ranges.local, ranges.remote))
         )
         return (
-            self._region.reach.is_staged or (not fits and here > 1),
+            self._region.reach.stages(link.fabric.kind) or (not fits and here > 1),
             held.slots is not None or (not fits and there > 1),
         )
 
@@ -228,7 +228,7 @@ class LegRun:
         if is_staged and self._stager is None:
             host = self._host
             self._stager = Stager(self, self._region, buffer, self.leg.direction, host.machine, host.hold)
-            if self._wanted.staged or (buffer is not None and not self._region.reach.is_staged):
+            if self._wanted.staged or (buffer is not None and not self._region.reach.stages(self.fabric)):
                 self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
         self.held = held
         now = self._host.clock()

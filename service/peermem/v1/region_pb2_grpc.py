@@ -78,7 +78,8 @@ class RegionServiceServicer:
 
     def CreateRegion(self, request, context):
         """Makes a region, by allocating on a device or by adopting a file descriptor that was handed in
-        over the attach socket. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
+        over the attach socket: of a memory file, or of a dma-buf, which is tried with the NICs: nobody is to
+        write to it meanwhile, and its bytes are kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
         DEVICE_NOT_FOUND, DEVICE_FULL, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED,
         REQUEST_ID_REUSED.
         """

@@ -35,7 +35,8 @@ class RegionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RegionServiceAsyncStub: ...
     CreateRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.CreateRegionRequest, _region_pb2.Region]
     """Makes a region, by allocating on a device or by adopting a file descriptor that was handed in
-    over the attach socket. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
+    over the attach socket: of a memory file, or of a dma-buf, which is tried with the NICs: nobody is to
+    write to it meanwhile, and its bytes are kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
     DEVICE_NOT_FOUND, DEVICE_FULL, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED,
     REQUEST_ID_REUSED.
     """
@@ -68,7 +69,8 @@ class RegionServiceAsyncStub(RegionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.CreateRegionRequest, _region_pb2.Region]  # type: ignore[assignment]
     """Makes a region, by allocating on a device or by adopting a file descriptor that was handed in
-    over the attach socket. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
+    over the attach socket: of a memory file, or of a dma-buf, which is tried with the NICs: nobody is to
+    write to it meanwhile, and its bytes are kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
     DEVICE_NOT_FOUND, DEVICE_FULL, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED,
     REQUEST_ID_REUSED.
     """
@@ -104,7 +106,8 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_region_pb2.Region, _abc.Awaitable[_region_pb2.Region]]:
         """Makes a region, by allocating on a device or by adopting a file descriptor that was handed in
-        over the attach socket. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
+        over the attach socket: of a memory file, or of a dma-buf, which is tried with the NICs: nobody is to
+        write to it meanwhile, and its bytes are kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH,
         DEVICE_NOT_FOUND, DEVICE_FULL, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED,
         REQUEST_ID_REUSED.
         """
