@@ -34,7 +34,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
-from peermem.config import AnyDevice, Config, Memfd, Udmabuf, Verbs
+from peermem.config import AnyDevice, Config, Memfd, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.policy import OwnerPolicy
@@ -49,6 +49,7 @@ from peermem.device.p2pmem import p2pmem_devices
 from peermem.device.pci_resource import PciResourceDevice
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.device.udmabuf import UdmabufDevice
+from peermem.device.vfio import VfioDevice
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
 from peermem.fabric.base import Fabric, Proof
@@ -245,6 +246,9 @@ def _device(config: AnyDevice) -> Device:
         return MemfdDevice(config.name, config.size)
     if isinstance(config, Udmabuf):
         return UdmabufDevice(config.name, config.size)
+    if isinstance(config, Vfio):
+        ranges = [(each.offset, each.size) for each in config.ranges]
+        return VfioDevice(config.name, config.address, config.bar, ranges, bind=config.bind)
     return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
 
 

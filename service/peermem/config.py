@@ -16,7 +16,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -187,7 +187,32 @@ class Udmabuf(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["udmabuf"] = "udmabuf"
 
 
-AnyDevice = Memfd | PciResource | Udmabuf
+class BarRange(Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a BAR."""
+
+    offset: BarOffset
+    """Of its first byte in the BAR."""
+    size: BarSize
+    """Bytes."""
+
+
+class Vfio(Struct, frozen=True, forbid_unknown_fields=True):
+    """Ranges of a BAR of a PCI function that vfio-pci holds, exported as dma-bufs."""
+
+    name: Name
+    """Unique on the node."""
+    address: PciAddress
+    """Of the function."""
+    bar: Annotated[int, Meta(ge=0, le=5)]
+    """Number of the BAR."""
+    ranges: tuple[BarRange, ...] = ()
+    """Which parts of it are memory; none: all of it."""
+    bind: bool = False
+    """Take the function from its driver for vfio-pci, and give it back at the end."""
+    kind: Literal["vfio"] = "vfio"
+
+
+AnyDevice = Memfd | PciResource | Udmabuf | Vfio
 
 
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
@@ -288,6 +313,17 @@ def _device_contradictions(devices: tuple[AnyDevice, ...]) -> Iterator[Contradic
             yield "device", f"device has the name {name}; {P2PMEM} begins the names of p2pmem pools. Choose another."
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield "device", f"device has the name {name} more than once. Give each device its own."
+    on_pci = [device.address for device in devices if isinstance(device, PciResource | Vfio)]
+    for device in (device for device in devices if isinstance(device, Vfio)):
+        if on_pci.count(device.address) > 1:
+            yield (
+                "device",
+                f"device {device.name} has PCI function {device.address}, as another one has. vfio gives a function "
+                "out as a whole: make one device of it.",
+            )
+        ends = [(each.offset, each.offset + each.size) for each in sorted(device.ranges, key=lambda each: each.offset)]
+        if any(end > start for (_, end), (start, _) in pairwise(ends)):
+            yield "device", f"device {device.name} has ranges that overlap. Set them apart."
     for one, other in combinations([device for device in devices if isinstance(device, PciResource)], 2):
         if (one.address, one.bar) == (other.address, other.bar) and _overlap(one, other):
             yield (
