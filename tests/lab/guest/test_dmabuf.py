@@ -58,8 +58,8 @@ def _has_no_links(daemon: Daemon) -> bool:
 def test_a_dma_buf_is_staged_to_the_other_node(lab: Lab, order: str) -> None:
     a, b = lab.nodes["a"], lab.nodes["b"]
     with (
-        a.create_region(device=DEVICE, length=3 * MIB + 5) as here,
-        b.create_region(device=DEVICE, length=3 * MIB + 5) as there,
+        a.create_region(device=DEVICE, length=MIB + 5) as here,
+        b.create_region(device=DEVICE, length=MIB + 5) as there,
     ):
         for region in (here, there):
             assert region.path is Way.STAGED
