@@ -156,6 +156,7 @@ class _Opened:
         self._unused = asyncio.Event()
         self._wanted_back = asyncio.Event()
         self._return: asyncio.Task[None] | None = None
+        self._listens = False
 
     @property
     def offset(self) -> int:
@@ -195,6 +196,7 @@ class _Opened:
         """Begin to copy, and to listen to what the kernel wants. Raises why the BAR can't be used."""
         await self.copier.start()
         self._loop.add_reader(self.function.wanted_back, self._is_wanted_back)
+        self._listens = True
 
     def give_back(self, start: int, length: int) -> None:
         """Take memory back; in any thread."""
@@ -205,7 +207,7 @@ class _Opened:
 
     def _is_wanted_back(self) -> None:
         log.warning("vfio_function_wanted_back", device=self.name)
-        self._loop.remove_reader(self.function.wanted_back)
+        self._stop_listening()
         self._wanted_back.set()
         self._return = self._loop.create_task(self._return_when_unused())
 
@@ -220,8 +222,13 @@ class _Opened:
         if self._return is not None:
             self._return.cancel()
             await asyncio.gather(self._return, return_exceptions=True)
-        self._loop.remove_reader(self.function.wanted_back)
+        self._stop_listening()
         await self._close()
+
+    def _stop_listening(self) -> None:
+        if self._listens:  # else the descriptor is closed, and its number may be somebody else's
+            self._listens = False
+            self._loop.remove_reader(self.function.wanted_back)
 
     async def _close(self) -> None:
         await self.copier.close()

@@ -101,14 +101,6 @@ class VfioFunction:
         request = bytearray(header + b"".join(struct.pack("=2Q", offset, length) for offset, length in ranges))
         return self._ioctl(self.fd, _DEVICE_FEATURE, request)
 
-    @property
-    def is_wanted_back(self) -> bool:
-        """Whether the kernel asked for it since it was opened."""
-        with suppress(BlockingIOError):
-            os.eventfd_write(self.wanted_back, os.eventfd_read(self.wanted_back))  # as it was, for who looks next
-            return True
-        return False
-
     def close(self) -> None:
         """Give the function back. Closing twice is no error."""
         self._held.close()

@@ -218,8 +218,12 @@ def test_the_kernel_takes_it_in_the_middle_of_a_transfer(lab: Lab, ivshmem: str,
     a, folder = lab.nodes["a"], DEVICES / ivshmem
     file, text = (folder / "driver/unbind", ivshmem) if how == "unbound" else (folder / "remove", "1")
     pid = lab.daemons["a"].pid
-    with regions(lab, 8 * MIB) as (here, there), a.create_region(device=HOST, length=MIB) as sound:
-        doomed = a.transfer(here, there)
+    with (
+        a.create_region(device="accel0", length=8 * MIB) as here,
+        a.create_region(device=HOST, length=MIB) as sound,
+        lab.nodes["b"].create_region(device=HOST, length=128 * MIB) as there,
+    ):
+        doomed = a.transfer([here] * 16, there)  # takes longer than the daemon needs to see that it is wanted back
         moving(doomed)
         taking = threading.Thread(target=file.write_text, args=(text,))
         taking.start()
