@@ -350,17 +350,16 @@ class Host:
         self.tcp = CuedFabric(
             TcpFabric("127.0.0.1:0", on_link_lost=lambda link_id: self.broker.serving.link_lost(link_id))
         )
-        fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
+        self._fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
         if verbs is not None:
-            fabrics[FabricKind.VERBS] = verbs
-        self._fabrics = fabrics
+            self._fabrics[FabricKind.VERBS] = verbs
         self.devices: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
             _settings(node, settings),
             f"epoch-{node}",
             self.devices,
-            fabrics,
+            self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
             OwnerPolicy(),
