@@ -186,8 +186,8 @@ class CuedFabric:
             self.registered.remove(memory)
         await self._inner.unregister(memory)
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
-        return await self._inner.probe(nic, memory, path)
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
+        return await self._inner.probe(nic, memory, path, keep=keep)
 
     async def start(self) -> None:
         await self._inner.start()
@@ -359,12 +359,12 @@ class Host:
         self.metrics = Metrics("0")
         self._fabrics: dict[FabricKind, Fabric] = {FabricKind.TCP: self.tcp, FabricKind.LOCAL: self.local}
         self._fabrics |= {FabricKind.VERBS: verbs} if verbs is not None else {}
-        own: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
+        self.devices: dict[str, Device] = {"bar0": self.device, ADOPTED: AdoptedMemory(ADOPTED, MIB), **(devices or {})}
         self.directory = StaticDirectory({node: f"{node}.test:1"})
         self.broker = Broker(
             broker_settings(node, settings),
             f"epoch-{node}",
-            own,
+            self.devices,
             self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,

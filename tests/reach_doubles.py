@@ -59,23 +59,21 @@ class NicFabric(CuedFabric):
         errors = [error for error in self.ports.values() if error is not None]
         return errors[0] if len(errors) == len(self.ports) else None
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
-        memory = _reached(memory)
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         self.probed.append((nic, path))
         if path in self.unreachable:
             raise ProbeFailed("The NIC does not reach it.")
+        before = memories.read(memory, 0, 7)
         memories.write(memory, 0, b"pattern")
         assert memories.read(memory, 0, 7) == b"pattern"
+        if keep:
+            memories.write(memory, 0, before)
         return Proof(1e-5, 1e9, 2e9, PAGE if self.misplaces and path is Path.P2PDMA else 1)
 
     async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
-        memory = _reached(memory)
         await super().register(memory, path, nics)
         if path is Path.P2PDMA:
             self._on_demand.append(memory)
-
-    async def unregister(self, memory: Memory) -> None:
-        await super().unregister(_reached(memory))
 
     def placed(self, request: WorkRequest) -> WorkRequest:
         """Return a request as the NICs of both ends carry it out."""
@@ -85,7 +83,7 @@ class NicFabric(CuedFabric):
         if request.key.rkey in _MISPLACING:
             remote = [start // PAGE * PAGE for start in remote]
         ranges = replace(request.ranges, local=local, remote=remote)
-        return replace(request, memory=_reached(request.memory), ranges=ranges)
+        return replace(request, ranges=ranges)
 
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
         async def relabelled(offer: LinkAttributes) -> LinkAttributes:
@@ -107,7 +105,6 @@ class NicFabric(CuedFabric):
     async def grant(
         self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
     ) -> RemoteKey:
-        memory = _reached(memory)
         assert memory in self.registered
         key = await super().grant(link_id, memory, offset, length, rights, ttl)
         if self.misplaces and memory in self._on_demand:
@@ -151,7 +148,7 @@ class StagedMemory(PlainMemory):
         self._device = device
 
     @property
-    def copier(self) -> Copier:
+    def copier(self) -> Copier | None:
         return self
 
     def view(self) -> memoryview:
@@ -175,10 +172,27 @@ class StagedMemory(PlainMemory):
 
 
 class ImportedMemory(StagedMemory):
-    """Memory that NICs reach by its dma-buf and nothing else but its copier does; its device sees what a NIC wrote
-    after a flush."""
+    """Memory that NICs import as a dma-buf; the CPU reaches it by its copier, or not at all, and its device sees what a
+    NIC wrote after a flush."""
 
+    exporter = "gpu"
+    is_revoked = False
     needs_flush = True
+
+    def __init__(self, inner: DeviceMemory, device: ImportedDevice) -> None:
+        super().__init__(inner, device)
+        self.is_reached_by_cpu = device.lets_map
+
+    @property
+    def copier(self) -> Copier | None:
+        return self if self.is_reached_by_cpu else None
+
+    def view(self) -> memoryview:
+        """For the NIC, which moves its bytes by the CPU here."""
+        return self.inner.view()
+
+    def alive(self) -> bool:
+        return not self.is_revoked
 
     def dma_buf(self) -> tuple[int, int] | None:
         assert self.inner.fd is not None
@@ -186,11 +200,6 @@ class ImportedMemory(StagedMemory):
 
     async def flush(self) -> None:
         self._device.flushes += 1
-
-
-def _reached(memory: Memory) -> Memory:
-    """Return memory as a NIC has it."""
-    return memory.inner if isinstance(memory, ImportedMemory) else memory
 
 
 class StagedDevice(MemfdDevice):
@@ -225,9 +234,12 @@ class StagedDevice(MemfdDevice):
 
 
 class ImportedDevice(StagedDevice):
-    """A device whose memory has dma-bufs."""
+    """A device whose memory is dma-bufs."""
 
+    path = Path.DMABUF
     paths: Sequence[Path] = (Path.DMABUF, Path.STAGED)
+    lets_map = True
+    """Whether the CPU reaches its memory."""
 
     async def allocate(self, length: int) -> DeviceMemory:
         return ImportedMemory(await MemfdDevice.allocate(self, length), self)

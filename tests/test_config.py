@@ -6,13 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from peermem.config import (
-    Address,
-    Config,
-    ListenAddress,
-    load,
-    node_name,
-)
+from peermem.config import Address, Config, DeviceSize, ListenAddress, Memfd, Name, load, node_name
 from tests.configs import problems, write
 
 SHIPPED = Path(__file__).parents[1] / "deploy" / "peermem.toml"
@@ -31,7 +25,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert config.grpc.address == "127.0.0.1:7470"
     assert config.grpc.max_message == 4 << 20
     assert config.transfer.grant_ttl == 30.0
-    assert [(device.name, device.kind, device.size) for device in config.devices] == [("memfd0", "memfd", 1 << 30)]
+    assert config.devices == (Memfd(Name("memfd0"), DeviceSize(1 << 30)),)
 
 
 def test_the_shipped_file_shows_every_option_with_its_default() -> None:
@@ -75,7 +69,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert (config.node, config.grpc.socket, config.grpc.advertise) == ("a", None, "gpu-01.rack1:7470")
     assert (config.grpc.address, config.tcp.rails, config.transfer.grant_ttl) == ("[::]:0", 16, 1.5)
     assert (config.attach.adopt_limit, config.log.level, config.log.format) == (0, "debug", "json")
-    assert [(device.name, device.size) for device in config.devices] == [("bar0", 4096), ("bar1", 3 << 29)]
+    assert config.devices == tuple(
+        Memfd(Name(name), DeviceSize(size)) for name, size in (("bar0", 4096), ("bar1", 3 << 29))
+    )
     assert config.directory.nodes == {"b": "10.0.0.2:7470"}
 
 
@@ -104,7 +100,7 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
     )
     assert (config.node, config.grpc.address, config.grpc.reflection) == ("b", "127.0.0.1:0", True)
     assert (config.http.address, config.tcp.rails, config.transfer.grant_ttl) == (None, 4, 120.0)
-    assert (config.attach.adopt_limit, config.devices[0].name, config.devices[0].size) == (4096, "m", 64 << 20)
+    assert (config.attach.adopt_limit, config.devices) == (4096, (Memfd(Name("m"), DeviceSize("64MiB")),))
     assert config.directory.nodes == {"c": "10.0.0.3:7470"}
     assert (config.p2pmem, config.fabric) == (False, "tcp")
     assert (config.verbs.nics, config.verbs.mtu, config.verbs.ack_timeout) == (("rxe0/1",), 1024, 1.0)
@@ -116,6 +112,8 @@ NAME = "1 to 63 of a-z, 0-9 and -, starting with a letter and not ending with -"
 TTL = 'a duration with its unit (ms, s, min, h, d) from 100ms to 1h, such as "30s"'
 MESSAGE = 'a size from 64KiB to 1GiB in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
 BAR = "kind = 'pci_resource', name = 'a', address = '0000:41:00.0'"
+VFIO = BAR.replace("pci_resource", "vfio")
+LATER = "offset = '4MiB', size = '4KiB'"
 OTHER = BAR.replace("'a'", "'b'")
 GPU, OTHER_GPU = BAR.replace("pci_resource", "cuda"), OTHER.replace("pci_resource", "rocm")
 UNITS = 'in bytes, KiB, MiB, GiB or TiB, such as "64MiB"'
@@ -137,9 +135,9 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("device = [{name = 'a'}]", 'device[0].size is missing: expected a size from 4KiB to 1024TiB in bytes, KiB, '
          'MiB, GiB or TiB, such as "64MiB"'),
         ("device = [{name = 'a', size = 4096, kind = 'gpu'}]", "device[0].kind is 'gpu': expected one of \"memfd\", "
-         '"pci_resource", "cuda", "rocm"'),
+         '"pci_resource", "cuda", "rocm", "udmabuf", "vfio"'),
         ("device = [{name = 'a', size = 4096, kind = []}]", "device[0].kind is []: expected one of \"memfd\", "
-         '"pci_resource", "cuda", "rocm"'),
+         '"pci_resource", "cuda", "rocm", "udmabuf", "vfio"'),
         (f"device = [{{{GPU}}}]", f"device[0].size is missing: expected a size from 4KiB to 1024TiB {UNITS}"),
         (f"device = [{{{GPU}, size = 4096, adopt = 1}}]", "device[0].adopt is 1: expected true or false"),
         ("device = [{name = 'a', size = 4096, bar = 1}]", "device[0].bar is no option; the nearest is device[0].name"),
@@ -283,6 +281,9 @@ def test_a_loopback_address_is_served_as_it_is(tmp_path: Path, address: str) -> 
         ("device = [{name = 'p2pmem-0000-41-00-0', size = 4096}]", "device"),
         (f"device = [{{{BAR}, bar = 2}}, {{{OTHER}, bar = 2, offset = '1GiB'}}]", "device"),
         (f"device = [{{{GPU}, size = 4096}}, {{{OTHER_GPU}, size = 4096}}]", "device"),
+        ("device = [{name = 'adopted-dmabuf', size = 4096}]", "device"),
+        (f"device = [{{{VFIO}, bar = 2}}, {{{OTHER}, bar = 0}}]", "device"),
+        (f"device = [{{{VFIO}, bar = 2, ranges = [{{{LATER}}}, {{offset = 0, size = '4100KiB'}}]}}]", "device"),
         ("insecure_network = true\ngrpc.address = '0.0.0.0:7470'", "grpc.advertise"),
         ("insecure_network = true\ntcp.address = '[::]:7471'", "tcp.advertise"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peermem.config import Cuda, DeviceSize, Name, PciResource, Rocm, load
+from peermem.config import BarRange, Cuda, DeviceSize, Name, PciResource, Rocm, Udmabuf, Vfio, load
 from peermem.config_values import BarOffset, BarSize, PciAddress
 from tests.configs import problems, write
 
@@ -91,4 +91,34 @@ def test_gpus_are_read(tmp_path: Path) -> None:
     assert load(file, {}).devices == (
         Cuda(Name("gpu0"), PciAddress("0000:41:00.0"), DeviceSize(1 << 30), True),
         Rocm(Name("gpu1"), PciAddress("0000:42:00.0"), DeviceSize(2 << 30), False),
+    )
+
+
+def test_devices_that_export_dma_bufs_are_read(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        [[device]]
+        kind = "vfio"
+        name = "accel0"
+        address = "0000:41:00.0"
+        bar = 2
+        [[device]]
+        kind = "vfio"
+        name = "accel1"
+        address = "0000:42:00.0"
+        bar = 0
+        bind = true
+        ranges = [{ offset = "1MiB", size = "4KiB" }, { offset = 0, size = 8192 }]
+        [[device]]
+        kind = "udmabuf"
+        name = "exports"
+        size = "64MiB"
+        """,
+    )
+    ranges = (BarRange(BarOffset("1MiB"), BarSize("4KiB")), BarRange(BarOffset(0), BarSize(8192)))
+    assert load(file, {}).devices == (
+        Vfio(Name("accel0"), PciAddress("0000:41:00.0"), 2),
+        Vfio(Name("accel1"), PciAddress("0000:42:00.0"), 0, ranges, True),
+        Udmabuf(Name("exports"), DeviceSize("64MiB")),
     )

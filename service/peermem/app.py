@@ -35,15 +35,16 @@ from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun
-from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Verbs
+from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
-from peermem.core.node import ADOPTED
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.policy import OwnerPolicy
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.base import Device
 from peermem.device.cuda import CudaDriver
+from peermem.device.dmabuf import AdoptedDmaBufs
 from peermem.device.gpu import GpuDevice
 from peermem.device.host import read_host
 from peermem.device.memfd import AdoptedMemory, MemfdDevice
@@ -51,6 +52,8 @@ from peermem.device.p2pmem import p2pmem_devices
 from peermem.device.pci_resource import PciResourceDevice
 from peermem.device.rocm import HipDriver
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
+from peermem.device.udmabuf import UdmabufDevice
+from peermem.device.vfio import VfioDevice
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
 from peermem.fabric.base import Fabric, Proof
@@ -246,7 +249,8 @@ class _Parts:
             depth=config.storage.depth,
             limit=config.storage.max_running,
         )
-        self.devices[ADOPTED] = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+        adopted = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
+        self.devices |= {ADOPTED: adopted, ADOPTED_DMABUF: AdoptedDmaBufs(ADOPTED_DMABUF, adopted.room)}
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -266,6 +270,11 @@ def _device(config: AnyDevice) -> Device:
         return GpuDevice(
             config.kind, config.name, config.address, config.size, lambda: driver(config.address), adopts=config.adopt
         )
+    if isinstance(config, Udmabuf):
+        return UdmabufDevice(config.name, config.size)
+    if isinstance(config, Vfio):
+        ranges = [(each.offset, each.size) for each in config.ranges]
+        return VfioDevice(config.name, config.address, config.bar, ranges, bind=config.bind)
     return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
 
 

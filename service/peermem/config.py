@@ -16,7 +16,6 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,17 +23,23 @@ import msgspec
 from msgspec import Meta, Struct
 
 from peermem import strict_toml
+from peermem.config_devices import AnyDevice as AnyDevice
+from peermem.config_devices import BarRange as BarRange
+from peermem.config_devices import Cuda as Cuda
+from peermem.config_devices import Memfd as Memfd
+from peermem.config_devices import PciResource as PciResource
+from peermem.config_devices import Rocm as Rocm
+from peermem.config_devices import Udmabuf as Udmabuf
+from peermem.config_devices import Vfio as Vfio
+from peermem.config_devices import device_contradictions
 from peermem.config_values import (
     AckTimeout,
     AdoptSize,
-    BarOffset,
-    BarSize,
     BlockSize,
     FilePath,
     Keep,
     MessageSize,
     NicName,
-    PciAddress,
     Wait,
 )
 from peermem.config_values import Address as Address
@@ -42,7 +47,6 @@ from peermem.config_values import DeviceSize as DeviceSize
 from peermem.config_values import ListenAddress as ListenAddress
 from peermem.config_values import Name as Name
 from peermem.config_values import SocketPath as SocketPath
-from peermem.core.node import ADOPTED, P2PMEM
 from peermem.strict_toml import ConfigError as ConfigError
 from peermem.strict_toml import Contradiction
 
@@ -175,63 +179,6 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True):
     """Loads and stores at the same time."""
 
 
-class Memfd(Struct, frozen=True, forbid_unknown_fields=True):
-    """Host memory that stands in for a BAR."""
-
-    name: Name
-    """Unique on the node."""
-    size: DeviceSize
-    """Bytes in all."""
-    kind: Literal["memfd"] = "memfd"
-
-
-class PciResource(Struct, frozen=True, forbid_unknown_fields=True):
-    """A range of a PCI function's BAR, which the CPU copies."""
-
-    name: Name
-    """Unique on the node."""
-    address: PciAddress
-    """Of the function."""
-    bar: Annotated[int, Meta(ge=0, le=5)]
-    """Number of the BAR."""
-    offset: BarOffset = BarOffset(0)
-    """Of its first byte in the BAR."""
-    size: BarSize | None = None
-    """Bytes in all; None: the rest of the BAR."""
-    kind: Literal["pci_resource"] = "pci_resource"
-
-
-class Cuda(Struct, frozen=True, forbid_unknown_fields=True):
-    """A GPU of NVIDIA's."""
-
-    name: Name
-    """Unique on the node."""
-    address: PciAddress
-    """Of its PCI function."""
-    size: DeviceSize
-    """Bytes that regions may take of its memory; they are taken at once, when it is first used or tried."""
-    adopt: bool = True
-    """Let jobs of this node make regions of memory that they have on it."""
-    kind: Literal["cuda"] = "cuda"
-
-
-class Rocm(Struct, frozen=True, forbid_unknown_fields=True):
-    """A GPU of AMD's."""
-
-    name: Name
-    """Unique on the node."""
-    address: PciAddress
-    """Of its PCI function."""
-    size: DeviceSize
-    """Bytes that regions may take of its memory; they are taken at once, when it is first used or tried."""
-    adopt: bool = True
-    """Let jobs of this node make regions of memory that they have on it."""
-    kind: Literal["rocm"] = "rocm"
-
-
-AnyDevice = Memfd | PciResource | Cuda | Rocm
-
-
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
     """Where nodes find each other."""
 
@@ -313,7 +260,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
         yield "grpc", "grpc.socket and grpc.address are both empty, so nobody could reach the daemon. Set one of them."
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
-    yield from _device_contradictions(config.devices)
+    yield from device_contradictions(config.devices)
     folders = [folder.path for folder in config.storage.directories]
     for path in sorted({path for path in folders if folders.count(path) > 1}):
         yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
@@ -323,31 +270,6 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
             yield f"{section}.address", _EXPOSED.format(section=section, address=address)
         if address and address.is_wildcard and isinstance(server, (Grpc, Tcp)) and not server.advertise:
             yield f"{section}.advertise", _NOWHERE.format(section=section, address=address)
-
-
-def _device_contradictions(devices: tuple[AnyDevice, ...]) -> Iterator[Contradiction]:
-    names = [device.name for device in devices]
-    if ADOPTED in names:
-        yield "device", f"device has the name {ADOPTED}, which stands for memory that jobs hand in. Choose another."
-    for name in names:
-        if name.startswith(P2PMEM):
-            yield "device", f"device has the name {name}; {P2PMEM} begins the names of p2pmem pools. Choose another."
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield "device", f"device has the name {name} more than once. Give each device its own."
-    gpus = [device.address for device in devices if isinstance(device, Cuda | Rocm)]
-    for address in sorted({address for address in gpus if gpus.count(address) > 1}):
-        yield "device", f"device has the GPU at {address} more than once. Make one device of it."
-    for one, other in combinations([device for device in devices if isinstance(device, PciResource)], 2):
-        if (one.address, one.bar) == (other.address, other.bar) and _overlap(one, other):
-            yield (
-                "device",
-                f"device {other.name} overlaps {one.name} in BAR {one.bar} of {one.address}. Set them apart.",
-            )
-
-
-def _overlap(one: PciResource, other: PciResource) -> bool:
-    low, high = sorted((one, other), key=lambda device: device.offset)
-    return low.size is None or low.offset + low.size > high.offset
 
 
 _EXPOSED = (

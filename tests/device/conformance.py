@@ -67,10 +67,12 @@ class DeviceConformance:
     async def test_what_reaches_the_memory_fits_its_path(self, device: Device) -> None:
         made = await self.obtain(device, PAGE + 1)
         assert device.path in device.paths
-        if device.path is Path.STAGED:
+        if device.path in (Path.STAGED, Path.DMABUF):
             assert made.copier is not None
             assert made.fd is None
-            if _is_mapped(device):
+            if device.path is Path.DMABUF:
+                assert made.dma_buf() is not None
+            elif _is_mapped(device):
                 assert len(made.view()) == made.length
             else:
                 with pytest.raises(ValueError, match="copier"):
@@ -157,7 +159,7 @@ class DeviceConformance:
         for made in (unused, used):
             made.close()
             assert made.fd is None
-            for reach in (made.view, made.share):
+            for reach in (made.view, made.share, *([made.dma_buf] if device.path is Path.DMABUF else [])):
                 with pytest.raises(ValueError, match="closed"):
                     reach()
             if made.copier is not None:
@@ -175,8 +177,8 @@ class DeviceConformance:
             return made.close()
         with mmap.mmap(fd, made.length, offset=offset) as mapped:
             mapped[PAGE] = 5
-            assert memory.read(made, PAGE, 1) == b"\x05"
-            memory.write(made, 0, b"\x06")
+            assert await read(made, PAGE, 1) == b"\x05"
+            await write(made, 0, b"\x06")
             assert mapped[0] == 6
         made.close()
 
@@ -188,5 +190,5 @@ class DeviceConformance:
             return made.close()
         with pytest.raises(OSError):  # noqa: PT011 - what a kernel driver answers is its own
             os.ftruncate(fd, offset)
-        assert memory.read(made, 0, 2 * PAGE) == bytes(2 * PAGE)
+        assert await read(made, 0, 2 * PAGE) == bytes(2 * PAGE)
         made.close()

@@ -58,6 +58,7 @@ def holdings(daemon: Daemon, node: peermem.Node) -> dict[str, object]:
         "transfers": info.running_transfer_count,
         "grants": info.grant_count,
         "memory files": sum(count for kind, count in descriptors.items() if "memfd" in kind),
+        "dma-bufs": sum(count for kind, count in descriptors.items() if "dmabuf" in kind),
         "sessions": metric(daemon, "peermem_attach_sessions"),
     }
 

@@ -33,6 +33,7 @@ class Settings:
 
 
 TABLE = {
+    "dmabuf": Settings(seconds=600),
     "fabric_verbs": Settings(releases=("trixie", "bookworm"), namespace="n1"),
     "fabric_verbs_nodes": Settings(namespace="n1"),
     "faults": Settings(seconds=1800),
@@ -43,6 +44,7 @@ TABLE = {
     "soak": Settings(namespace="n1", soak_seconds=3600),
     "speed": Settings(seconds=600),
     "storage": Settings(seconds=600),
+    "vfio": Settings(seconds=600),
 }
 
 

@@ -31,6 +31,7 @@ from peermem.broker.sessions import Session, SessionTable, close_apart
 from peermem.core.errors import Internal, MalformedMessage, PeermemError
 from peermem.core.names import ChildName, parse_region
 from peermem.device.base import DeviceMemory
+from peermem.memory import dma_buf_exporter
 from peermem.v1 import attach_pb2
 from peermem.wire import error_to_proto
 
@@ -239,7 +240,12 @@ class _Job:
         fd = received[0]
         token = self._sessions.hand_in(session, fd)
         received.clear()
-        return attach_pb2.AttachHandedIn(token=token, length=os.fstat(fd).st_size)
+        return attach_pb2.AttachHandedIn(token=token, length=_size(fd))
+
+
+def _size(fd: int) -> int:
+    """Return the bytes of a memory file, or of a dma-buf, which tells them by lseek(2)."""
+    return os.lseek(fd, 0, os.SEEK_END) if dma_buf_exporter(fd) else os.fstat(fd).st_size
 
 
 def _receive(connection: socket.socket) -> _Packet:

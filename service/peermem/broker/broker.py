@@ -336,10 +336,11 @@ class Broker:
                 log.exception("tend_defect")
 
     def let_go_of_lost_devices(self) -> None:
-        """Revoke the regions of devices that are not there any more: the kernel waits for their memory."""
+        """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
         lost = {name for name, device in self.devices.items() if not device.alive()}
-        for region in self.regions if lost else ():
-            if region.device.name in lost and region.state is State.READY:
+        for region in self.regions:
+            gone = region.device.name in lost or not region.memory.alive()
+            if gone and region.state is State.READY:
                 self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:

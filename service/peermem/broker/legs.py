@@ -193,7 +193,7 @@ class LegRun:
             or not any(start % need for start in chain((link.packet,), ranges.local, ranges.remote))
         )
         return (
-            self._region.is_staged_over(link.fabric.kind) or (not fits and here > 1),
+            self._region.reach.stages(link.fabric.kind) or (not fits and here > 1),
             held.slots is not None or (not fits and there > 1),
         )
 
@@ -230,7 +230,7 @@ class LegRun:
             host = self._host
             self._stager = Stager(self, self._region, buffer, self.leg.direction, host.machine, host.hold)
             self._buffer = buffer
-            if self._wanted.staged or (buffer is not None and not self._region.is_staged_over(self.fabric)):
+            if self._wanted.staged or (buffer is not None and not self._region.reach.stages(self.fabric)):
                 self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
         self.held = held
         now = self._host.clock()

@@ -15,10 +15,11 @@ from peermem.broker.regions import Region, RegionTable
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import DeviceNotFound, NotSupported, SessionNotFound, ZeroLength
 from peermem.core.names import ChildName, check_id
-from peermem.core.node import ADOPTED
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.types import LeaseKind
 from peermem.device.base import AdoptsHandles, Device, DeviceMemory
+from peermem.memory import dma_buf_exporter
 
 
 class RegionMaker:
@@ -70,8 +71,9 @@ class RegionMaker:
                 raise SessionNotFound(
                     "A file descriptor can be adopted only by a call of the session that handed it in."
                 )
-            device = self._devices[ADOPTED]
-            return device, await device.adopt(self._sessions.take(session, request.adopted), request.length)
+            fd = self._sessions.take(session, request.adopted)
+            device = self._devices[ADOPTED_DMABUF if dma_buf_exporter(fd) else ADOPTED]
+            return device, await device.adopt(fd, request.length)
         if request.device not in self._devices:
             names = ", ".join(sorted(self._devices)) or "none"
             raise DeviceNotFound(

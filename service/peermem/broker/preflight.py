@@ -6,12 +6,13 @@ Rules of this file:
 * Devices and NICs are tried on memory that is allocated for it and given back, never on that of a region.
 * One trial at a time on a node, so that the figures are of one; a caller that reads slowly holds up nobody.
 * Host memory is tried once per NIC, whatever devices it stands for.
+* Of dma-bufs that jobs hand in there is none to try: what came of the last one is told.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from peermem.broker.proofs import Outcome, Proofs
 from peermem.broker.slots import SLOT, SLOTS
 from peermem.core.errors import DeviceNotFound, FabricUnavailable, NicLost, PeermemError
-from peermem.core.node import ADOPTED, DeviceFacts
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF, DeviceFacts
 from peermem.core.preflight import (
     HostFacts,
     Needs,
@@ -86,7 +87,7 @@ class Preflight:
         nics = dict(self._proofs.nics)
         verdicts = judge_node(host, topology, self._needs())
         verdicts += [judge_nic(nic, topology, error) for nic, error in nics.items()]
-        trials = [(device, path, nic) for device in devices for path in device.paths for nic in nics]
+        trials = [(device, path, nic) for device in devices for path, nic in self._ways(device, nics)]
         total = len(verdicts) + len(trials)
         for done, verdict in enumerate(verdicts, 1):
             yield Step(verdict, done, total)
@@ -94,6 +95,12 @@ class Preflight:
         for done, (device, path, nic) in enumerate(trials, len(verdicts) + 1):
             outcome = await self._outcome(device, path, nic, host_memory)
             yield Step(_verdict(device, path, nic, topology, outcome), done, total)
+
+    def _ways(self, device: Device, nics: Iterable[str]) -> list[tuple[Path, str]]:
+        """Return the paths and NIC ports that there is something to say of."""
+        if device.name == ADOPTED_DMABUF:
+            return [(path, nic) for path in device.paths for nic in self._proofs.known(device, path)]
+        return [(path, nic) for path in device.paths for nic in nics]
 
     async def reach(self, facts: Sequence[DeviceFacts]) -> list[DeviceFacts]:
         """Return facts of devices with where they are and which NICs reach them, as far as that is known."""
@@ -127,6 +134,8 @@ class Preflight:
 
     async def _outcome(self, device: Device, path: Path, nic: str, host_memory: dict[str, Outcome]) -> Outcome:
         """Return what came of a trial; `host_memory` keeps it for each NIC and host memory."""
+        if device.name == ADOPTED_DMABUF:
+            return self._proofs.known(device, path).get(nic) or _gone(nic)
         if path is not Path.HOST:
             return await self._try(device, path, nic)
         if nic not in host_memory:
@@ -136,8 +145,12 @@ class Preflight:
     async def _try(self, device: Device, path: Path, nic: str) -> Outcome:
         async with self._one_at_a_time:
             if nic not in self._proofs.nics:
-                return NicLost(f"NIC port {nic} went away during preflight. Run preflight again.", nic=nic)
+                return _gone(nic)
             return await self._proofs.prove(device, path, nic)
+
+
+def _gone(nic: str) -> NicLost:
+    return NicLost(f"NIC port {nic} went away during preflight. Run preflight again.", nic=nic)
 
 
 def _verdict(device: Device, path: Path, nic: str, topology: Topology, outcome: Outcome) -> Verdict:

@@ -7,7 +7,8 @@ Rules of this file:
   nearest ones; every region says which and why.
 * Without such a NIC a region is reached over tcp, and says why; a daemon that insists on verbs refuses it instead.
 * Memory of path STAGED has a staging buffer, which every fabric moves instead; other memory gets one when a transfer
-  needs it.
+  needs it. Memory that only a copier touches in this process is staged over every fabric but verbs.
+* What the CPU does not reach at all is never offered as STAGED: NICs move it, or the region is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import structlog
 
 from peermem.broker.proofs import Proofs
 from peermem.broker.slots import Staging
-from peermem.core.errors import PathUnsupported, PeermemError
+from peermem.core.errors import FabricUnavailable, PathUnsupported, PeermemError
+from peermem.core.preflight import diagnosis
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind, Path
 from peermem.device.base import Device, DeviceMemory
@@ -51,11 +53,12 @@ class Reach:
     """What can move its bytes."""
     staging: Staging
     """What the bytes pass through, where no NIC can place them."""
+    is_copied: bool = False
+    """Whether a copier alone touches the memory in this process."""
 
-    @property
-    def is_staged(self) -> bool:
-        """Whether all bytes are copied by the CPU."""
-        return self.way.path is Path.STAGED
+    def stages(self, kind: FabricKind) -> bool:
+        """Whether all bytes that a fabric moves are copied to or from a staging buffer."""
+        return self.way.path is Path.STAGED or (self.is_copied and kind is not FabricKind.VERBS)
 
 
 class Registry:
@@ -89,7 +92,11 @@ class Registry:
                     raise
                 log.warning("verbs_does_not_reach", device=device.name, reason=error.reason, cause=error.message)
                 why = f"No NIC reaches device {device.name}: {error.message}"
-        way = Way(device.path if memory.copier is None else Path.STAGED, (), why)
+                if not memory.is_reached_by_cpu:
+                    raise _unreachable(memory, error) from error
+        if not memory.is_reached_by_cpu:
+            raise _unreachable(memory, FabricUnavailable(why))
+        way = Way(device.path if memory.copier is None else Path.STAGED, (), _named(memory, why))
         return await self._register(memory, way, set(self._fabrics) - {FabricKind.VERBS})
 
     async def _by_nic(self, device: Device, memory: DeviceMemory) -> Reach:
@@ -98,36 +105,41 @@ class Registry:
         if unavailable is not None:
             raise unavailable
         errors: list[PeermemError] = []
+        kinds = set(self._fabrics) if memory.is_reached_by_cpu else {FabricKind.VERBS}
         for path in device.paths:
+            if path is Path.STAGED and not memory.is_reached_by_cpu:
+                continue
             try:
-                way = await self._way(device, path)
+                way = await self._way(device, path, memory)
                 if errors:
                     way = replace(way, why=f"{way.why} No better path works: {errors[0].message}")
-                return await self._register(memory, way, set(self._fabrics))
+                return await self._register(memory, replace(way, why=_named(memory, way.why)), kinds)
             except PeermemError as error:
                 errors.append(error)
         raise errors[0]
 
-    async def _way(self, device: Device, path: Path) -> Way:
+    async def _way(self, device: Device, path: Path, memory: DeviceMemory) -> Way:
         """Return the proved NIC ports that are nearest to a device. Raises why there are none."""
-        outcomes = await self._proofs.of(device, path)
+        outcomes = await self._proofs.of(device, path, memory)
         proofs = {nic: outcome for nic, outcome in outcomes.items() if isinstance(outcome, Proof)}
+        topology = await in_thread(self._topology)
         if not proofs:
-            raise next(outcome for outcome in outcomes.values() if isinstance(outcome, PeermemError))
-        choice = (await in_thread(self._topology)).choose_nics(device.pci_address, list(proofs))
+            nic, error = next((nic, error) for nic, error in outcomes.items() if isinstance(error, PeermemError))
+            raise diagnosis(device, nic, topology, error)
+        choice = topology.choose_nics(device.pci_address, list(proofs))
         if not choice.nics:
             raise PathUnsupported(choice.why, device=device.name)
         return Way(path, choice.nics, choice.why, max(proofs[nic].alignment for nic in choice.nics))
 
     async def _register(self, memory: DeviceMemory, way: Way, kinds: Collection[FabricKind]) -> Reach:
         fabrics = [self._fabrics[kind] for kind in kinds]
-        reach = Reach(way, kinds, Staging(fabrics, way.nics))
-        if reach.is_staged:
+        reach = Reach(way, kinds, Staging(fabrics, way.nics), memory.copier is not None)
+        if way.path is Path.STAGED:
             await reach.staging.open()
             return reach
         done: list[Fabric] = []
         try:
-            for fabric in fabrics:
+            for fabric in [each for each in fabrics if not reach.stages(each.kind)]:
                 await fabric.register(memory, way.path, way.nics)
                 done.append(fabric)
         except BaseException:
@@ -141,3 +153,16 @@ class Registry:
         await reach.staging.close()
         for kind in reach.fabrics:
             await self._fabrics[kind].unregister(memory)
+
+
+def _named(memory: DeviceMemory, why: str) -> str:
+    """Return why, with who exported the memory."""
+    return f"A dma-buf of exporter {memory.exporter}. {why}" if memory.exporter else why
+
+
+def _unreachable(memory: DeviceMemory, error: PeermemError) -> PeermemError:
+    """Return the reason for which memory that the CPU does not reach can't be a region."""
+    return type(error)(
+        f"{error.message} Nor can it be staged: exporter {memory.exporter} lets the CPU map nothing of it.",
+        **error.metadata,
+    )

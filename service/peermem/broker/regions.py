@@ -97,11 +97,6 @@ class Region:
         """How NICs reach it."""
         return self.reach.way.path
 
-    def is_staged_over(self, kind: FabricKind) -> bool:
-        """Whether a fabric moves a staging buffer instead: of memory that has a copier, the CPU's fabrics reach nothing
-        but that, by whatever path NICs do."""
-        return self.reach.is_staged or (self.memory.copier is not None and kind is not FabricKind.VERBS)
-
     @property
     def copier(self) -> Copier:
         """What copies between it and staging buffers."""

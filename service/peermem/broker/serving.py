@@ -165,9 +165,7 @@ class Serving:
     async def _make(
         self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, staged: bool
     ) -> GrantedKey:
-        grant = await self._grant(
-            link_id, link.fabric, region, right, staged or region.is_staged_over(link.fabric.kind)
-        )
+        grant = await self._grant(link_id, link.fabric, region, right, staged or region.reach.stages(link.fabric.kind))
         if self._links.get(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()

@@ -5,8 +5,8 @@ Rules of this file:
 * A session's token is a secret between the daemon and the job that opened it.
 * A file descriptor that a job handed in belongs to its session until CreateRegion takes it; what is left
   is closed with the session.
-* Only memory files are taken in. Closing any other file may wait for whoever is behind it (a file system
-  in user space, a socket that lingers); closing a memory file only frees pages.
+* Only memory files and dma-bufs are taken in. Closing any other file may wait for whoever is behind it (a file
+  system in user space, a socket that lingers); closing these only frees memory.
 * No descriptor of a job is closed on the event loop.
 """
 
@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peermem.core.errors import LimitReached, NotAdoptable, SessionNotFound
+from peermem.memory import dma_buf_exporter
 
 MAX_HANDED_IN = 64
 """Descriptors of one session that may wait to be adopted."""
@@ -80,9 +81,10 @@ class SessionTable:
 
         Raises NotAdoptable, LimitReached.
         """
-        if not _is_memory_file(fd):
+        if not _is_memory_file(fd) and not dma_buf_exporter(fd):
             raise NotAdoptable(
-                "The file descriptor is no memory file. Make one with memfd_create and MFD_ALLOW_SEALING."
+                "The file descriptor is no memory file and no dma-buf. Make a memory file with memfd_create and "
+                "MFD_ALLOW_SEALING, or have a device's driver export its memory."
             )
         waiting = sum(owner is session for owner, _ in self._handed_in.values())
         if waiting >= MAX_HANDED_IN:

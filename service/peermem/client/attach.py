@@ -80,7 +80,7 @@ class Attachment:
             os.close(fds[0])
 
     def hand_in(self, fd: int) -> tuple[str, int]:
-        """Hand in a memory file to be adopted; return its token for CreateRegion and its size in bytes.
+        """Hand in a memory file or a dma-buf to be adopted; return its token for CreateRegion and its size in bytes.
 
         The caller keeps its own descriptor. Raises NotAdoptable, LimitReached, NodeUnreachable, Timeout.
         """

@@ -8,7 +8,9 @@ from peermem.core.gid import Gid
 from peermem.core.types import FabricKind, Path
 
 ADOPTED = "adopted"
-"""Name of the device that handed-in memory belongs to."""
+"""Name of the device that handed-in memory files belong to."""
+ADOPTED_DMABUF = "adopted-dmabuf"
+"""Name of the device that handed-in dma-bufs belong to."""
 P2PMEM = "p2pmem-"
 """Begins the names of the devices that are p2pmem pools."""
 

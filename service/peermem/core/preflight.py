@@ -29,7 +29,7 @@ from peermem.core.errors import (
 )
 from peermem.core.gid import Gid, choose_gid
 from peermem.core.node import NicPort
-from peermem.core.topology import Choice, P2pMapping, P2pVerdict, Topology
+from peermem.core.topology import Choice, P2pMapping, Topology
 from peermem.core.types import Path
 from peermem.core.units import format_size
 
@@ -196,9 +196,8 @@ def judge_device(device: Placed, path: Path, nic: str, topology: Topology, error
     if path not in _BY_THE_NIC or not port.pci_address:
         return replace(verdict, detail=near)
     p2p = topology.p2p(device.pci_address, nic)
-    return replace(
-        verdict, detail=f"{near} {p2p.reason}", error=_diagnosis(device.name, nic, p2p, error), advice=p2p.fix
-    )
+    found = None if error is None else diagnosis(device, nic, topology, error)
+    return replace(verdict, detail=f"{near} {p2p.reason}", error=found, advice=p2p.fix)
 
 
 def known_reach(
@@ -226,13 +225,16 @@ def misplacing(nic: str, alignment: int) -> str:
     )
 
 
-def _diagnosis(device: str, nic: str, p2p: P2pVerdict, error: PeermemError | None) -> PeermemError | None:
-    """Return what explains a failure: PCI, where it lets nothing pass."""
-    if not isinstance(error, (ProbeFailed, RegistrationRefused)) or p2p.mapping is not P2pMapping.NOT_SUPPORTED:
+def diagnosis(device: Placed, nic: str, topology: Topology, error: PeermemError) -> PeermemError:
+    """Return what explains that a NIC port does not reach a device: PCI, where it lets nothing pass between them."""
+    if not isinstance(error, (ProbeFailed, RegistrationRefused)) or not device.pci_address or nic not in topology.nics:
+        return error
+    p2p = topology.p2p(device.pci_address, nic)
+    if p2p.mapping is not P2pMapping.NOT_SUPPORTED:
         return error
     return PathUnsupported(
-        f"NIC port {nic} does not reach device {device}: {error.message} {p2p.reason} {p2p.fix}",
-        device=device,
+        f"NIC port {nic} does not reach device {device.name}: {error.message} {p2p.reason} {p2p.fix}",
+        device=device.name,
         nic=nic,
         probe=error.reason,
     )

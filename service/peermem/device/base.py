@@ -37,8 +37,8 @@ class DeviceMemory(Memory, Protocol):
 
     @property
     def copier(self) -> Copier | None:
-        """What alone in this process touches memory whose `fd` is None and whose `view` is only for NICs to be tried
-        with; None for memory that `peermem.memory` reaches."""
+        """What alone in this process touches memory whose `fd` is None and whose `view`, if it has any, is only for
+        NICs to be tried with; None for memory that `peermem.memory` reaches."""
 
     @property
     def device_address(self) -> int | None:
@@ -51,6 +51,18 @@ class DeviceMemory(Memory, Protocol):
 
         Raises ValueError after `close`.
         """
+
+    @property
+    def exporter(self) -> str:
+        """Who exported the dma-buf that the memory is, such as vfio_pci_core; empty where it was not handed in as one
+        nor made as one."""
+
+    @property
+    def is_reached_by_cpu(self) -> bool:
+        """Whether this process reaches the bytes at all, by `fd`, `view` or `copier`; else only NICs do."""
+
+    def alive(self) -> bool:
+        """Whether it still is there, as far as is known without asking the device; see also Device."""
 
     @property
     def needs_flush(self) -> bool:

@@ -56,6 +56,8 @@ class GpuMemory:
     """A range of a GPU's memory; a `DeviceMemory`."""
 
     fd = None
+    exporter = ""
+    is_reached_by_cpu = True
 
     def __init__(
         self, gpu: Gpu, address: int, length: int, dma_buf: tuple[int, int] | None, give_back: Callable[[], None]
@@ -86,6 +88,10 @@ class GpuMemory:
         """See DeviceMemory."""
         self._check_open()
         return self._dma_buf
+
+    def alive(self) -> bool:
+        """See DeviceMemory. It is as long as its device is."""
+        return True
 
     async def flush(self) -> None:
         """See DeviceMemory."""

@@ -16,9 +16,7 @@ Rules of this file:
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -28,7 +26,8 @@ from peermem.core.types import Path
 from peermem.core.units import format_size
 from peermem.device.base import Device, DeviceMemory
 from peermem.device.plain import PlainMemory
-from peermem.memory import FileMemory, whole_pages
+from peermem.device.room import Room
+from peermem.memory import FileMemory
 from peermem.offload import made_in_thread
 
 _SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since Linux 5.1
@@ -56,7 +55,7 @@ class MemfdMemory(PlainMemory, FileMemory):
 
 
 class _FileDevice:
-    """What both kinds of device share: a number of bytes to give out, counted from any thread."""
+    """What both kinds of device share: room for a number of bytes."""
 
     path = Path.HOST
     paths: Sequence[Path] = (Path.HOST,)
@@ -64,14 +63,17 @@ class _FileDevice:
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
-        self.size = size // mmap.PAGESIZE * mmap.PAGESIZE
-        self._available = self.size
-        self._lock = threading.Lock()
+        self.room = Room(size)
+
+    @property
+    def size(self) -> int:
+        """See Device."""
+        return self.room.size
 
     @property
     def available(self) -> int:
         """See Device."""
-        return self._available
+        return self.room.available
 
     def alive(self) -> bool:
         """See Device. The host's own memory does not vanish."""
@@ -86,11 +88,11 @@ class _FileDevice:
         Raises DeviceFull; where the device is, its message ends with `fix`.
         """
         try:
-            self._take(length, fix)
+            self.room.take(length, self.name, fix)
             try:
                 os.posix_fallocate(fd, 0, length)
             except OSError as error:
-                self._give_back(length)
+                self.room.give_back(length)
                 raise DeviceFull(
                     f"The host has too little memory for {format_size(length)} of device {self.name}: "
                     f"{error.strerror}. Free some, raise the daemon's memory limit, or configure a smaller device.",
@@ -99,26 +101,7 @@ class _FileDevice:
         except BaseException:
             os.close(fd)
             raise
-        return MemfdMemory(fd, length, self._give_back)
-
-    def _take(self, length: int, fix: str) -> None:
-        """Count `length` bytes as given out. Raises DeviceFull, which ends with the sentence `fix`."""
-        pages = whole_pages(length)
-        with self._lock:
-            if pages <= self._available:
-                self._available -= pages
-                return
-        raise DeviceFull(
-            f"Device {self.name} has {format_size(self._available)} of {format_size(self.size)} left; "
-            f"{format_size(length)} were asked for. {fix}",
-            device=self.name,
-            available=self._available,
-            wanted=length,
-        )
-
-    def _give_back(self, length: int) -> None:
-        with self._lock:
-            self._available += whole_pages(length)
+        return MemfdMemory(fd, length, self.room.give_back)
 
 
 class MemfdDevice(_FileDevice):

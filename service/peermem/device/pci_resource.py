@@ -27,28 +27,24 @@ from typing import TYPE_CHECKING
 from peermem.core.errors import (
     BarClaimed,
     DeviceForbidden,
-    DeviceFull,
     DeviceLost,
     InvalidField,
     KernelLockedDown,
-    LimitReached,
     NotMappable,
     NotSupported,
     PeermemError,
-    RegionRevoked,
     ZeroLength,
 )
 from peermem.core.topology import PciFunction
 from peermem.core.types import Path
 from peermem.core.units import format_size
-from peermem.device.base import Copier, Device, DeviceMemory
+from peermem.device.bar_memory import take, zero
+from peermem.device.base import Device, DeviceMemory
 from peermem.device.copier import BarCopier, BarRange, SliceCopier
 from peermem.device.free_ranges import FreeRanges
 from peermem.device.plain import PlainMemory
 from peermem.device.sysfs import SYSFS, lockdown, pci_function
-from peermem.memory import HostMemory, whole_pages
-
-_ZEROS = 1 << 20
+from peermem.memory import whole_pages
 
 
 class PciMemory(PlainMemory):
@@ -281,30 +277,9 @@ class PciResourceDevice:
             raise ZeroLength(f"Device {self.name} gives out at least 1 byte.", device=self.name)
         mapping = await self._mapped()
         pages = whole_pages(length)
-        start = mapping.free.take(pages)
-        if start is None:
-            raise DeviceFull(
-                f"Device {self.name} has {format_size(mapping.free.total)} of {format_size(mapping.size)} left, "
-                f"{format_size(mapping.free.largest)} in one piece; {format_size(length)} were asked for. Delete "
-                "regions, or use another device.",
-                device=self.name,
-                available=mapping.free.total,
-                wanted=length,
-            )
+        start = take(self.name, mapping.free, mapping.size, pages)
         memory = PciMemory(mapping, start, length, lambda: mapping.free.give_back(start, pages))
-        try:
-            await _zero(SliceCopier(mapping.copier, start, pages), pages)
-        except BaseException as error:
-            memory.close()
-            if isinstance(error, RegionRevoked):
-                raise DeviceLost(error.message, device=self.name) from error
-            if isinstance(error, OSError):
-                raise LimitReached(
-                    f"Memory of device {self.name} can't be zeroed: {error.strerror}. Raise the daemon's limit of open "
-                    "files (LimitNOFILE), or delete regions.",
-                    device=self.name,
-                ) from error
-            raise
+        await zero(self.name, memory, SliceCopier(mapping.copier, start, pages), pages)
         return memory
 
     async def adopt(self, fd: int, length: int) -> DeviceMemory:
@@ -336,14 +311,6 @@ class PciResourceDevice:
                 await mapping.copier.start()
                 self._mapping = mapping
             return self._mapping
-
-
-async def _zero(copier: Copier, length: int) -> None:
-    zeros = HostMemory(min(length, _ZEROS), "peermem-zeros")
-    try:
-        await copier.store(zeros, [(start, 0, min(_ZEROS, length - start)) for start in range(0, length, _ZEROS)])
-    finally:
-        zeros.close()
 
 
 def _length(function: PciFunction, index: int) -> int:

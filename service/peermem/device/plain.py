@@ -9,6 +9,12 @@ class PlainMemory:
 
     device_address: int | None = None
     needs_flush = False
+    exporter: str = ""
+    is_reached_by_cpu: bool = True
+
+    def alive(self) -> bool:
+        """See DeviceMemory."""
+        return True
 
     def dma_buf(self) -> tuple[int, int] | None:
         """See DeviceMemory."""

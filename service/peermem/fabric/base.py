@@ -175,9 +175,9 @@ class Fabric(Protocol):
     async def unregister(self, memory: Memory) -> None:
         """Forget memory; no request and no grant uses it any more. Unknown memory is no error."""
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
-        """Prove that a NIC port reads and writes `memory`, whose bytes are overwritten, by moving a pattern both ways
-        through it and comparing. `memory` is not registered.
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
+        """Prove that a NIC port reads and writes `memory` by moving a pattern both ways through it and comparing. Its
+        bytes are overwritten; with `keep` they are put back. `memory` is not registered.
 
         Raises as `register`, and ProbeFailed, ProbeMismatch.
         """

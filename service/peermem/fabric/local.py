@@ -115,7 +115,7 @@ class LocalFabric(NicLess):
     async def unregister(self, memory: Memory) -> None:
         """See Fabric."""
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         """See Fabric."""
         raise NotSupported("The local fabric uses no NIC that could be probed.")
 

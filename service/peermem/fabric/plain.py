@@ -29,6 +29,6 @@ class NicLess:
     async def unregister(self, memory: Memory) -> None:
         """See Fabric."""
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         """See Fabric. Raises NotSupported."""
         raise NotSupported("Only NICs are probed, and this fabric uses none. Ask the verbs fabric.", nic=nic)

@@ -129,7 +129,7 @@ class TcpFabric(NicLess):
     async def unregister(self, memory: Memory) -> None:
         """See Fabric."""
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         """See Fabric."""
         raise NotSupported("The tcp fabric uses no NIC that could be probed.")
 

@@ -113,9 +113,9 @@ class VerbsFabric:
         await self._target.unregistering(memory)
         await self._memories.unregister(memory)
 
-    async def probe(self, nic: str, memory: Memory, path: Path) -> Proof:
+    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
         """See Fabric."""
-        return await probe(self._nics.get(nic), memory, path, self._settings)
+        return await probe(self._nics.get(nic), memory, path, self._settings, keep=keep)
 
     # Links
 

@@ -17,8 +17,8 @@ import mmap
 import secrets
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from typing import TypeVar
 
 from peermem.core.errors import NicLost, NoGid, ProbeFailed, ProbeMismatch
@@ -46,7 +46,7 @@ _PSN = 1
 LOOPBACK_ACCESS = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE
 
 
-async def probe(port: Port, memory: Memory, path: Path, settings: Settings) -> Proof:
+async def probe(port: Port, memory: Memory, path: Path, settings: Settings, *, keep: bool = False) -> Proof:
     """See Fabric."""
     check(port, path)
     length = min(_LARGE, memory.length)
@@ -59,18 +59,18 @@ async def probe(port: Port, memory: Memory, path: Path, settings: Settings) -> P
                 target = loopback.kept(tried.register(loopback.domain, 0, length, LOOPBACK_ACCESS))
             except VerbsError as error:
                 raise refusal(error, port, length, path, tried.dma_buf) from error
-            return await _prove(loopback, target, path)
+            return await _prove(loopback, target, path, keep)
     except VerbsError as error:
         if error.errno in (errno.ENOMEM, errno.EPERM):  # the probe's own buffers and queues are locked as well
             raise refusal(error, port, length, Path.HOST) from error
         raise NicLost(f"The NIC {port.name} can't make a connection to itself: {error}.", nic=port.name) from error
 
 
-async def _prove(loopback: _Loopback, target: verbs.MemoryRegion, path: Path) -> Proof:
+async def _prove(loopback: _Loopback, target: verbs.MemoryRegion, path: Path, keep: bool) -> Proof:
     length = target.length
     times: list[list[float]] = [[], []]
     try:
-        async with asyncio.timeout(_TIME):
+        async with asyncio.timeout(_TIME), _putting_back(loopback, target) if keep else nullcontext():
             for _ in range(2):  # one pattern could have been there before
                 pattern = secrets.token_bytes(length)
                 loopback.out[:length] = pattern
@@ -89,6 +89,20 @@ async def _prove(loopback: _Loopback, target: verbs.MemoryRegion, path: Path) ->
         raise _failed(loopback.port, path, "it did not complete in time") from None
     write, read = (length / min(taken) for taken in times)
     return Proof(statistics.median(small), write, read, alignment)
+
+
+@asynccontextmanager
+async def _putting_back(loopback: _Loopback, target: verbs.MemoryRegion) -> AsyncIterator[None]:
+    """Have the target's bytes at the end as they are now, if the NIC reads and writes it at all."""
+    length = target.length
+    await loopback.move(WrOpcode.RDMA_READ, target, length)
+    before = loopback.back[:length]
+    try:
+        yield
+    finally:
+        async with asyncio.timeout(_TIME):
+            loopback.out[:length] = before
+            await loopback.move(WrOpcode.RDMA_WRITE, target, length)
 
 
 async def _misplaces(loopback: _Loopback, target: verbs.MemoryRegion) -> bool:

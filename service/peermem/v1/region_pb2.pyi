@@ -217,7 +217,9 @@ class Region(_message.Message):
     length: _builtins.int
     """Bytes."""
     device: _builtins.str
-    """The device that the memory belongs to, as in ListDevices; "adopted" for memory handed in."""
+    """The device that the memory belongs to, as in ListDevices; "adopted" for a memory file that was handed in, and
+    "adopted-dmabuf" for a dma-buf.
+    """
     owner: _builtins.str
     """Who made it: "uid:1000" for a local job, "anonymous" for a caller that did not say."""
     path: Global___Path.ValueType

@@ -87,11 +87,12 @@ class RegionServiceServicer:
     """
 
     def CreateRegion(self, request, context):
-        """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in
-        over the attach socket, or by adopting memory that a job has on a GPU. Idempotent by request_id.
-        Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL, DEVICE_LOST, REGION_EXISTS,
-        SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED, GPU_DRIVER_MISSING,
-        GPU_FAILED.
+        """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in over
+        the attach socket, or by adopting memory that a job has on a GPU. A descriptor is of a memory file,
+        or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
+        kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
+        DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
+        GPU_DRIVER_MISSING, GPU_FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,11 +34,12 @@ class RegionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RegionServiceAsyncStub: ...
     CreateRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.CreateRegionRequest, _region_pb2.Region]
-    """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in
-    over the attach socket, or by adopting memory that a job has on a GPU. Idempotent by request_id.
-    Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL, DEVICE_LOST, REGION_EXISTS,
-    SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED, GPU_DRIVER_MISSING,
-    GPU_FAILED.
+    """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in over
+    the attach socket, or by adopting memory that a job has on a GPU. A descriptor is of a memory file,
+    or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
+    kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
+    DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
+    GPU_DRIVER_MISSING, GPU_FAILED.
     """
     GetRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.GetRegionRequest, _region_pb2.Region]
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
@@ -83,11 +84,12 @@ class RegionServiceAsyncStub(RegionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.CreateRegionRequest, _region_pb2.Region]  # type: ignore[assignment]
-    """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in
-    over the attach socket, or by adopting memory that a job has on a GPU. Idempotent by request_id.
-    Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL, DEVICE_LOST, REGION_EXISTS,
-    SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED, GPU_DRIVER_MISSING,
-    GPU_FAILED.
+    """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in over
+    the attach socket, or by adopting memory that a job has on a GPU. A descriptor is of a memory file,
+    or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
+    kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
+    DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
+    GPU_DRIVER_MISSING, GPU_FAILED.
     """
     GetRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.GetRegionRequest, _region_pb2.Region]  # type: ignore[assignment]
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
@@ -135,11 +137,12 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _region_pb2.CreateRegionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_region_pb2.Region, _abc.Awaitable[_region_pb2.Region]]:
-        """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in
-        over the attach socket, or by adopting memory that a job has on a GPU. Idempotent by request_id.
-        Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL, DEVICE_LOST, REGION_EXISTS,
-        SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED, GPU_DRIVER_MISSING,
-        GPU_FAILED.
+        """Makes a region, by allocating on a device, by adopting a file descriptor that was handed in over
+        the attach socket, or by adopting memory that a job has on a GPU. A descriptor is of a memory file,
+        or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
+        kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
+        DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
+        GPU_DRIVER_MISSING, GPU_FAILED.
         """
 
     @_abc_1.abstractmethod

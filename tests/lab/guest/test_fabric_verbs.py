@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 
+from peermem import memory
 from peermem.core.types import Path, Ranges
 from peermem.fabric.base import Fabric, Opcode, Status
 from peermem.fabric.verbs_fabric import VerbsFabric
+from peermem.memory import HostMemory
 from tests.fabric.conformance import FabricConformance, both_ways
 from tests.fabric.support import MIB, Clock, Connection, FileMemory, VanishingMemory
 
 pytest_plugins = ["tests.fabric.conftest"]
+
+
+async def test_a_probe_that_puts_back_what_was_there() -> None:
+    fabric = VerbsFabric()
+    await fabric.start()
+    try:
+        with closing(HostMemory(3 * MIB)) as tried:
+            before = os.urandom(3 * MIB)
+            memory.write(tried, 0, before)
+            for nic in fabric.nics:
+                await fabric.probe(nic, tried, Path.HOST, keep=True)
+            assert memory.read(tried, 0, 3 * MIB) == before
+            await fabric.probe(nic, tried, Path.HOST)
+            assert memory.read(tried, 0, MIB) != before[:MIB]
+    finally:
+        await fabric.close()
 
 
 class TestVerbsFabric(FabricConformance):

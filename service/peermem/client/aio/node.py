@@ -152,7 +152,7 @@ class Node:
         lease: str | float | None = None,
         request_id: str | None = None,
     ) -> Region:
-        """Make a region of a memfd of this process; without `length`, of all of it.
+        """Make a region of a memfd or a dma-buf of this process; without `length`, of all of it.
 
         Raises NotMappable without an attach socket, NotAdoptable for a file that can't become a region.
         """
