@@ -199,6 +199,7 @@ def test_without_its_driver_a_gpu_disturbs_nothing_else(missing: str, tmp_path: 
             assert region.read(0, 11) == b"undisturbed"
         assert [(device.name, device.available) for device in node.devices()] == [
             ("adopted", 1 << 30),
+            ("adopted-dmabuf", 1 << 30),
             ("bar0", 1 << 30),
             ("gpu0", 1 << 30),
         ]
