@@ -26,7 +26,7 @@ from peermem.broker.causes import cause_of
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
-from peermem.broker.slots import StagingBuffer, staged_size
+from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
 from peermem.core.errors import (
     ChecksumMismatch,
@@ -201,7 +201,7 @@ class LegRun:
         """Return the slices of the leg, cut for its fabric; call once, when it is prepared."""
         limits = self.link.fabric.limits
         self._cut = True
-        size = min(limits.slice_bytes, staged_size(self.leg.ranges.total)) if self._stager else limits.slice_bytes
+        size = min(limits.slice_bytes, SLOT) if self._stager else limits.slice_bytes
         alignment = 1 if self._stager else max(self._region.reach.way.alignment, self.held.alignment)
         return slices(self.leg.ranges, size, limits.slice_ranges, alignment)
 

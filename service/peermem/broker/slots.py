@@ -22,16 +22,6 @@ SLOTS = 8
 """Of one buffer: a few on the wire, a few being copied."""
 
 
-_LEAST = 128 << 10
-"""Bytes of a staged slice, unless there is less: what it costs besides copying does not count much yet."""
-
-
-def staged_size(total: int) -> int:
-    """Return the bytes of a staged slice of a transfer of `total` bytes: a slot, and less of a small transfer, so that
-    some of its slices are copied while others are on the wire."""
-    return min(SLOT, max(_LEAST, total // SLOTS))
-
-
 class Slots:
     """The free slots of a buffer, this node's or a remote one's."""
 
