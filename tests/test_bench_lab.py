@@ -44,10 +44,9 @@ def test_a_bar_is_told_as_met_or_not() -> None:
     assert text.endswith("The soak was not run.\n")
 
 
-def test_staged_awake_and_a_later_report_of_the_soak() -> None:
-    figures = {"staged_load": {"bytes_per_s": 5 << 20, "limit": 10 << 20}, "awake": AWAKE}
+def test_awake_and_a_later_report_of_the_soak() -> None:
+    figures = {"awake": AWAKE}
     text = lab.section([report(speed=figures), report(soak={"soak": SOAK})])
-    assert "| out of a BAR | 5.0 MiB/s | 10.0 MiB/s | 50% |" in text
     assert "| a daemon, idle | 2.0ms | 4.0ms | 100.0ms |" in text
     assert "7,000 registrations and 10,000 operations" in text
     assert "grew by 1024 KiB" in text

@@ -34,6 +34,13 @@ async def test_a_device_is_proved_once_per_nic(nic_pair: list[NicHost]) -> None:
     assert a.nic.probed == [("nic0/1", Path.HOST)]
 
 
+async def test_a_device_that_one_region_takes_whole_is_tried_before(nic_pair: list[NicHost]) -> None:
+    a, _ = nic_pair
+    for device in (a.staged, a.on_demand):
+        made = await region(a, device.size, device=device.name)
+        assert (made.facts.nics, made.facts.path) == (("nic0/1",), device.path)
+
+
 async def test_without_a_proof_tcp_carries_it_and_the_region_says_why(nic_pair: list[NicHost]) -> None:
     a, b = nic_pair
     a.nic.unreachable = {Path.HOST}

@@ -85,6 +85,8 @@ class RegionMaker:
             return device, await _adopted(session, device, request)
         if request.length == 0:
             raise ZeroLength("A region needs a length of at least 1 byte.")
+        if device.name != ADOPTED_DMABUF:
+            await self._registry.prepare(device)
         return device, await device.allocate(request.length)
 
 

@@ -51,10 +51,10 @@ class Proofs:
         """NIC ports by name, each with what keeps it from working now."""
         return self._fabric.nics if self._fabric is not None else {}
 
-    async def of(self, device: Device, path: Path, memory: DeviceMemory) -> dict[str, Outcome]:
+    async def of(self, device: Device, path: Path, memory: DeviceMemory | None = None) -> dict[str, Outcome]:
         """Return what is known of each NIC port and `device` by a path, after a trial of what is not known. `memory`
         is a region's, and tried itself where the device makes none."""
-        if device.name == ADOPTED_DMABUF:
+        if memory is not None and device.name == ADOPTED_DMABUF:
             return {nic: await self.prove(device, path, nic, memory) for nic in list(self.nics)}
         return {nic: await self._outcome(device, path, nic) for nic in list(self.nics)}
 

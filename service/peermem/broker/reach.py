@@ -78,6 +78,16 @@ class Registry:
         self._topology = topology
         self._insist = insist
 
+    async def prepare(self, device: Device) -> None:
+        """Have a device that allocates tried, as far as it has not been: now it may still have room for that."""
+        verbs = self._fabrics.get(FabricKind.VERBS)
+        if verbs is None or verbs.unavailable is not None:
+            return
+        for path in device.paths:
+            outcomes = await self._proofs.of(device, path)
+            if any(isinstance(outcome, Proof) for outcome in outcomes.values()):
+                return
+
     async def register(self, device: Device, memory: DeviceMemory) -> Reach:
         """Make memory of `device` usable by every fabric that reaches it.
 

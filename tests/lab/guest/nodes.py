@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -32,7 +33,7 @@ NAMESPACES = {"a": "n1", "b": "n2"}
 HOSTS = {"a": "10.1.1.2", "b": "10.1.2.2", "c": "10.1.1.1"}
 HOST, BAR = "host", "bar"
 IVSHMEM, NVME = "0x1110", "0x0010"
-BAR_BYTES = 4 * MIB
+BAR_BYTES = 8 * MIB
 BAR_OFFSETS = {"a": 0, "b": 8 * MIB}
 _PCI = Path("/sys/bus/pci/devices")
 HOST_DEVICE = f'[[device]]\nname = "{HOST}"\nsize = "256MiB"\n'
@@ -225,6 +226,16 @@ def held(lab: Lab, node: str) -> dict[str, object]:
         "verbs objects": objects,
         "kernel objects": resources(node),
     }
+
+
+def until_idle(lab: Lab) -> None:
+    """Wait until the links that nobody uses have ended."""
+    for daemon in lab.daemons.values():
+        eventually(partial(_has_no_links, daemon), "the end of links that nobody uses", 60)
+
+
+def _has_no_links(daemon: Daemon) -> bool:
+    return sample(daemon, "peermem_links") == 0
 
 
 def until_held(lab: Lab, node: str, expected: Mapping[str, object]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from peermem.core.types import Path
 from peermem.fabric.base import Opcode
-from peermem.memory import Memory
+from peermem.memory import HostMemory, Memory
 from tests.lab.guest.ends import serve
 from tests.lab.guest.speed_memory import OUTSTANDING, PATHS, SLICE, allocate, mark, marks, slices
 
@@ -76,6 +76,17 @@ class BareEnd:
             assert all(completion.status == 0 for completion in found)
             done += len(found)
         return perf_counter() - began
+
+    async def registering(self, length: int) -> float:
+        """Register so much host memory that nobody has touched yet; return the seconds that it took."""
+        memory = HostMemory(length, "speed-large")
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory.view()))
+        began = perf_counter()
+        region = self._mr.MR(self._domain, length, _ALL_ACCESS, address)
+        taken = perf_counter() - began
+        region.close()
+        memory.close()
+        return taken
 
     def _send(self, opcode: Opcode, key: tuple[int, int], offset: int, length: int) -> Any:
         region, (address, rkey) = self._regions["host"], key

@@ -6,16 +6,13 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import pytest
-from bench.daemons import Daemon
 
 from peermem import FabricKind, errors
 from peermem.core.types import Path as Way
 from tests.descriptors import dma_buf, memory_file
 from tests.device.dmabufs import AdoptedTests, UdmabufTests
-from tests.e2e.support import eventually
 from tests.lab.guest import nodes
 from tests.lab.guest.nodes import MIB, PATIENCE, Lab, noise
 
@@ -42,16 +39,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.fixture
 def nothing_stays(lab: Lab) -> Iterator[None]:
     """The daemons hold afterwards what they held before, descriptors and all."""
-    for daemon in lab.daemons.values():
-        eventually(partial(_has_no_links, daemon), "the end of links that nobody uses")
+    nodes.until_idle(lab)
     before = {name: nodes.held(lab, name) for name in nodes.NAMESPACES}
     yield
     for name, expected in before.items():
         nodes.until_held(lab, name, expected)
-
-
-def _has_no_links(daemon: Daemon) -> bool:
-    return nodes.sample(daemon, "peermem_links") == 0
 
 
 @pytest.mark.parametrize("order", ["push", "pull"])

@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 
 import numpy
 import pytest
-from bench.daemons import Daemon
 
 import peermem
 from peermem import FabricKind, Region, errors
@@ -57,15 +55,10 @@ class Baseline:
 
 @pytest.fixture
 def baseline(lab: Lab) -> Iterator[Baseline]:
-    for daemon in lab.daemons.values():
-        eventually(partial(_has_no_links, daemon), "the end of links that nobody uses", 60)
+    nodes.until_idle(lab)
     baseline = Baseline(lab, {name: held(lab, name) for name in ("a", "b")})
     yield baseline
     baseline.wait()
-
-
-def _has_no_links(daemon: Daemon) -> bool:
-    return nodes.sample(daemon, "peermem_links") == 0
 
 
 @contextmanager

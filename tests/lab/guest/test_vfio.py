@@ -262,6 +262,7 @@ def test_one_that_a_job_exported_is_refused_with_both_reasons(lab: Lab, ivshmem:
     """No NIC here imports it, and vfio lets the CPU map nothing of it: so there is no way, and nothing stays behind."""
     fd = _exported(lab)
     try:
+        nodes.until_idle(lab)
         before = nodes.held(lab, "a")
         with pytest.raises(errors.DmaBufUnsupported) as caught:
             lab.nodes["a"].adopt(fd)
