@@ -88,8 +88,12 @@ def function(device: str) -> str:
 
 
 def ivshmem() -> str:
-    """Return the address of the function whose BAR 2 is plain memory, switched on."""
+    """Return the address of the function whose BAR 2 is plain memory, switched on, and without a driver: a daemon that
+    was killed leaves it with vfio-pci."""
     address = function(IVSHMEM)
+    if (_PCI / address / "driver").exists():
+        (_PCI / address / "driver/unbind").write_text(address)
+        (_PCI / address / "driver_override").write_text("\n")
     (_PCI / address / "enable").write_text("1")
     return address
 
