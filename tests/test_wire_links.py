@@ -72,6 +72,15 @@ def test_too_many_rails_of_a_grant_are_refused() -> None:
         grant_from_proto(message)
 
 
+@pytest.mark.parametrize("alignment", [3, 4095, 1 << 17, (1 << 32) - 1])
+def test_an_alignment_that_nothing_has_is_refused(alignment: int) -> None:
+    """Slices are cut at its multiples: one that is larger than a slice would never end."""
+    message = grant_to_proto(GRANTED)
+    message.alignment = alignment
+    with pytest.raises(InvalidField, match="power of 2"):
+        grant_from_proto(message)
+
+
 def test_keys_are_in_no_repr() -> None:
     shown = repr(GRANTED) + repr(END)
     for secret in (str(1 << 63), str(1 << 40), "rkey=7"):

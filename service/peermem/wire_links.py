@@ -18,6 +18,7 @@ from peermem.wire import duration_from_proto, duration_to_proto
 MAX_RAILS = 16
 """Of one link."""
 _MAX_PARTS = 65_536
+_ALIGNMENTS = frozenset({0, *(1 << bits for bits in range(17))})
 _MTUS = frozenset({256, 512, 1024, 2048, 4096})
 
 
@@ -107,6 +108,11 @@ def grant_from_proto(message: link_pb2.Grant) -> GrantedKey:
         raise InvalidField(f"grant.rails has more than {MAX_RAILS} rails or {_MAX_PARTS} parts.", field="grant.rails")
     if any(parts and sum(part.length for part in parts) != message.length for parts in rails):
         raise InvalidField("The parts of grant.rails do not make up the grant's length.", field="grant.rails")
+    if message.alignment not in _ALIGNMENTS:
+        raise InvalidField(
+            f"grant.alignment of {message.alignment} must be a power of 2, at most {max(_ALIGNMENTS)}.",
+            field="grant.alignment",
+        )
     return GrantedKey(
         message.grant_id,
         RemoteKey(message.rkey, message.address, message.length, rails),

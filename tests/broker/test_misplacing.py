@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,18 @@ async def test_packets_below_a_page_are_staged(misplacing: list[NicHost]) -> Non
 async def test_only_a_nic_that_misplaces_makes_it_so(nic_pair: list[NicHost]) -> None:
     path, _ = await moved(nic_pair, ("bar2", "bar2"), WITHIN)
     assert path is Path.P2PDMA
+
+
+async def test_what_has_no_packets_knows_no_alignment(
+    misplacing: list[NicHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = misplacing
+    source, sink = await region(a, LENGTH, data=DATA, device="bar0"), await region(b, LENGTH, device="bar2")
+    way = replace(sink.reach.way, alignment=1 << 31)
+    monkeypatch.setattr(sink, "reach", replace(sink.reach, way=way))
+    facts = await outcome(await start(a, whole(source, sink), fabric=FabricKind.TCP))
+    assert (facts.state, facts.error, facts.path) == (State.SUCCEEDED, None, Path.HOST)
+    assert await content(b, sink) == DATA
 
 
 async def test_a_grant_that_is_renewed_stays_staged(misplacing: list[NicHost]) -> None:

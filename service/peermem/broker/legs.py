@@ -202,7 +202,8 @@ class LegRun:
         limits = self.link.fabric.limits
         self._cut = True
         size = min(limits.slice_bytes, SLOT) if self._stager else limits.slice_bytes
-        alignment = 1 if self._stager else max(self._region.reach.way.alignment, self.held.alignment)
+        needs_none = self._stager is not None or not self.link.packet
+        alignment = 1 if needs_none else max(self._region.reach.way.alignment, self.held.alignment)
         return slices(self.leg.ranges, size, limits.slice_ranges, alignment)
 
     async def _acquire(self) -> None:
