@@ -6,9 +6,11 @@ Rules of this file:
   where the first blocks don't, the bytes are staged.
 * STAGED: direct I/O on host memory, and copies by the region's copier; one block is copied while others are read.
 * BUFFERED: through the page cache. Ranges at either end that direct I/O can't address go this way too.
-* A thread takes the next block by itself and no turn of the event loop lies between two: as many blocks are under way
-  as there are threads. io_uring would spare the threads, but no binding of it for Python is both well kept and free of
-  a compiler, and container runtimes forbid it.
+* Straight, the blocks under way are shared by two threads, each of which asks for its half by one system call: the
+  kernel cuts it into what the device takes and has all of it under way. One call for each block costs a change of
+  threads each, which a quick disk notices. A thread takes what is next by itself, without a turn of the event loop.
+  io_uring would spare the threads, but no binding of it for Python is both well kept and free of a compiler, and
+  container runtimes forbid it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from peermem.storage.handles import Handles
 
 _NOT_DIRECT = (errno.EFAULT, errno.EREMOTEIO, errno.EINVAL, errno.EOPNOTSUPP)
 """What direct I/O says to memory without pages, behind a bridge that is in the way, or not aligned for the device."""
+
+_THREADS = 2
+"""For bytes that go straight: one's blocks are under way while the other asks for more."""
 
 _STRAIGHT = "The device of {path} reads and writes the region's memory itself."
 _SMALL = "The range holds no block of {unit} bytes whole, which is the least that direct I/O moves."
@@ -116,29 +121,32 @@ class BlockMovement:
         return ""
 
     async def _straight(self, fd: int, span: Span) -> None:
-        lanes, starts = self._lanes(span), self._starts(span)
-        await self._all([in_thread(lambda: self._carry_together(fd, span, starts, len(lanes)), self._pool)])
+        blocks = -(-span.length // self._block)
+        threads = min(_THREADS, self._depth, blocks)
+        size = self._block * min(self._depth // threads, -(-blocks // threads))
+        starts = iter(range(0, span.length, size))
+        await self._all([in_thread(lambda: self._carry_together(fd, span, starts, size, threads), self._pool)])
 
-    def _carry_together(self, fd: int, span: Span, starts: Iterator[int], threads: int) -> None:
-        """Carry blocks in so many threads, of which this is one."""
+    def _carry_together(self, fd: int, span: Span, starts: Iterator[int], size: int, threads: int) -> None:
+        """Carry blocks, of `size` bytes together, in so many threads, of which this is one."""
         others: list[Future[None]] = []
         try:
             for _ in range(threads - 1):
-                others.append(self._pool.submit(self._carry_all, fd, span, starts))  # noqa: PERF401  # one may fail
-            self._carry_all(fd, span, starts)
+                others.append(self._pool.submit(self._carry_all, fd, span, starts, size))  # noqa: PERF401  # one may fail
+            self._carry_all(fd, span, starts, size)
         finally:
             wait(others)
         for other in others:
             other.result()
 
-    def _carry_all(self, fd: int, span: Span, starts: Iterator[int]) -> None:
+    def _carry_all(self, fd: int, span: Span, starts: Iterator[int], size: int) -> None:
         """Carry blocks, in one of several threads that share them, until there are no more."""
         move = memory.read_file if self._handles.order is Order.LOAD else memory.write_file
         try:
             for start in starts:
                 if self._stopped or self._broken:
                     break
-                length = min(self._block, span.length - start)
+                length = min(size, span.length - start)
                 move(fd, span.file + start, self._memory, span.region + start, length)
                 self._any_moved = True
                 self._moved(length)

@@ -37,7 +37,7 @@ MOUNT, PLAIN = Path("/mnt/nvme"), Path("/mnt/plain")
 LARGE = "large"
 SIZES = {"memfd": 384 * MIB, "p2pmem": 48 * MIB}
 """Of what speed is measured with."""
-ROUNDS, FAR = 9, 1.5
+ROUNDS, FAR = 21, 1.5
 CONFIG = f"""
 fabric = "tcp"
 [storage]
