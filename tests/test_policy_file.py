@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from peermem.core.identity import Subject
+from peermem.core.policy import Action, Traits
 from peermem.core.quota import Limits
-from peermem.core.rules import Action, Traits
 from peermem.policy_file import read
 from peermem.strict_toml import ConfigError
 

@@ -17,8 +17,8 @@ from msgspec import Meta, Struct, field
 
 from peermem import strict_toml
 from peermem.core.patterns import DevicePattern, Folder, OwnerPattern, SubjectPattern
+from peermem.core.policy import FILES, Action, Rule, Rules, TenantRule
 from peermem.core.quota import Limits
-from peermem.core.rules import FILES, Action, Rule, Rules, TenantRule
 from peermem.core.units import parse_size
 from peermem.strict_toml import ConfigError, Contradiction
 
@@ -163,7 +163,7 @@ def rules(table: PolicyTable, source: str) -> Rules:
             for each in table.tenants
         ),
         table.root,
-        source,
+        source=source,
     )
 
 

@@ -28,6 +28,7 @@ from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
+from peermem.broker.tenants import Share
 from peermem.core.errors import (
     ChecksumMismatch,
     FabricUnavailable,
@@ -40,7 +41,6 @@ from peermem.core.errors import (
     RegionNotFound,
     StaleEpoch,
 )
-from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
@@ -52,7 +52,7 @@ log = structlog.get_logger(__name__)
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    subject: Subject
+    share: Share
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -87,7 +87,7 @@ class LegRun:
         self._index = index
         self._region = region
         right = Rights.READ if pull else Rights.WRITE
-        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
+        self._wanted = Wanted(leg.other, right, host.share.subject, staged=False)
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))

@@ -120,7 +120,7 @@ class Relay:
         while True:
             cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
-                async for facts in self._remote.watch_transfer(name):
+                async for facts in self._remote.watch_transfer(name, self._subject):
                     lost_at = None
                     self._take(facts)
             except TransferNotFound:

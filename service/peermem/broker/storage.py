@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* The policy is asked for the region: a load writes it, a store reads it. Which files may be used is the storage's
-  business.
+* The policy is asked for the region, which a load writes and a store reads, and for the file. Which files anybody at
+  all may use is the storage's business.
+* A tenant's bytes are counted as they move; while it moves more than its limit, nothing new of it begins.
 * A load or store uses its region like a transfer: a region that is to end makes it fail first, and waits for it.
 * It lasts as long as somebody watches it. When the last watcher is gone it ends; blocks that are under way still land.
 * It is reported complete when all bytes are in place, and for a store on the disk under the file's name.
@@ -20,7 +21,9 @@ from contextlib import contextmanager
 import structlog
 
 from peermem.broker.access import checksum
+from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
+from peermem.broker.tenants import Tenants
 from peermem.core.errors import (
     ChecksumMismatch,
     Internal,
@@ -31,7 +34,8 @@ from peermem.core.errors import (
 )
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import Action, Policy
+from peermem.core.policy import Action
+from peermem.core.quota import Hold, Resource
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.storage.base import Movement, OpenFile, Storage
 from peermem.telemetry.metrics import Metrics
@@ -182,11 +186,19 @@ def _check_room(region: Region, request: StorageRequest, length: int) -> None:
 class StorageRuns:
     """The loads and stores of this node."""
 
-    def __init__(self, storage: Storage, find: Callable[[ChildName], Region], policy: Policy, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        find: Callable[[ChildName], Region],
+        policy: Guard,
+        tenants: Tenants,
+        metrics: Metrics,
+    ) -> None:
         """`find` returns a region of this node, as long as the node takes new work."""
         self._storage = storage
         self._find = find
         self._policy = policy
+        self._tenants = tenants
         self._metrics = metrics
         self._running: set[StorageRun] = set()
 
@@ -195,7 +207,7 @@ class StorageRuns:
         """Watch a load or store, which begins with its first watcher and fails when it has none any more.
 
         Raises RegionNotFound, AccessDenied, OutOfRange, WrongNode, RegionDeleted, RegionRevoked, LimitReached,
-        ShuttingDown.
+        QuotaExceeded, ShuttingDown.
         """
         run.watchers += 1
         try:
@@ -213,9 +225,11 @@ class StorageRuns:
 
     def _begin(self, run: StorageRun) -> None:
         request = run.request
+        self._tenants.request(run.subject)
         region = self._find(request.region)
         action = Action.WRITE if request.order is Order.LOAD else Action.READ
-        self._policy.check(run.subject, action, region.name, region.owner)
+        self._policy.check_region(run.subject, action, region)
+        self._policy.check_file(run.subject, request.order, request.path)
         region.check_usable()
         _check_room(region, request, max(1, request.length))
         if len(self._running) >= self._storage.limit:
@@ -224,13 +238,17 @@ class StorageRuns:
                 "storage.max_running.",
                 limit=self._storage.limit,
             )
+        self._tenants.check_pace(run.subject)
+        length = request.length or region.memory.length - request.region_offset  # of a whole file: at most this
+        hold = self._tenants.hold(run.subject, {Resource.TRANSFERS: 1, Resource.OUTSTANDING: length})
         region.users.add(run)
         self._running.add(run)
-        run.task = asyncio.get_running_loop().create_task(self._drive(run, region))
+        run.task = asyncio.get_running_loop().create_task(self._drive(run, region, hold))
 
-    async def _drive(self, run: StorageRun, region: Region) -> None:
+    async def _drive(self, run: StorageRun, region: Region, hold: Hold) -> None:
         counting = asyncio.get_running_loop().create_task(self._count(run))
         await run.drive(region, self._storage)
+        self._tenants.release(hold)
         self._running.discard(run)
         self._metrics.storage_ended(run.request.order, run.facts, run.error)
         await counting
@@ -244,4 +262,5 @@ class StorageRuns:
             facts = run.facts
             if facts.way is not None and facts.bytes_done > counted:
                 self._metrics.storage_bytes(run.request.order, facts.way, facts.bytes_done - counted)
+                self._tenants.spend(run.subject, facts.bytes_done - counted)
                 counted = facts.bytes_done

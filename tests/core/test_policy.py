@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.patterns import DevicePattern, Folder, OwnerPattern, SubjectPattern
+from peermem.core.policy import OPEN, OWN, Action, Decision, Rule, Rules, TenantRule, Traits
 from peermem.core.quota import Limits
-from peermem.core.rules import OPEN, OWN, Action, Decision, Rule, Rules, TenantRule, Traits
 
 USER, OTHER = Subject("uid:1000", ("gid:100",)), Subject("uid:2000")
 HIS = Traits("uid:1000", "memfd0", {"team": "a"})
@@ -122,6 +122,7 @@ def test_open_is_todays_rule() -> None:
         assert OPEN.decide(subject, Action.MANAGE, nobodys).allowed
         assert OPEN.decide(subject, Action.MANAGE, HIS).allowed is (subject == USER)
         assert OPEN.decide_file(subject, Action.STORE, "/data").allowed
+        assert OPEN.watched(subject)(Traits("uid:3"))
 
 
 def test_where_it_is_not_open_everybody_has_ones_own() -> None:
