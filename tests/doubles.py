@@ -263,6 +263,9 @@ class DirectRemote:
         self._broker = broker
         self._here = here
 
+    def _spoken(self, subject: Subject) -> Subject:
+        return subject.vouched_for(self._here)
+
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         await self.cues.pass_through("open_link")
         return self._broker.serving.open_link(self._here, offer)
@@ -306,7 +309,7 @@ class DirectRemote:
     async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncIterator[TransferFacts]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
-        yield self._broker.seen_transfer(subject, name)
+        yield self._broker.seen_transfer(self._spoken(subject), name)
         if running is not None:
             await running.ended.wait()
             yield running.facts

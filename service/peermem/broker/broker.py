@@ -193,9 +193,13 @@ class Broker:
         return region.memory
 
     async def go_by(self, rules: Rules) -> None:
-        """Have another policy in force: grants that it does not allow end at once, limits are counted anew."""
+        """Have another policy in force: what it does not allow ends at once, limits are counted anew."""
         self.policy.rules = rules
         self.tenants.go_by(rules)
+        for each in self._running():
+            for action, region in each.uses:
+                if (error := self.policy.denial(each.subject, action, region)) is not None:
+                    each.fail(error)
         await self.serving.revoke_denied()
 
     def _session_closed(self, session: Session) -> None:
@@ -251,16 +255,7 @@ class Broker:
     async def _drive(self, name: ChildName, drive: Coroutine[None, None, None], hold: Hold) -> None:
         await drive
         self.tenants.release(hold)
-        facts = self.transfers.ended(name)
-        self._metrics.transfer_ended(
-            outcome=facts.state,
-            reason=facts.error.reason if facts.error else None,
-            direction=facts.direction,
-            fabric=facts.fabric if facts.path else None,
-            path=facts.path,
-            size=facts.bytes_total,
-            seconds=facts.duration or 0.0,
-        )
+        facts.count_ended(self._metrics, self.transfers.ended(name))
 
     def _moved(self, run: LegRun, size: int) -> None:
         self._metrics.transfer_bytes(run.leg.direction, run.fabric, run.path, size)

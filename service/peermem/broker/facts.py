@@ -1,4 +1,4 @@
-"""What a node is and has at this moment, as told to others."""
+"""What a node is and has at this moment, as told to others, and what the metrics are told of an ended transfer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from peermem.core.node import DeviceFacts, NodeFacts
+from peermem.core.transfer import TransferFacts
 from peermem.core.version import VERSION
+from peermem.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from peermem.broker.broker import Broker
@@ -38,3 +40,16 @@ def device_facts(broker: Broker) -> list[DeviceFacts]:
         DeviceFacts(name, device.kind, device.size, device.available, device.path, counts[name])
         for name, device in sorted(broker.devices.items())
     ]
+
+
+def count_ended(metrics: Metrics, transfer: TransferFacts) -> None:
+    """Count a transfer that ended."""
+    metrics.transfer_ended(
+        outcome=transfer.state,
+        reason=transfer.error.reason if transfer.error else None,
+        direction=transfer.direction,
+        fabric=transfer.fabric if transfer.path else None,
+        path=transfer.path,
+        size=transfer.bytes_total,
+        seconds=transfer.duration or 0.0,
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from peermem.broker.regions import Region, region_not_found
 from peermem.broker.transfers import transfer_not_found
-from peermem.core.errors import AccessDenied
+from peermem.core.errors import AccessDenied, PeermemError
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import DENY_RULE, Action, Decision, Rules, Traits
@@ -42,20 +42,24 @@ class Guard:
         traits = region_traits(region)
         decision = self.rules.decide(subject, action, traits)
         self._audit_it(subject, action, region.name, decision, under)
+        if not decision.allowed:
+            raise self._refusal(subject, action, region, traits)
+
+    def denial(self, subject: Subject, action: Action, region: Region) -> PeermemError | None:
+        """Return why what was allowed before is not by the policy of now, or None. Only a denial is written down."""
+        traits = region_traits(region)
+        decision = self.rules.decide(subject, action, traits)
         if decision.allowed:
-            return
+            return None
+        self._audit_it(subject, action, region.name, decision)
+        return self._refusal(subject, action, region, traits)
+
+    def _refusal(self, subject: Subject, action: Action, region: Region, traits: Traits) -> PeermemError:
         if not self.rules.eyes(subject)(traits):
             self._metrics.denied(Denial.REGION_HIDDEN)
-            raise region_not_found(region.name, self._node)
+            return region_not_found(region.name, self._node)
         self._metrics.denied(Denial.RIGHT_MISSING)
-        raise self._denied(subject, action, region.name, region.owner)
-
-    def still_allows(self, subject: Subject, action: Action, region: Region) -> bool:
-        """Whether what was allowed is so by the policy of now; writes down what is not."""
-        decision = self.rules.decide(subject, action, region_traits(region))
-        if not decision.allowed:
-            self._audit_it(subject, action, region.name, decision)
-        return decision.allowed
+        return self._denied(subject, action, region.name, region.owner)
 
     def check_creation(self, subject: Subject, device: str, request: RegionRequest) -> None:
         """Return when `subject` may make a region on a device. Raises AccessDenied."""

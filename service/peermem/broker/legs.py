@@ -42,6 +42,7 @@ from peermem.core.errors import (
     StaleEpoch,
 )
 from peermem.core.plan import Direction, Leg, slices
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -106,6 +107,11 @@ class LegRun:
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+
+    @property
+    def use(self) -> tuple[Action, Region]:
+        """What it does with the region here."""
+        return Action.READ if self._opcode is Opcode.WRITE else Action.WRITE, self._region
 
     @property
     def path(self) -> Path:

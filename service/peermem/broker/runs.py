@@ -22,8 +22,10 @@ from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
 from peermem.broker.tenants import Share
 from peermem.core.errors import Internal, PeermemError, Timeout
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
 
 log = structlog.get_logger(__name__)
@@ -33,12 +35,17 @@ class Transfer(Protocol):
     """A transfer in the broker's table, run here or relayed."""
 
     owner: str
+    subject: Subject
     ended: asyncio.Event
     """Set when it has ended and its fence is up."""
 
     @property
     def facts(self) -> TransferFacts:
         """The transfer as it stands."""
+
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """What it does itself with regions of this node; what it has grants for is not among it."""
 
     def fail(self, error: PeermemError) -> None:
         """End it for this reason; `ended` follows."""
@@ -62,6 +69,7 @@ class TransferRun:
         """
         self.name = name
         self.share = share
+        self.subject = share.subject
         self.owner = str(share.subject)
         self.clock = time.monotonic
         self.moved = moved
@@ -105,6 +113,11 @@ class TransferRun:
             path=first.path,
             fabric_why=first.why,
         )
+
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer."""
+        return [leg.use for leg in self._legs]
 
     async def drive(self, links: LinkTable) -> None:
         """Carry the transfer to its end; never raises."""

@@ -229,7 +229,7 @@ class Serving:
     async def revoke_denied(self) -> None:
         """End the grants that the policy of now does not allow; afterwards no byte moves under them."""
         for index, grant in enumerate(list(self._grants.values())):
-            if not self._policy.still_allows(grant.subject, _ACTIONS[grant.rights], grant.region):
+            if self._policy.denial(grant.subject, _ACTIONS[grant.rights], grant.region) is not None:
                 await self._end(grant)
             if index % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)

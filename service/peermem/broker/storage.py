@@ -46,6 +46,10 @@ _TICK = 0.1
 """Seconds between two counts of what moved."""
 
 
+REGION_ACTIONS = {Order.LOAD: Action.WRITE, Order.STORE: Action.READ}
+"""What a load and a store do with their region."""
+
+
 class StorageRun:
     """One load or store; a `regions.RegionUser`."""
 
@@ -64,7 +68,13 @@ class StorageRun:
         self._counting = threading.Lock()
         self._crc32c: int | None = None
         self._movement: Movement | None = None
+        self._region: Region | None = None
         self._last: StorageFacts | None = None
+
+    @property
+    def uses(self) -> list[tuple[Action, Region]]:
+        """What it does with its region, while it does."""
+        return [(REGION_ACTIONS[self.request.order], self._region)] if self._region is not None else []
 
     @property
     def facts(self) -> StorageFacts:
@@ -103,6 +113,7 @@ class StorageRun:
     async def drive(self, region: Region, storage: Storage) -> None:
         """Carry it to its end; never raises."""
         self._began = time.monotonic()
+        self._region = region
         try:
             await self._work(region, storage)
             self.error = None  # what came too late
@@ -115,7 +126,7 @@ class StorageRun:
         finally:
             self._duration = time.monotonic() - self._began
             region.users.discard(self)
-            self._last, self._movement = self.facts, None  # who remembers it needs its facts only
+            self._last, self._movement, self._region = self.facts, None, None  # who remembers it needs its facts only
             self.ended.set()
 
     async def _work(self, region: Region, storage: Storage) -> None:
@@ -227,8 +238,7 @@ class StorageRuns:
         request = run.request
         self._tenants.request(run.subject)
         region = self._find(request.region)
-        action = Action.WRITE if request.order is Order.LOAD else Action.READ
-        self._policy.check_region(run.subject, action, region)
+        self._policy.check_region(run.subject, REGION_ACTIONS[request.order], region)
         self._policy.check_file(run.subject, request.order, request.path)
         region.check_usable()
         _check_room(region, request, max(1, request.length))
