@@ -65,6 +65,7 @@ class Audit:
 
     def __init__(self, decisions: Decisions) -> None:
         self.decisions: Decisions = decisions
+        logging.getLogger(LOGGER).setLevel(logging.INFO)  # else the level of all logs holds
         self._log = structlog.wrap_logger(
             logging.getLogger(LOGGER), wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)
         )
