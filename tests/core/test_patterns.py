@@ -97,6 +97,16 @@ def test_a_pattern_that_could_match_nothing_is_refused(text: object) -> None:
         SubjectPattern(text)
 
 
+@pytest.mark.parametrize("text", ["uid:7", "anonymous", "spiffe://example.org/a", "kubernetes:a/b", "uid:7@*"])
+def test_a_name_is_one_subject(text: str) -> None:
+    assert SubjectPattern(text).is_one is ("*" not in text)
+
+
+@pytest.mark.parametrize("text", ["anyone", "identified", "gid:7", "uid:*", "kubernetes:a/*"])
+def test_a_pattern_is_many(text: str) -> None:
+    assert not SubjectPattern(text).is_one
+
+
 def test_whose_regions() -> None:
     there = USER.vouched_for("b")
     assert OwnerPattern("mine").matches("uid:1000", USER)

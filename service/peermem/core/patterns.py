@@ -48,6 +48,11 @@ class SubjectPattern:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.text!r})"
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is the name of one subject."""
+        return self._kind == "name" and "*" not in self.text
+
     def matches(self, subject: Subject) -> bool:
         """Whether it stands for `subject`."""
         if self._node == "*":
