@@ -104,7 +104,7 @@ def test_a_policy_says_what_its_file_says(tmp_path: Path) -> None:
         ),
         (
             RULE + TENANT + "bytes_per_second = 1",
-            "tenant[0].bytes_per_second is 1: expected a size from 4KiB",
+            "tenant[0].bytes_per_second is 1: expected a size from 1MiB",
         ),
         (
             RULE + TENANT + "regions = -1",

@@ -68,12 +68,12 @@ class Bytes(int):
 class Rate(Bytes):
     """A limit in bytes a second."""
 
-    expected: ClassVar[str] = 'a size from 4KiB to 1024TiB in bytes, KiB, MiB, GiB or TiB, such as "1GiB"'
+    expected: ClassVar[str] = 'a size from 1MiB to 1024TiB in bytes, KiB, MiB, GiB or TiB, such as "1GiB"'
 
     def __new__(cls, value: str | int) -> Self:
         """Raises ValueError."""
         size = super().__new__(cls, value)
-        if size < 4096:
+        if size < 1 << 20:  # slices are as large: less would be no rate, but long pauses
             raise ValueError(cls.expected)
         return size
 

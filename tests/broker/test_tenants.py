@@ -110,9 +110,9 @@ async def test_loads_and_stores_count_as_transfers(pair: list[Host], tmp_path: P
             pass
 
     await refused(a, Resource.TRANSFERS, watch, "runs 0 transfers; 1 transfer more")
-    await limit(a, "bytes_per_second = '4KiB'")
-    a.broker.tenants.spend(ANONYMOUS, 3 * 4096)
-    await refused(a, Resource.BYTES_PER_SECOND, watch, "moves more than 4KiB a second, its limit. Try again in ")
+    await limit(a, "bytes_per_second = '1MiB'")
+    a.broker.tenants.spend(ANONYMOUS, 3 * MIB)
+    await refused(a, Resource.BYTES_PER_SECOND, watch, "moves more than 1MiB a second, its limit. Try again in ")
 
 
 async def test_what_begins_something_is_counted_and_what_ends_or_keeps_it_is_not(pair: list[Host]) -> None:

@@ -85,10 +85,10 @@ class LegRun:
         self.why = ""
         """Why this one, in words."""
         self._host = host
+        self.share = host.share
         self._index = index
         self._region = region
-        right = Rights.READ if pull else Rights.WRITE
-        self._wanted = Wanted(leg.other, right, host.share.subject, staged=False)
+        self._wanted = Wanted(leg.other, Rights.READ if pull else Rights.WRITE, host.share.subject, staged=False)
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
@@ -247,8 +247,7 @@ class LegRun:
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
         if self._host.machine.error is not None:
-            if self._stager is not None:
-                self._stager.drop()
+            self.give_up()
             self._host.check_drained()
             return None
         now = self._host.clock()
@@ -261,6 +260,11 @@ class LegRun:
             return self._stager.next_request(wr_id)
         piece = self.take()
         return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
+
+    def give_up(self) -> None:
+        """The transfer failed: what is ready for the wire is not posted any more."""
+        if self._stager is not None:
+            self._stager.drop()
 
     def take(self) -> Ranges | None:
         """See StagedLeg."""

@@ -144,6 +144,8 @@ class TransferRun:
         self.machine.fail(error)
         if self._waiting is not None:
             self._waiting.cancel()
+        for leg in self._legs:  # whose tenant's bytes may have to wait for long
+            leg.give_up()
         self.check_drained()
 
     def check_drained(self) -> None:
