@@ -8,6 +8,7 @@ import pytest
 
 from peermem import memory
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS
 from peermem.core.node import ADOPTED_DMABUF
 from peermem.core.policy import Action
 from peermem.core.region import State as RegionState
@@ -49,7 +50,7 @@ async def test_over_tcp_it_is_staged(nic_pair: list[NicHost], gpu: ImportedDevic
     a, b = nic_pair
     here, there = await region(a, MIB, device="gpu0"), await region(b, MIB)
     source, sink, holder = (here, there, a) if order == "push" else (there, here, b)
-    with holder.broker.use_region("anonymous", source.name, Action.WRITE, 0, MIB) as use:
+    with holder.broker.use_region(ANONYMOUS, source.name, Action.WRITE, 0, MIB) as use:
         await use.write(0, DATA)
     moved = await outcome(await start(a, whole(source, sink), fabric=FabricKind.TCP, checksum=True))
     assert (moved.state, moved.path) == (State.SUCCEEDED, Path.STAGED)

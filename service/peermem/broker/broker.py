@@ -40,6 +40,7 @@ from peermem.core.errors import (
     TransferCancelled,
     WrongNode,
 )
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
@@ -112,7 +113,7 @@ class Broker:
 
     # regions
 
-    async def create_region(self, subject: str, session: Session | None, request: RegionRequest) -> Region:
+    async def create_region(self, subject: Subject, session: Session | None, request: RegionRequest) -> Region:
         """Make a region. Raises as RegionService.CreateRegion."""
         self._check_open()
         region = await self._maker.make(subject, session, request)
@@ -129,7 +130,7 @@ class Broker:
         self._check_here(name)
         return self.regions.find(name)
 
-    async def delete_region(self, subject: str, name: ChildName, *, force: bool) -> None:
+    async def delete_region(self, subject: Subject, name: ChildName, *, force: bool) -> None:
         """End a region. Raises RegionNotFound, RegionInUse, AccessDenied, WrongNode."""
         region = self.region(name)
         self.policy.check(subject, Action.MANAGE, name, region.owner)
@@ -142,7 +143,7 @@ class Broker:
         error = RegionDeleted(f"{name} was deleted by {subject} while the transfer used it.", region=name)
         await asyncio.shield(self.regions.start_end(region, error))
 
-    def renew_leases(self, subject: str, names: Sequence[ChildName]) -> list[Region]:
+    def renew_leases(self, subject: Subject, names: Sequence[ChildName]) -> list[Region]:
         """Renew all or none. Raises RegionNotFound, LeaseNotRenewable, AccessDenied, WrongNode."""
         regions = [self.region(name) for name in names]
         for region in regions:
@@ -157,7 +158,7 @@ class Broker:
             self.regions.renew(region)
         return regions
 
-    def use_region(self, subject: str, name: ChildName, action: Action, offset: int, length: int) -> Use:
+    def use_region(self, subject: Subject, name: ChildName, action: Action, offset: int, length: int) -> Use:
         """Return a use of a range. Raises RegionNotFound, OutOfRange, AccessDenied, WrongNode."""
         region = self.region(name)
         self.policy.check(subject, action, name, region.owner)
@@ -165,7 +166,7 @@ class Broker:
         use.check_inside(offset, length)
         return use
 
-    def map_region(self, name: ChildName, subject: str) -> DeviceMemory:
+    def map_region(self, name: ChildName, subject: Subject) -> DeviceMemory:
         """Return the memory for a local job to map. Raises RegionNotFound, AccessDenied, WrongNode."""
         region = self.region(name)
         region.check_usable()
@@ -181,7 +182,7 @@ class Broker:
 
     # transfers
 
-    async def create_transfer(self, subject: str, request: TransferRequest, *, relayed: bool) -> Transfer:
+    async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
 
         Raises as TransferService.CreateTransfer.
@@ -211,7 +212,7 @@ class Broker:
         self._begin(name, run, request.weight, run.drive(self.links))
         return run
 
-    def _local_regions(self, subject: str, request: TransferRequest) -> dict[ChildName, Region]:
+    def _local_regions(self, subject: Subject, request: TransferRequest) -> dict[ChildName, Region]:
         regions: dict[ChildName, Region] = {}
         for entry in request.lists:
             for name, action in ((entry.source, Action.READ), (entry.destination, Action.WRITE)):
@@ -249,7 +250,7 @@ class Broker:
         self._check_here(name)
         return self.transfers.facts(name)
 
-    async def cancel_transfer(self, subject: str, name: ChildName) -> TransferFacts:
+    async def cancel_transfer(self, subject: Subject, name: ChildName) -> TransferFacts:
         """Cancel and wait for the fence. Raises TransferNotFound, AccessDenied, WrongNode."""
         facts = self.transfer(name)
         self.policy.check(subject, Action.MANAGE, name, facts.owner)

@@ -40,6 +40,7 @@ from peermem.core.errors import (
     RegionNotFound,
     StaleEpoch,
 )
+from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
@@ -51,7 +52,7 @@ log = structlog.get_logger(__name__)
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    owner: str
+    subject: Subject
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -86,7 +87,7 @@ class LegRun:
         self._index = index
         self._region = region
         right = Rights.READ if pull else Rights.WRITE
-        self._wanted = Wanted(leg.other, right, host.owner, staged=False)
+        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))

@@ -20,6 +20,7 @@ import structlog
 
 from peermem.broker.slots import SLOT, Slots
 from peermem.core.errors import NodeUnreachable, PeermemError
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
@@ -35,7 +36,7 @@ class Wanted(NamedTuple):
 
     region: ChildName
     right: Rights
-    subject: str
+    subject: Subject
     """On whose behalf."""
     staged: bool
     """Whether by way of a staging buffer, whatever the region's path is."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 import structlog
 
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.transfer import State, TransferFacts, TransferRequest
@@ -32,9 +33,11 @@ _RETRY = 0.5
 class Relay:
     """A transfer that another node runs; a `runs.Transfer`."""
 
-    def __init__(self, name: ChildName, node: str, remote: RemoteNode, request: TransferRequest, owner: str) -> None:
-        """`remote` is the daemon of `node`, which runs the transfer."""
-        self.owner = owner
+    def __init__(
+        self, name: ChildName, node: str, remote: RemoteNode, request: TransferRequest, subject: Subject
+    ) -> None:
+        """`remote` is the daemon of `node`, which runs the transfer for `subject`."""
+        self.owner = str(subject)
         self.ended = asyncio.Event()
         self.facts = TransferFacts(
             name=name,
@@ -44,7 +47,7 @@ class Relay:
             segment_count=request.segment_count,
             fabric=None,
             direction=Direction.RELAYED,
-            owner=owner,
+            owner=self.owner,
             error=None,
             created_at=time.time(),
             duration=None,
@@ -53,6 +56,7 @@ class Relay:
         self._node = node
         self._remote = remote
         self._request = request
+        self._subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
@@ -96,7 +100,7 @@ class Relay:
         began = time.monotonic()
         while True:
             try:
-                return await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self._subject)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED":
                     raise
@@ -154,4 +158,4 @@ class Relay:
 
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
-            await self._remote.cancel_transfer(name, self.owner)
+            await self._remote.cancel_transfer(name, self._subject)

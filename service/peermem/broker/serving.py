@@ -33,6 +33,7 @@ from peermem.core.errors import (
     ShuttingDown,
     StaleEpoch,
 )
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import Action, Policy
 from peermem.core.region import State
@@ -140,7 +141,7 @@ class Serving:
         self._spawn(self.close_link(link_id))
 
     async def acquire(
-        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """Give a link the right to a whole region, `staged` by way of a buffer whatever its path is.
 
@@ -335,7 +336,7 @@ class OwnNode:
         await self._serving.close_link(link_id)
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """See GrantSource."""
         return await self._serving.acquire(link_id, epoch, region, right, subject, staged=staged)
