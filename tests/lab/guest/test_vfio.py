@@ -276,6 +276,16 @@ def test_memory_that_is_switched_off(lab: Lab, ivshmem: str) -> None:
     works(lab)
 
 
+def test_a_reset_that_root_orders_takes_nothing_back(lab: Lab, ivshmem: str) -> None:
+    """The kernel tells nobody of it: what the device keeps in its memory is still the region's."""
+    with regions(lab, MIB) as (here, there):
+        here.write(noise(MIB))
+        (DEVICES / ivshmem / "reset").write_text("1")
+        assert lab.nodes["a"].transfer(here, there, checksum=True).wait(PATIENCE).path is Way.STAGED
+        assert there.read() == noise(MIB)
+        assert not revoked(lab, here)
+
+
 def test_one_that_a_job_exported_is_refused_with_both_reasons(lab: Lab, ivshmem: str) -> None:
     """No NIC here imports it, and vfio lets the CPU map nothing of it: so there is no way, and nothing stays behind."""
     fd = _exported(lab)
