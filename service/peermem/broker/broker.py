@@ -50,7 +50,7 @@ from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
-from peermem.core.region import RegionRequest
+from peermem.core.region import RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
@@ -111,7 +111,7 @@ class Broker:
             keep_ended_for=settings.keep_ended_for,
         )
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
-        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
+        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
         self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
         sessions.on_close(self._session_closed)
@@ -339,7 +339,11 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        for region in self.regions.lost(self.devices.values()):
+        for region in self.regions.vanished():
+            self._taken_back(region)
+
+    def _taken_back(self, region: Region) -> None:
+        if region.state is State.READY:
             self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
