@@ -286,8 +286,8 @@ class OutboundLink:
                 pass  # the far end ends the link itself when its connections close
 
 
-_SHARED_SLICES = 4
-"""Slices that one tenant may have outstanding while others use the link, too: enough to keep two rails busy."""
+_SHARED_SLICES = 2
+"""Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
 _CLOCK_SLACK = 1.0
 """Seconds that two monotonic clocks may part by within a grant's time."""
