@@ -156,10 +156,12 @@ class App:
 
     def _audit(self) -> Audit:
         """Return the audit log. Raises OSError where its file can't be written."""
+        file = None
         if self.config.audit.file:
-            self._stack.callback(AuditFile(Path(self.config.audit.file)).close)
+            file = AuditFile(Path(self.config.audit.file), self.metrics.policy.not_audited)
+            self._stack.callback(file.close)
         chosen = self.config.audit.decisions
-        return Audit(("all" if self.config.policy.file else "denied") if chosen == "auto" else chosen)
+        return Audit(("all" if self.config.policy.file else "denied") if chosen == "auto" else chosen, file)
 
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable) -> Broker:
         config = self.config
