@@ -185,6 +185,20 @@ async def test_a_new_policy_ends_what_uses_regions_of_this_node(pair: list[Host]
         await host.broker.go_by(OPEN)
 
 
+async def test_a_new_policy_ends_streams_of_bytes(pair: list[Host]) -> None:
+    a, _ = pair
+    x = await made(a, ANN, "x")
+    with (
+        a.broker.use_region(BEN, x.name, Action.READ, 0, 10) as theirs,
+        a.broker.use_region(ANN, x.name, Action.READ, 0, 10) as mine,
+    ):
+        assert await theirs.read(0, 10) == bytes(10)
+        await a.broker.go_by(OWN)
+        with pytest.raises(errors.RegionNotFound):
+            await theirs.read(0, 10)
+        assert await mine.read(0, 10) == bytes(10)
+
+
 async def test_only_the_files_of_a_rule_are_loaded(pair: list[Host]) -> None:
     a, _ = pair
     await a.broker.go_by(policy(rule("r", "uid:1", "load", "files = ['/data']")))

@@ -19,6 +19,8 @@ from typing import Self, TypeVar
 from peermem import memory
 from peermem.broker.regions import Region
 from peermem.core.errors import OutOfRange, PeermemError, RegionRevoked
+from peermem.core.identity import Subject
+from peermem.core.policy import Action
 from peermem.memory import HostMemory
 from peermem.offload import in_thread
 
@@ -41,6 +43,8 @@ class Use:
         """Raises RegionDeleted or RegionRevoked when the region is not usable."""
         region.check_usable()
         self.region = region
+        self.allowed: tuple[Subject, Action] | None = None
+        """Who was allowed what for it, where somebody had to be; a new policy may say otherwise."""
         self._error: PeermemError | None = None
         self._touching = False
         self._over = asyncio.Event()

@@ -21,7 +21,7 @@ import structlog
 from peermem.broker import facts
 from peermem.broker.access import Use
 from peermem.broker.admission import local_regions
-from peermem.broker.guard import Guard
+from peermem.broker.guard import Guard, streams
 from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.maker import RegionMaker
@@ -180,6 +180,7 @@ class Broker:
         region = self.region(name)
         self.policy.check_region(subject, action, region)
         use = Use(region)
+        use.allowed = subject, action
         use.check_inside(offset, length)
         return use
 
@@ -196,10 +197,8 @@ class Broker:
         """Have another policy in force: what it does not allow ends at once, limits are counted anew."""
         self.policy.rules = rules
         self.tenants.go_by(rules)
-        for each in self._running():
-            for action, region in each.uses:
-                if (error := self.policy.denial(each.subject, action, region)) is not None:
-                    each.fail(error)
+        self.policy.fail_denied((each, each.subject, *use) for each in self._running() for use in each.uses)
+        self.policy.fail_denied(streams(self.regions))
         await self.serving.revoke_denied()
 
     def _session_closed(self, session: Session) -> None:

@@ -9,8 +9,10 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
+from peermem.broker.access import Use
 from peermem.broker.regions import Region, region_not_found
 from peermem.broker.transfers import transfer_not_found
 from peermem.core.errors import AccessDenied, PeermemError
@@ -22,6 +24,13 @@ from peermem.core.storage import Order
 from peermem.core.transfer import TransferFacts
 from peermem.telemetry.audit import Audit
 from peermem.telemetry.policy import Denial, PolicyMetrics
+
+
+class Stoppable(Protocol):
+    """What uses regions, and can be made to stop."""
+
+    def fail(self, error: PeermemError) -> None:
+        """Stop for this reason."""
 
 
 class Guard:
@@ -53,6 +62,12 @@ class Guard:
             return None
         self._audit_it(subject, action, region.name, decision)
         return self._refusal(subject, action, region, traits)
+
+    def fail_denied(self, uses: Iterable[tuple[Stoppable, Subject, Action, Region]]) -> None:
+        """End each use of a region that the policy of now does not allow."""
+        for user, subject, action, region in uses:
+            if (error := self.denial(subject, action, region)) is not None:
+                user.fail(error)
 
     def _refusal(self, subject: Subject, action: Action, region: Region, traits: Traits) -> PeermemError:
         if not self.rules.eyes(subject)(traits):
@@ -153,3 +168,11 @@ _SEE = "see"
 def region_traits(region: Region) -> Traits:
     """Return what rules look at in a region."""
     return Traits(region.owner, region.device.name, region.labels)
+
+
+def streams(regions: Iterable[Region]) -> Iterator[tuple[Stoppable, Subject, Action, Region]]:
+    """Yield the streams of bytes into and out of regions, with who was allowed what for each."""
+    for region in regions:
+        for user in list(region.users):
+            if isinstance(user, Use) and user.allowed is not None:
+                yield user, *user.allowed, region
