@@ -28,5 +28,7 @@ def open_guard(config: Config, source: PolicySource, metrics: PolicyMetrics, sta
         file = AuditFile(Path(config.audit.file), metrics.not_audited)
         stack.callback(file.close)
     chosen = config.audit.decisions
-    audit = Audit(("all" if config.policy.file else "denied") if chosen == "auto" else chosen, file)
+    audit = Audit(
+        ("all" if config.policy.file else "denied") if chosen == "auto" else chosen, file, config.transfer.grant_ttl
+    )
     return Guard(config.node, source.rules, audit, metrics)

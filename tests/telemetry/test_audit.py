@@ -87,6 +87,15 @@ def test_what_is_decided_again_for_one_transfer_is_one_line(stream: io.StringIO)
     assert len(log._repeated) <= 4096
 
 
+def test_what_is_decided_after_its_grant_was_over_is_another_line(stream: io.StringIO) -> None:
+    now = 100.0
+    log = Audit("all", again=30.0, clock=lambda: now)
+    for pause in (15.0, 15.0, 15.0, 31.0, 15.0):
+        log.decided(USER, "read", "x", "r", allowed=True, under=b"link")
+        now += pause
+    assert len(lines(stream.getvalue())) == 2
+
+
 async def test_each_task_has_its_own_caller(stream: io.StringIO) -> None:
     log = Audit("all")
 

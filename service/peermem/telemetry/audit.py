@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -111,8 +113,17 @@ class AuditFile:
 class Audit:
     """Writes decisions down."""
 
-    def __init__(self, decisions: Decisions, file: AuditFile | None = None) -> None:
-        """Without a `file` it is written where all logs are."""
+    def __init__(
+        self,
+        decisions: Decisions,
+        file: AuditFile | None = None,
+        again: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without a `file` it is written where all logs are. `again` is how many seconds a grant lasts: what is allowed
+        once more within them is the same grant that is renewed."""
+        self._again = again
+        self._clock = clock
         self.decisions: Decisions = decisions
         always = structlog.make_filtering_bound_logger(logging.INFO)
         if file is None:
@@ -120,12 +131,12 @@ class Audit:
             self._log = structlog.wrap_logger(logging.getLogger(LOGGER), wrapper_class=always)
         else:
             self._log = structlog.wrap_logger(file, _PROCESSORS, always).bind(logger=LOGGER)
-        self._repeated: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._repeated: OrderedDict[tuple[object, ...], float] = OrderedDict()
 
     def decided(
         self, subject: Subject, action: str, resource: object, rule: str, *, allowed: bool, under: object = None
     ) -> None:
-        """Write one decision down. What was allowed before to the same subject `under` the same thing is left out."""
+        """Write one decision down. What is allowed again to the same subject `under` the same link is left out."""
         if allowed and (self.decisions != "all" or self._is_known((under, subject, action, resource, rule), under)):
             return
         caller = _caller.get()
@@ -145,9 +156,9 @@ class Audit:
     def _is_known(self, key: tuple[object, ...], under: object) -> bool:
         if under is None:
             return False
-        known = key in self._repeated
-        self._repeated[key] = None
-        self._repeated.move_to_end(key)
+        now = self._clock()
+        known = now <= self._repeated.pop(key, -math.inf) + self._again
+        self._repeated[key] = now
         if len(self._repeated) > _REMEMBERED:
             self._repeated.popitem(last=False)
         return known
