@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class RegionServiceStub:
-    """Regions of this node: ranges of device memory that transfers can read and write.
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
     """
 
     def __init__(self, channel):
@@ -83,7 +86,10 @@ class RegionServiceStub:
 
 
 class RegionServiceServicer:
-    """Regions of this node: ranges of device memory that transfers can read and write.
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
     """
 
     def CreateRegion(self, request, context):
@@ -92,7 +98,7 @@ class RegionServiceServicer:
         or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
         kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
         DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-        GPU_DRIVER_MISSING, GPU_FAILED.
+        GPU_DRIVER_MISSING, GPU_FAILED, ACCESS_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +112,7 @@ class RegionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRegions(self, request, context):
-        """Lists the regions of this node in order of their names.
+        """Lists the regions of this node that the caller sees, in order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,7 +231,10 @@ def add_RegionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RegionService:
-    """Regions of this node: ranges of device memory that transfers can read and write.
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
     """
 
     @staticmethod

@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RegionServiceStub:
-    """Regions of this node: ranges of device memory that transfers can read and write."""
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,12 +43,12 @@ class RegionServiceStub:
     or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
     kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
     DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-    GPU_DRIVER_MISSING, GPU_FAILED.
+    GPU_DRIVER_MISSING, GPU_FAILED, ACCESS_DENIED.
     """
     GetRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.GetRegionRequest, _region_pb2.Region]
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
     ListRegions: _grpc.UnaryUnaryMultiCallable[_region_pb2.ListRegionsRequest, _region_pb2.ListRegionsResponse]
-    """Lists the regions of this node in order of their names."""
+    """Lists the regions of this node that the caller sees, in order of their names."""
     DeleteRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.DeleteRegionRequest, _region_pb2.DeleteRegionResponse]
     """Ends a region. After the answer nothing reads or writes its memory through peermem. A transfer
     that another node runs on it fails with REGION_DELETED. Idempotent by request_id. Errors:
@@ -80,7 +84,11 @@ class RegionServiceStub:
 
 @_typing.type_check_only
 class RegionServiceAsyncStub(RegionServiceStub):
-    """Regions of this node: ranges of device memory that transfers can read and write."""
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.CreateRegionRequest, _region_pb2.Region]  # type: ignore[assignment]
@@ -89,12 +97,12 @@ class RegionServiceAsyncStub(RegionServiceStub):
     or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
     kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
     DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-    GPU_DRIVER_MISSING, GPU_FAILED.
+    GPU_DRIVER_MISSING, GPU_FAILED, ACCESS_DENIED.
     """
     GetRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.GetRegionRequest, _region_pb2.Region]  # type: ignore[assignment]
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
     ListRegions: _aio.UnaryUnaryMultiCallable[_region_pb2.ListRegionsRequest, _region_pb2.ListRegionsResponse]  # type: ignore[assignment]
-    """Lists the regions of this node in order of their names."""
+    """Lists the regions of this node that the caller sees, in order of their names."""
     DeleteRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.DeleteRegionRequest, _region_pb2.DeleteRegionResponse]  # type: ignore[assignment]
     """Ends a region. After the answer nothing reads or writes its memory through peermem. A transfer
     that another node runs on it fails with REGION_DELETED. Idempotent by request_id. Errors:
@@ -129,7 +137,11 @@ class RegionServiceAsyncStub(RegionServiceStub):
     """
 
 class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Regions of this node: ranges of device memory that transfers can read and write."""
+    """Regions of this node: ranges of device memory that transfers can read and write. The node's policy
+    decides who may do what. To a caller that may neither read, write nor manage a region there is none:
+    it is in no list, and REGION_NOT_FOUND is what any call answers. Calls that begin something, and those
+    that read names and facts, may also end with QUOTA_EXCEEDED.
+    """
 
     @_abc_1.abstractmethod
     def CreateRegion(
@@ -142,7 +154,7 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         or of a dma-buf, which is tried with the NICs: nobody is to write to it meanwhile, and its bytes are
         kept. Idempotent by request_id. Errors: INVALID_FIELD, ZERO_LENGTH, DEVICE_NOT_FOUND, DEVICE_FULL,
         DEVICE_LOST, REGION_EXISTS, SESSION_NOT_FOUND, NOT_ADOPTABLE, LIMIT_REACHED, REQUEST_ID_REUSED,
-        GPU_DRIVER_MISSING, GPU_FAILED.
+        GPU_DRIVER_MISSING, GPU_FAILED, ACCESS_DENIED.
         """
 
     @_abc_1.abstractmethod
@@ -159,7 +171,7 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _region_pb2.ListRegionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_region_pb2.ListRegionsResponse, _abc.Awaitable[_region_pb2.ListRegionsResponse]]:
-        """Lists the regions of this node in order of their names."""
+        """Lists the regions of this node that the caller sees, in order of their names."""
 
     @_abc_1.abstractmethod
     def DeleteRegion(

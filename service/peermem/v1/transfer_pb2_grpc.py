@@ -76,8 +76,8 @@ class TransferServiceServicer:
         those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
         SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
         FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
-        behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
-        in the transfer's `error`.
+        behalf of another node's client), SHUTTING_DOWN, QUOTA_EXCEEDED. What another node finds, and what
+        fails later, is in the transfer's `error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,14 +85,14 @@ class TransferServiceServicer:
 
     def GetTransfer(self, request, context):
         """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
-        4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
+        4096). It is there for its owner and for who may manage it. Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTransfers(self, request, context):
-        """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+        """Lists transfers of this node that the caller sees, newest first. Errors: INVALID_FIELD, also for a page_token whose
         transfer has been forgotten meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,15 +38,15 @@ class TransferServiceStub:
     those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
     SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
     FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
-    behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
-    in the transfer's `error`.
+    behalf of another node's client), SHUTTING_DOWN, QUOTA_EXCEEDED. What another node finds, and what
+    fails later, is in the transfer's `error`.
     """
     GetTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
-    4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
+    4096). It is there for its owner and for who may manage it. Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
     """
     ListTransfers: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.ListTransfersRequest, _transfer_pb2.ListTransfersResponse]
-    """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+    """Lists transfers of this node that the caller sees, newest first. Errors: INVALID_FIELD, also for a page_token whose
     transfer has been forgotten meanwhile.
     """
     CancelTransfer: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.CancelTransferRequest, _transfer_pb2.Transfer]
@@ -74,15 +74,15 @@ class TransferServiceAsyncStub(TransferServiceStub):
     those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
     SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
     FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
-    behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
-    in the transfer's `error`.
+    behalf of another node's client), SHUTTING_DOWN, QUOTA_EXCEEDED. What another node finds, and what
+    fails later, is in the transfer's `error`.
     """
     GetTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.GetTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
     """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
-    4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
+    4096). It is there for its owner and for who may manage it. Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
     """
     ListTransfers: _aio.UnaryUnaryMultiCallable[_transfer_pb2.ListTransfersRequest, _transfer_pb2.ListTransfersResponse]  # type: ignore[assignment]
-    """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+    """Lists transfers of this node that the caller sees, newest first. Errors: INVALID_FIELD, also for a page_token whose
     transfer has been forgotten meanwhile.
     """
     CancelTransfer: _aio.UnaryUnaryMultiCallable[_transfer_pb2.CancelTransferRequest, _transfer_pb2.Transfer]  # type: ignore[assignment]
@@ -113,8 +113,8 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         those that this node can tell at once: INVALID_FIELD, OUT_OF_RANGE, ZERO_LENGTH,
         SEGMENTS_MISMATCH, SEGMENTS_OVERLAP, NO_COMMON_NODE, REGION_NOT_FOUND, NODE_NOT_FOUND,
         FABRIC_UNAVAILABLE, ACCESS_DENIED, LIMIT_REACHED, REQUEST_ID_REUSED, WRONG_NODE (for a call on
-        behalf of another node's client), SHUTTING_DOWN. What another node finds, and what fails later, is
-        in the transfer's `error`.
+        behalf of another node's client), SHUTTING_DOWN, QUOTA_EXCEEDED. What another node finds, and what
+        fails later, is in the transfer's `error`.
         """
 
     @_abc_1.abstractmethod
@@ -124,7 +124,7 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.Transfer, _abc.Awaitable[_transfer_pb2.Transfer]]:
         """Returns one transfer of this node. Ended ones are kept for a while (10 minutes, or the newest
-        4096). Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
+        4096). It is there for its owner and for who may manage it. Errors: TRANSFER_NOT_FOUND, WRONG_NODE.
         """
 
     @_abc_1.abstractmethod
@@ -133,7 +133,7 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _transfer_pb2.ListTransfersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.ListTransfersResponse, _abc.Awaitable[_transfer_pb2.ListTransfersResponse]]:
-        """Lists transfers of this node, newest first. Errors: INVALID_FIELD, also for a page_token whose
+        """Lists transfers of this node that the caller sees, newest first. Errors: INVALID_FIELD, also for a page_token whose
         transfer has been forgotten meanwhile.
         """
 
