@@ -256,7 +256,7 @@ def test_an_address_that_strangers_reach_needs_insecure_network(tmp_path: Path, 
     file = write(tmp_path, f'{section}.address = "{address}"')
     (problem,) = problems(file)
     assert problem.startswith(f"{file}: {section}.address {address} can be reached from other hosts")
-    assert "no authentication on TCP yet" in problem
+    assert "without TLS whoever reaches it can read, write and delete everything" in problem
     assert "insecure_network = true" in problem
     load(file, {"PEERMEM_INSECURE_NETWORK": "true"})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 import peermem
 from peermem import errors
+from peermem.client.attach import Attachment
 from peermem.v1 import region_pb2, region_pb2_grpc
 from tests.e2e.support import eventually, fault, metric
 
@@ -90,9 +92,28 @@ def test_a_session_lease_needs_a_session(stub: region_pb2_grpc.RegionServiceStub
     with pytest.raises(grpc.RpcError) as caught:
         stub.CreateRegion(request(lease=region_pb2.Lease(kind=region_pb2.LEASE_KIND_SESSION)))
     assert reason(caught.value) == errors.SessionNotFound.reason
+
+
+def test_a_token_of_no_session_counts_nowhere(stub: region_pb2_grpc.RegionServiceStub, trio: dict[str, Daemon]) -> None:
+    """The token of a session that ended is one of no session, too."""
+    attachment = Attachment.open(str(trio["a"].folder / "attach.sock"))
+    ended = attachment.token
+    attachment.close()
+    with grpc.insecure_channel(trio["a"].target) as channel:
+        local = region_pb2_grpc.RegionServiceStub(channel)
+        for token in ("of-nobody", ended):
+            eventually(partial(refused, local, token), "the end of the session")
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.CreateRegion(request(), metadata=(("peermem-session", token),))
+            assert reason(caught.value) == errors.Unauthenticated.reason, "on TCP no session counts"
+
+
+def refused(stub: region_pb2_grpc.RegionServiceStub, token: str) -> bool:
+    """Whether a call is refused because its session is unknown, and not because it asks for what there is not."""
+    wanted = region_pb2.RenewLeaseRequest(names=["nodes/a/regions/none"])
     with pytest.raises(grpc.RpcError) as caught:
-        stub.CreateRegion(request(), metadata=(("peermem-session", "of-nobody"),))
-    assert reason(caught.value) == errors.SessionNotFound.reason
+        stub.RenewLease(wanted, metadata=(("peermem-session", token),))
+    return reason(caught.value) == errors.SessionNotFound.reason
 
 
 def test_a_repeated_request_makes_one_region(a: peermem.Node, stub: region_pb2_grpc.RegionServiceStub) -> None:

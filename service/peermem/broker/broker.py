@@ -32,6 +32,7 @@ from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun, StorageRuns
 from peermem.broker.transfers import TransferTable
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
     RegionDeleted,
@@ -105,6 +106,7 @@ class Broker:
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
+        self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
         self.storage = StorageRuns(storage, self._open_region, policy, metrics)
@@ -206,7 +208,7 @@ class Broker:
             )
         if node != self.node:
             relay = Relay(name, node, self._remotes.get(node), request, subject)
-            self._begin(name, relay, request.weight, relay.drive())
+            self._begin(name, relay, request.weight, relay.drive(self.vouching))
             return relay
         run = TransferRun(name, request, parts, regions, subject, self._moved)
         self._begin(name, run, request.weight, run.drive(self.links))

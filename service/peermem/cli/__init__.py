@@ -7,7 +7,7 @@ Exit codes:
     2    the command line is wrong
     3    the node can't be reached, or is shutting down
     4    no such region, transfer, device or node
-    5    not allowed
+    5    not allowed, or not known who asks
     6    a timeout passed
     130  interrupted; a transfer was cancelled and its fence has been raised
 
@@ -41,6 +41,7 @@ _EXIT_CODES = {
     Code.UNAVAILABLE: 3,
     Code.NOT_FOUND: 4,
     Code.PERMISSION_DENIED: 5,
+    Code.UNAUTHENTICATED: 5,
     Code.DEADLINE_EXCEEDED: 6,
 }
 _EXIT_HELP = dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\nRules")[0])

@@ -137,6 +137,10 @@ class AccessDenied(PeermemError, code=Code.PERMISSION_DENIED):
     """The caller may not do this with that resource."""
 
 
+class Unauthenticated(PeermemError, code=Code.UNAUTHENTICATED):
+    """The caller did not prove who it is, or not by anything that counts here (any more)."""
+
+
 class RegionInUse(PeermemError, code=Code.FAILED_PRECONDITION):
     """A transfer uses the region, so it can't be deleted without force."""
 

@@ -1,0 +1,54 @@
+"""Whom a daemon believes, as its configuration asks for it: the part of the composition root that is about trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import structlog
+
+from peermem.api.identity import Trust
+from peermem.config import Config, Tls
+from peermem.core.spiffe import NodePattern
+from peermem.credentials.base import Source
+from peermem.credentials.files import CredentialFiles
+from peermem.credentials.trial import BadPair
+
+log = structlog.get_logger(__name__)
+
+Spawn = Callable[[Coroutine[None, None, None]], None]
+
+
+async def open_trust(config: Config, spawn: Spawn) -> Trust:
+    """Return what callers may show; `spawn` runs what renews it. Raises OSError where it can't be had."""
+    _warn(config)
+    source = _source(config.node, config.tls)
+    if source is None:
+        return Trust()
+    try:
+        credentials = await source.open()
+    except BadPair as error:
+        raise OSError(f"[tls] can't be put in force: {error}. Renew what it names, or correct it.") from None
+    shown = credentials.now.shown
+    log.info("tls", spiffe_id=shown.spiffe_id, until=shown.not_after)
+    spawn(source.follow(credentials))
+    return Trust(credentials, None, config.tls.anonymous)
+
+
+def _source(node: str, tls: Tls) -> Source | None:
+    if not tls.certificate or not tls.key or not tls.ca or not tls.nodes:
+        return None
+    denied = Path(tls.denied) if tls.denied else None
+    return CredentialFiles(node, NodePattern(tls.nodes), Path(tls.certificate), Path(tls.key), Path(tls.ca), denied)
+
+
+def _warn(config: Config) -> None:
+    """Say at each start, at a level that no configuration of logs leaves out, that strangers are let in."""
+    if config.insecure_network:
+        log.error(
+            "insecure_network",
+            warning="NO AUTHENTICATION: whoever reaches these ports can read, write and delete every region. "
+            "Set [tls] and remove insecure_network.",
+            grpc=config.grpc.address,
+            tcp=config.tcp.address,
+        )
