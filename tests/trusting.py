@@ -57,14 +57,25 @@ class Node:
         self.denied.write_text("# nobody\n")
         self.app: App | None = None
 
-    def config(self, others: dict[str, str], **changes: Any) -> Config:
+    def config(
+        self,
+        others: dict[str, str],
+        *,
+        token_address: ListenAddress | None = None,
+        anonymous: bool = False,
+        **changes: Any,
+    ) -> Config:
         plain = Config(
             node=Name(self.name),
-            grpc=Grpc(socket=SocketPath(f"{self.folder}/peermem.sock"), address=ListenAddress(self.address)),
+            grpc=Grpc(
+                socket=SocketPath(f"{self.folder}/peermem.sock"),
+                address=ListenAddress(self.address),
+                token_address=token_address,
+            ),
             attach=Attach(socket=SocketPath(f"{self.folder}/attach.sock")),
             http=Http(address=None),
             tcp=Tcp(address=ListenAddress("127.0.0.1:0")),
-            tls=self.tls(),
+            tls=self.tls(anonymous=anonymous),
             devices=(Memfd(Name("bar0"), DeviceSize("64MiB")),),
             directory=Directory(nodes={Name(name): Address(address) for name, address in others.items()}),
             fabric="tcp",

@@ -113,7 +113,7 @@ class App:
             if fabric.unavailable is not None:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
-        trust = await open_trust(config, self._spawn)
+        trust = await open_trust(config, self._stack, self._spawn)
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)

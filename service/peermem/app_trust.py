@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
 
 from peermem.api.identity import Trust
-from peermem.config import Config, Tls
+from peermem.api.kubernetes import ApiServer, TokenReviewer
+from peermem.config import Config, Kubernetes, Tls
 from peermem.core.spiffe import NodePattern
-from peermem.credentials.base import Source
+from peermem.credentials.base import Credentials, Source
 from peermem.credentials.files import CredentialFiles
 from peermem.credentials.trial import BadPair
 
@@ -19,12 +21,22 @@ log = structlog.get_logger(__name__)
 Spawn = Callable[[Coroutine[None, None, None]], None]
 
 
-async def open_trust(config: Config, spawn: Spawn) -> Trust:
-    """Return what callers may show; `spawn` runs what renews it. Raises OSError where it can't be had."""
+async def open_trust(config: Config, stack: AsyncExitStack, spawn: Spawn) -> Trust:
+    """Return what callers may show; `spawn` runs what renews it, and `stack` ends it. Raises OSError where it can't be
+    had."""
     _warn(config)
+    review = None
+    if config.kubernetes.api_server:
+        reviewer = TokenReviewer(_api_server(config.kubernetes, config.kubernetes.api_server))
+        stack.push_async_callback(reviewer.close)
+        review = reviewer.review
+    return Trust(await _credentials(config, spawn), review, config.tls.anonymous)
+
+
+async def _credentials(config: Config, spawn: Spawn) -> Credentials | None:
     source = _source(config.node, config.tls)
     if source is None:
-        return Trust()
+        return None
     try:
         credentials = await source.open()
     except BadPair as error:
@@ -32,7 +44,7 @@ async def open_trust(config: Config, spawn: Spawn) -> Trust:
     shown = credentials.now.shown
     log.info("tls", spiffe_id=shown.spiffe_id, until=shown.not_after)
     spawn(source.follow(credentials))
-    return Trust(credentials, None, config.tls.anonymous)
+    return credentials
 
 
 def _source(node: str, tls: Tls) -> Source | None:
@@ -40,6 +52,10 @@ def _source(node: str, tls: Tls) -> Source | None:
         return None
     denied = Path(tls.denied) if tls.denied else None
     return CredentialFiles(node, NodePattern(tls.nodes), Path(tls.certificate), Path(tls.key), Path(tls.ca), denied)
+
+
+def _api_server(config: Kubernetes, url: str) -> ApiServer:
+    return ApiServer(url, Path(config.ca), Path(config.token), config.audience, config.this_node_only)
 
 
 def _warn(config: Config) -> None:

@@ -33,7 +33,7 @@ _FOR_ALL = frozenset({"grpc.health.v1.Health"})
 """Services that need no identity: they tell whether the daemon serves, and nothing else."""
 
 ReviewToken = Callable[[str], Awaitable[Subject]]
-"""Returns whose token it is. Raises Unauthenticated, NodeUnreachable."""
+"""Returns whose token it is. Raises Unauthenticated, AuthorityUnreachable, LimitReached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Identity:
 
     async def subject(self, context: Context) -> Subject:
         """Return who is calling. Raises SessionNotFound, InvalidField, Unauthenticated, AccessDenied,
-        NodeUnreachable."""
+        AuthorityUnreachable, LimitReached."""
         session = self.session(context)
         if session is not None:
             return session.subject

@@ -265,6 +265,10 @@ class NodeUnreachable(PeermemError, code=Code.UNAVAILABLE):
     """The remote node can't be reached, or its link broke."""
 
 
+class AuthorityUnreachable(PeermemError, code=Code.UNAVAILABLE):
+    """What has to say whose token a caller shows could not be asked."""
+
+
 class GrantRefused(PeermemError, code=Code.UNAVAILABLE):
     """The remote node refused an access because the grant had ended."""
 

@@ -9,7 +9,6 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +18,9 @@ import structlog
 from peermem.core.spiffe import Denied, NodePattern
 from peermem.credentials.base import Credentials, Source
 from peermem.credentials.trial import BadPair, Pair
+from peermem.credentials.watched import Watched, read_small
 
 log = structlog.get_logger(__name__)
-
-_LARGEST = 1 << 20
-"""Bytes of one file."""
-State = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class CredentialFiles:
 
     async def follow(self, credentials: Credentials) -> None:
         """See Source."""
-        pair, denied = _Watched((self.certificate, self.key, self.ca)), _Watched((self.denied,) if self.denied else ())
+        pair, denied = Watched(self.certificate, self.key, self.ca), Watched(*([self.denied] if self.denied else []))
         while True:
             await asyncio.sleep(self.every)
             try:
@@ -77,41 +73,8 @@ def read_denied(path: Path | None) -> Denied:
         raise BadPair(f"{path}: {error}") from None
 
 
-def read_small(path: Path) -> bytes:
-    """Return what a file holds. Raises BadPair, OSError."""
-    with path.open("rb") as file:
-        data = file.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-        raise BadPair(f"{path} has more than {_LARGEST} bytes")
-    return data
-
-
 def _until(credentials: Credentials) -> str:
     return f"the one that ends {credentials.now.shown.not_after}"
-
-
-class _Watched:
-    """Files, and what they were like when they were looked at last."""
-
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        self._paths = paths
-        self._state = self._look()
-
-    def _look(self) -> State:
-        return tuple(map(_state_of, self._paths))
-
-    def changed(self) -> bool:
-        """Whether one of them is another than at the last look."""
-        before, self._state = self._state, self._look()
-        return self._state != before
-
-
-def _state_of(path: Path) -> tuple[int, ...]:
-    try:
-        facts = os.stat(path)
-    except OSError as error:
-        return (error.errno or 0,)
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 if TYPE_CHECKING:
