@@ -11,10 +11,12 @@ import structlog
 from peermem.api.identity import Trust
 from peermem.api.kubernetes import ApiServer, TokenReviewer
 from peermem.config import Config, Kubernetes, Tls
-from peermem.core.spiffe import NodePattern
+from peermem.core.spiffe import Denied, NodePattern
 from peermem.credentials.base import Credentials, Source
+from peermem.credentials.denied import follow_denied, read_denied
 from peermem.credentials.files import CredentialFiles
 from peermem.credentials.trial import BadPair
+from peermem.credentials.workload_api import WorkloadApi
 
 log = structlog.get_logger(__name__)
 
@@ -30,28 +32,33 @@ async def open_trust(config: Config, stack: AsyncExitStack, spawn: Spawn) -> Tru
         reviewer = TokenReviewer(_api_server(config.kubernetes, config.kubernetes.api_server))
         stack.push_async_callback(reviewer.close)
         review = reviewer.review
-    return Trust(await _credentials(config, spawn), review, config.tls.anonymous)
+    return Trust(await _credentials(config, stack, spawn), review, config.tls.anonymous)
 
 
-async def _credentials(config: Config, spawn: Spawn) -> Credentials | None:
-    source = _source(config.node, config.tls)
-    if source is None:
+async def _credentials(config: Config, stack: AsyncExitStack, spawn: Spawn) -> Credentials | None:
+    tls = config.tls
+    if not tls.on or not tls.nodes:
         return None
+    pattern, denied = NodePattern(tls.nodes), Path(tls.denied) if tls.denied else None
+    source = _source(tls, pattern.spiffe_id(config.node))
+    stack.callback(source.close)
     try:
-        credentials = await source.open()
+        pair = await source.first()
+        credentials = Credentials(config.node, pattern, pair, read_denied(denied) if denied else Denied())
     except BadPair as error:
         raise OSError(f"[tls] can't be put in force: {error}. Renew what it names, or correct it.") from None
-    shown = credentials.now.shown
-    log.info("tls", spiffe_id=shown.spiffe_id, until=shown.not_after)
+    log.info("tls", spiffe_id=credentials.now.shown.spiffe_id, until=credentials.now.shown.not_after)
     spawn(source.follow(credentials))
+    if denied is not None:
+        spawn(follow_denied(denied, credentials))
     return credentials
 
 
-def _source(node: str, tls: Tls) -> Source | None:
-    if not tls.certificate or not tls.key or not tls.ca or not tls.nodes:
-        return None
-    denied = Path(tls.denied) if tls.denied else None
-    return CredentialFiles(node, NodePattern(tls.nodes), Path(tls.certificate), Path(tls.key), Path(tls.ca), denied)
+def _source(tls: Tls, spiffe_id: str) -> Source:
+    if tls.workload_api:
+        return WorkloadApi(tls.workload_api, spiffe_id)
+    certificate, key, ca = (Path(file or "") for file in (tls.certificate, tls.key, tls.ca))
+    return CredentialFiles(certificate, key, ca)
 
 
 def _api_server(config: Kubernetes, url: str) -> ApiServer:

@@ -37,7 +37,7 @@ class Credentials:
     """What is in force now."""
 
     def __init__(self, node: str, pattern: NodePattern, pair: Pair, denied: Denied) -> None:
-        """Raises BadPair."""
+        """`pair` is the first one of this `node`. Raises BadPair."""
         self.pattern = pattern
         self._expected = pattern.spiffe_id(node)
         self.now = InForce(pair, self._tried(pair), 1, denied)
@@ -58,6 +58,10 @@ class Credentials:
         self.now = InForce(pair, shown, self.now.generation + 1, self.now.denied)
         log.info("certificate_in_force", spiffe_id=shown.spiffe_id, until=shown.not_after)
 
+    def refused(self, cause: str) -> None:
+        """Say that newer ones can't be put in force."""
+        log.error("certificate_refused", cause=cause, kept=f"the one that ends {self.now.shown.not_after}")
+
     def deny(self, denied: Denied) -> None:
         """Put a new list of what is denied in force."""
         if denied != self.now.denied:
@@ -68,8 +72,11 @@ class Credentials:
 class Source(Protocol):
     """Where credentials come from, and where newer ones do."""
 
-    async def open(self) -> Credentials:
-        """Return the first ones. Raises BadPair, OSError."""
+    async def first(self) -> Pair:
+        """Return what there is now. Raises BadPair, OSError."""
 
     async def follow(self, credentials: Credentials) -> None:
         """Offer newer ones for as long as the daemon runs."""
+
+    def close(self) -> None:
+        """Let go of what it comes from."""

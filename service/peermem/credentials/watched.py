@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class Watched:
 
     def _look(self) -> State:
         return tuple(map(_state_of, self._paths))
+
+    async def change(self, every: float) -> None:
+        """Return when one of them is another than at the last look; `every` is in seconds, between two looks."""
+        while not self.changed():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(every)
 
     def changed(self) -> bool:
         """Whether one of them is another than at the last look."""
