@@ -82,6 +82,7 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
         {
             "PATH": "/bin",
             "PEERMEM_TARGET": "unix:///elsewhere",
+            "PEERMEM_CLIENT_CA": "/ca.pem",
             "PEERMEM_NODE": "b",
             "PEERMEM_GRPC_ADDRESS": "127.0.0.1:0",
             "PEERMEM_GRPC_REFLECTION": "true",

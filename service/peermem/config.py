@@ -55,7 +55,9 @@ from peermem.strict_toml import Contradiction
 
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
-CLIENT_VARIABLES = frozenset({"PEERMEM_TARGET"})
+CLIENT_VARIABLES = frozenset(
+    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN", "SERVER"))}
+)
 """Variables of the client library, which a daemon's environment may hold as well."""
 
 
