@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -63,6 +64,7 @@ class Node:
         *,
         token_address: ListenAddress | None = None,
         anonymous: bool = False,
+        limits: Mapping[str, Any] = MappingProxyType({}),
         **changes: Any,
     ) -> Config:
         plain = Config(
@@ -71,6 +73,7 @@ class Node:
                 socket=SocketPath(f"{self.folder}/peermem.sock"),
                 address=ListenAddress(self.address),
                 token_address=token_address,
+                **limits,
             ),
             attach=Attach(socket=SocketPath(f"{self.folder}/attach.sock")),
             http=Http(address=None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -14,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 import peermem
 from peermem import errors
 from peermem.client.attach import Attachment
-from peermem.v1 import region_pb2, region_pb2_grpc
+from peermem.v1 import region_pb2, region_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from tests.e2e.support import eventually, fault, metric
 
 
@@ -106,6 +107,31 @@ def test_a_token_of_no_session_counts_nowhere(stub: region_pb2_grpc.RegionServic
             with pytest.raises(grpc.RpcError) as caught:
                 stub.CreateRegion(request(), metadata=(("peermem-session", token),))
             assert reason(caught.value) == errors.Unauthenticated.reason, "on TCP no session counts"
+
+
+def test_a_pipeline_does_not_outlive_its_session(trio: dict[str, Daemon], a: peermem.Node) -> None:
+    attachment = Attachment.open(str(trio["a"].folder / "attach.sock"))
+    commands: SimpleQueue[transfer_pb2.PipelineTransfersRequest | None] = SimpleQueue()
+    with (
+        a.create_region(device="bar0", length=1) as x,
+        a.create_region(device="bar0", length=1) as y,
+        grpc.insecure_channel(trio["a"].target) as channel,
+    ):
+        ranges = transfer_pb2.Ranges(source_offsets=[0], destination_offsets=[0], lengths=[1])
+        entry = transfer_pb2.SegmentList(source=x.name, destination=y.name, ranges=ranges)
+        create = transfer_pb2.CreateTransferRequest(segments=[entry])
+        stub = transfer_pb2_grpc.TransferServiceStub(channel)
+        answers = stub.PipelineTransfers(
+            iter(commands.get, None), metadata=(("peermem-session", attachment.token),), timeout=30
+        )
+        commands.put(transfer_pb2.PipelineTransfersRequest(tag=1, create=create))
+        assert next(answers).transfer.name
+        attachment.close()
+        eventually(partial(refused, region_pb2_grpc.RegionServiceStub(channel), attachment.token), "the session's end")
+        commands.put(transfer_pb2.PipelineTransfersRequest(tag=2, create=create))
+        commands.put(None)
+        late = [answer for answer in answers if answer.tag == 2]
+        assert [answer.error.reason for answer in late] == [errors.SessionNotFound.reason]
 
 
 def refused(stub: region_pb2_grpc.RegionServiceStub, token: str) -> bool:

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 import peermem
 from peermem import errors
+from peermem.app import App
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.spiffe import Denied, NodePattern
@@ -198,9 +199,9 @@ async def test_transfers_cross_whoever_orders_them(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def remotes(address: str, shown: Certificate) -> AsyncIterator[GrpcRemotes]:
+async def remotes(address: str, shown: Certificate, *denied: str) -> AsyncIterator[GrpcRemotes]:
     """What node a uses to reach others, all of which are at one address."""
-    credentials = Credentials("a", NodePattern(PATTERN), shown.pair, Denied())
+    credentials = Credentials("a", NodePattern(PATTERN), shown.pair, Denied(frozenset(denied)))
     made = GrpcRemotes("a", "epoch", lambda node: address, credentials)
     try:
         yield made
@@ -249,6 +250,32 @@ async def test_nothing_is_sent_to_what_is_not_the_node(shown: Certificate, cause
             with pytest.raises(errors.NodeUnreachable, match=cause) as caught:
                 await call()
             assert caught.value.metadata["code"] == "UNAUTHENTICATED"
+
+
+async def test_nothing_is_sent_to_a_node_whose_certificate_is_denied(tmp_path: Path) -> None:
+    async with nodes(tmp_path, ("b",), AUTHORITY) as (b,):
+        for denied in (PATTERN.format(node="b"), await shown_at(b)):
+            async with remotes(b.address, AUTHORITY.node("a"), denied) as others:
+                with pytest.raises(errors.NodeUnreachable, match=r"the list of tls\.denied names its certificate"):
+                    await others.get("b").node_facts()
+
+
+async def test_a_node_that_is_back_with_another_certificate_is_reached_at_once(tmp_path: Path) -> None:
+    async with nodes(tmp_path, ("b",), AUTHORITY) as (b,), remotes(b.address, AUTHORITY.node("a")) as others:
+        assert b.app is not None
+        assert (await others.get("b").node_facts()).node == "b"
+        config = b.app.config
+        await b.app.stop()
+        with pytest.raises(errors.NodeUnreachable) as caught:
+            await others.get("b").node_facts()
+        assert caught.value.metadata["code"] == "UNAVAILABLE"
+        AUTHORITY.node("b").write(b.files)
+        again = App(config)
+        await again.start()
+        try:
+            assert (await others.get("b").node_facts()).node == "b"
+        finally:
+            await again.stop()
 
 
 async def shown_at(node: Node, other_than: str = "") -> str:

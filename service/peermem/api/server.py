@@ -43,6 +43,11 @@ from peermem.v1 import (
     transfer_pb2_grpc,
 )
 
+_IDLE = 300
+"""Seconds that a connection without calls is kept: nobody holds places for nothing."""
+_AGE = 3600.0
+"""Seconds after which a caller has to connect again where TLS is on: what let it in may be over by then. Calls that run
+go on on the old connection."""
 SERVICES = tuple(f"peermem.v1.{name}Service" for name in ("Node", "Region", "Transfer", "Link"))
 
 
@@ -97,6 +102,8 @@ class GrpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_connection_idle_ms", _IDLE * 1000),
+                *([("grpc.max_connection_age_ms", int(_AGE * 1000))] if credentials is not None else []),
             ),
         )
         self._health = health_aio.HealthServicer()
