@@ -108,7 +108,7 @@ class Broker:
         )
         self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
-        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
+        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, metrics)
         self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
         sessions.on_close(self._session_closed)
@@ -340,11 +340,12 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        lost = {name for name, device in self.devices.items() if not device.alive()}
-        for region in self.regions:
-            gone = region.device.name in lost or not region.memory.alive()
-            if gone and region.state is State.READY:
-                self._spawn(self.regions.revoke(region))
+        for region in self.regions.vanished():
+            self._taken_back(region)
+
+    def _taken_back(self, region: Region) -> None:
+        if region.state is State.READY:
+            self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""

@@ -294,6 +294,8 @@ class LegRun:
             self._renew()
             self._refused = True
         else:
+            if status is Status.LOC_PROT_ERR and self._region.path is Path.DMABUF:
+                self._region.is_out_of_reach = True
             flushed = status is Status.WR_FLUSH_ERR and self._opcode is Opcode.WRITE
             machine.broken(self._index, cause_of(status, self.leg, self.fabric, self.link), flushed=flushed)
         self._host.check_drained()

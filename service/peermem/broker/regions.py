@@ -80,6 +80,9 @@ class Region:
         self.users: set[RegionUser] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.end: asyncio.Task[None] | None = None
+        self.is_out_of_reach = False
+        """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
+        that its exporter has taken back (Linux 7.3)."""
 
     def advance(self, event: Event) -> None:
         """Follow the table of the core; an absent pair is a defect."""
@@ -190,6 +193,18 @@ class RegionTable:
         ids = sorted(key for key in self._regions if key > after)
         found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
         return [region for region, _ in zip(found, range(size), strict=False)]
+
+    def vanished(self) -> list[Region]:
+        """Return the regions whose device or memory is not there any more."""
+        lost = {name for name, device in self._devices().items() if not device.alive()}
+        return [
+            region
+            for region in self
+            if region.device.name in lost or not region.memory.alive() or region.is_out_of_reach
+        ]
+
+    def _devices(self) -> dict[str, Device]:
+        return {region.device.name: region.device for region in self}
 
     def renew(self, region: Region) -> None:
         """Move the end of a TTL lease to its time to live from now."""

@@ -30,6 +30,7 @@ from peermem.core.errors import (
     LimitReached,
     LinkNotFound,
     OutOfRange,
+    RegionRevoked,
     SegmentsMismatch,
     ShuttingDown,
     StaleEpoch,
@@ -81,12 +82,15 @@ class Serving:
         find: Callable[[ChildName], Region],
         policy: Policy,
         grant_ttl: float,
+        taken_back: Callable[[Region], None],
     ) -> None:
+        """`taken_back` is told of a region whose memory its exporter has taken back, as a grant showed."""
         self.epoch = epoch
         self._fabrics = fabrics
         self._find = find
         self._policy = policy
         self._ttl = grant_ttl
+        self._taken_back = taken_back
         self._links: dict[bytes, _AcceptedLink] = {}
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
@@ -201,8 +205,8 @@ class Serving:
         self._making[region].discard(making)
         if not self._making[region]:
             del self._making[region]
-        if not making.cancelled():
-            making.exception()  # the caller may have gone away meanwhile
+        if not making.cancelled() and isinstance(making.exception(), RegionRevoked):
+            self._taken_back(region)
 
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, staged: bool) -> _Grant:
         staging = await StagingBuffer.open([fabric], region.reach.way.nics) if staged else None
