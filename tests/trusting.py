@@ -87,6 +87,10 @@ class Node:
         return msgspec.structs.replace(plain, **changes)
 
     def tls(self, **changes: Any) -> Tls:
+        return msgspec.structs.replace(self._tls, **changes)
+
+    @property
+    def _tls(self) -> Tls:
         files = {name: FilePath(str(self.files / f"{name}.pem")) for name in ("cert", "key", "ca")}
         return Tls(
             certificate=files["cert"],
@@ -94,7 +98,6 @@ class Node:
             ca=files["ca"],
             nodes=NodeIds(PATTERN),
             denied=FilePath(str(self.denied)),
-            **changes,
         )
 
 

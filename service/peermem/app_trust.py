@@ -45,7 +45,7 @@ async def _credentials(config: Config, stack: AsyncExitStack, spawn: Spawn) -> C
     try:
         pair = await source.first()
         credentials = Credentials(config.node, pattern, pair, read_denied(denied) if denied else Denied())
-    except BadPair as error:
+    except (BadPair, OSError) as error:
         raise OSError(f"[tls] can't be put in force: {error}. Renew what it names, or correct it.") from None
     log.info("tls", spiffe_id=credentials.now.shown.spiffe_id, until=credentials.now.shown.not_after)
     spawn(source.follow(credentials))

@@ -78,12 +78,12 @@ class Identity:
     async def subject(self, context: Context) -> Subject:
         """Return who is calling. Raises SessionNotFound, InvalidField, Unauthenticated, AccessDenied,
         AuthorityUnreachable, LimitReached."""
-        session = self.session(context)
-        if session is not None:
-            return session.subject
         claimed = _value(context, ON_BEHALF_KEY)
         if claimed:
             return self._client_of(self.node(context), spoken_subject(claimed, ON_BEHALF_KEY))
+        session = self.session(context)
+        if session is not None:
+            return session.subject
         token = _value(context, TOKEN_KEY)
         if token:
             return await self._token_subject(token, context)
