@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from peermem.core.errors import SessionNotFound
+from peermem.core.identity import Subject
 from peermem.core.origin import Origin, parse_origin
 from tests.api.attaching import Node, quiet_node, serving
 from tests.descriptors import open_files, until
@@ -46,6 +48,27 @@ async def test_it_ends_with_its_process_although_a_child_keeps_the_connection(se
     job.stdin.close()  # the child lived up to here
     await job.wait()
     await until(lambda: open_files() == before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may choose its groups")
+@pytest.mark.parametrize(("count", "kept"), [(0, 1), (40, 41), (100, 64), (300, 1)])
+async def test_as_many_groups_count_as_a_subject_has_room_for(served: Node, count: int, kept: int) -> None:
+    script = (
+        "import os, sys; from peermem.client.attach import Attachment\n"
+        f"os.setgroups(range(1000, 1000 + {count})); os.setgid(7)\n"
+        f"attachment = Attachment.open({served.path!r}); sys.stdin.read()"
+    )
+    job = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, env={"PYTHONPATH": ":".join(sys.path)}, stdin=subprocess.PIPE
+    )
+    await until(lambda: len(served.sessions) == 1)
+    assert job.stdin is not None
+    job.stdin.close()
+    await job.wait()
+    await served.quiet()
+    groups = served.ended[0].subject.groups
+    assert groups == ("gid:7", *(f"gid:{1000 + number}" for number in range(count)))[:64][:kept]
+    assert Subject.parse_spoken(served.ended[0].subject.vouched_for("a").spoken()).groups == groups
 
 
 async def test_a_kernel_that_gives_no_descriptor_of_a_process_tells_less(

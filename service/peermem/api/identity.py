@@ -147,6 +147,11 @@ class Identity:
         certificate = b"".join(shown.get("x509_pem_cert", ()))
         if not certificate:
             return ""
+        if b"true" in shown.get("ssl_session_reused", ()):
+            raise Unauthenticated(
+                "The connection resumes an earlier TLS session, so that the caller's certificate was not looked at "
+                "again and may be over by now. Connect without resuming one."
+            )
         ids = [each.decode("ascii", "replace") for each in shown.get("peer_spiffe_id", ())]
         if len(ids) != 1 or not is_spiffe_id(ids[0]):
             raise Unauthenticated(
