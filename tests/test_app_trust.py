@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
 from peermem.app import App
 from peermem.config import Config, Grpc, Http, ListenAddress, SocketPath, Tcp, Tls
 from peermem.config_values import NodeIds
-from tests.certificates import PATTERN, Authority
+from tests.certificates import HOUR, NOW, PATTERN, Authority
 from tests.trusting import Node, free_ports
 
 AUTHORITY = Authority()
@@ -43,6 +44,24 @@ async def test_a_daemon_does_not_start_with_credentials_that_can_not_be_put_in_f
     assert "the SPIFFE Workload API at /proc/none.sock gives no certificate" in await refusal(
         node.config({}, tls=agent)
     )
+
+
+async def test_a_daemon_whose_certificate_is_over_is_not_ready(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    app = App(node.config({}, http=Http(address=ListenAddress(address))))
+    await app.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://{address}/readyz") as answer:
+                assert answer.status == 200
+            later = (NOW + 25 * HOUR).timestamp()
+            monkeypatch.setattr("time.time", lambda: later)
+            async with session.get(f"http://{address}/readyz") as answer:
+                assert answer.status == 503
+                assert "The certificate of spiffe://example.org/peermem/a ended" in await answer.text()
+    finally:
+        monkeypatch.undo()
+        await app.stop()
 
 
 @pytest.mark.parametrize("insecure", [False, True])

@@ -80,6 +80,7 @@ class App:
         self.metrics = Metrics(VERSION)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
+        self._trust = Trust()
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -113,7 +114,7 @@ class App:
             if fabric.unavailable is not None:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
-        trust = await open_trust(config, self._stack, self._spawn)
+        self._trust = trust = await open_trust(config, self._stack, self._spawn)
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
@@ -145,7 +146,9 @@ class App:
             log.info("http_listening", address=server.address)
 
     def _health(self) -> Health:
-        return Health(not self._reasons, self._reasons)
+        over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
+        reasons = (*self._reasons, *([over] if over else []))
+        return Health(not reasons, reasons)
 
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config

@@ -125,6 +125,16 @@ async def test_pods_of_other_nodes_are_let_in_where_the_configuration_does_not_m
         assert await reviewer.review(server.knows(token(), node_name=["node-8"])) == LOADER
 
 
+async def test_only_so_many_tokens_are_remembered(
+    server: FakeApiServer, reviewer: TokenReviewer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peermem.api.kubernetes._KEPT", 3)
+    tokens = [server.knows(token(jti=str(number))) for number in range(5)]
+    for each in (*tokens, tokens[-1], tokens[0]):
+        assert await reviewer.review(each) == LOADER
+    assert [asked["spec"]["token"] for asked in server.asked] == [*tokens, tokens[0]]
+
+
 async def test_callers_with_the_same_token_ask_once(server: FakeApiServer, reviewer: TokenReviewer) -> None:
     server.gate.clear()
     good = server.knows(token())

@@ -10,6 +10,8 @@ Rules of this file:
 
 from __future__ import annotations
 
+import ssl
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,6 +59,13 @@ class Credentials:
         shown = self._tried(pair)
         self.now = InForce(pair, shown, self.now.generation + 1, self.now.denied)
         log.info("certificate_in_force", spiffe_id=shown.spiffe_id, until=shown.not_after)
+
+    def problem(self) -> str:
+        """Return why nobody can connect any more, as a sentence; empty where they can."""
+        shown = self.now.shown
+        if time.time() < ssl.cert_time_to_seconds(shown.not_after):
+            return ""
+        return f"The certificate of {shown.spiffe_id} ended {shown.not_after}. Renew it."
 
     def refused(self, cause: str) -> None:
         """Say that newer ones can't be put in force."""
