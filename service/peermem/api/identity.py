@@ -28,6 +28,7 @@ from peermem.credentials.trial import fingerprint_of
 SESSION_KEY = "peermem-session"
 ON_BEHALF_KEY = "peermem-on-behalf-of"
 TOKEN_KEY = "authorization"
+_KEYS = frozenset({SESSION_KEY, ON_BEHALF_KEY, TOKEN_KEY})
 _TOKEN_PREFIX = "bearer "
 _FOR_ALL = frozenset({"grpc.health.v1.Health"})
 """Services that need no identity: they tell whether the daemon serves, and nothing else."""
@@ -62,9 +63,10 @@ class Identity:
 
     def session(self, context: Context) -> Session | None:
         """Return the session that the call carries, if any. Raises SessionNotFound, Unauthenticated."""
-        token = _value(context, SESSION_KEY)
-        if not token:
-            return None
+        token = _told(context).get(SESSION_KEY)
+        return self._session(token, context) if token is not None else None
+
+    def _session(self, token: str, context: Context) -> Session:
         if not _is_local(context):
             raise Unauthenticated(
                 "A session of the attach socket counts only on the unix socket of its daemon. Connect to unix:///PATH."
@@ -73,20 +75,18 @@ class Identity:
 
     def relayed(self, context: Context) -> bool:
         """Whether another daemon hands on what a client asked it for."""
-        return bool(_value(context, ON_BEHALF_KEY))
+        return ON_BEHALF_KEY in _told(context)
 
     async def subject(self, context: Context) -> Subject:
         """Return who is calling. Raises SessionNotFound, InvalidField, Unauthenticated, AccessDenied,
         AuthorityUnreachable, LimitReached."""
-        claimed = _value(context, ON_BEHALF_KEY)
-        if claimed:
-            return self._client_of(self.node(context), spoken_subject(claimed, ON_BEHALF_KEY))
-        session = self.session(context)
-        if session is not None:
-            return session.subject
-        token = _value(context, TOKEN_KEY)
-        if token:
-            return await self._token_subject(token, context)
+        told = _told(context)
+        if ON_BEHALF_KEY in told:
+            return self._client_of(self.node(context), spoken_subject(told[ON_BEHALF_KEY], ON_BEHALF_KEY))
+        if SESSION_KEY in told:
+            return self._session(told[SESSION_KEY], context).subject
+        if TOKEN_KEY in told:
+            return await self._token_subject(told[TOKEN_KEY], context)
         spiffe_id = self._certified(context)
         if spiffe_id:
             return Subject(spiffe_id)
@@ -178,8 +178,10 @@ def _is_local(context: Context) -> bool:
     return context.peer().startswith("unix:")
 
 
-def _value(context: Context, key: str) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == key:
-            return value if isinstance(value, str) else value.decode("ascii", "replace")
-    return ""
+def _told(context: Context) -> dict[str, str]:
+    """Return what the caller says of itself; an empty value is none."""
+    return {
+        key: value if isinstance(value, str) else value.decode("ascii", "replace")
+        for key, value in context.invocation_metadata() or ()
+        if key in _KEYS and value
+    }
