@@ -25,6 +25,7 @@ from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
 from peermem.broker.slots import StagingBuffer
 from peermem.core.errors import (
+    AccessDenied,
     FabricUnavailable,
     GrantRefused,
     LimitReached,
@@ -133,6 +134,16 @@ class Serving:
         attributes = fabric.accept(offer)
         self._links[attributes.link_id] = _AcceptedLink(fabric, node)
         return OpenedLink(attributes, self.epoch)
+
+    def node_of(self, link_id: bytes, epoch: str) -> str:
+        """Return the node that opened a link. Raises LinkNotFound, StaleEpoch."""
+        return self._link(link_id, epoch).node
+
+    def check_node(self, link_id: bytes, node: str) -> None:
+        """Return where a link is unknown or of `node`. Raises AccessDenied."""
+        link = self._links.get(link_id)
+        if link is not None and link.node != node:
+            raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
 
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
