@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from peermem.broker.broker import Broker
+from peermem.broker.guard import Guard
 from peermem.broker.sessions import SessionTable
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
-from peermem.core.policy import OwnerPolicy
+from peermem.core.policy import OPEN, Rules
 from peermem.core.topology import Machine, Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, Path, RemoteKey, Rights
@@ -39,6 +40,7 @@ from peermem.memory import Memory
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.storage.base import Storage
 from peermem.storage.files import LocalStorage
+from peermem.telemetry.audit import Audit
 from peermem.telemetry.metrics import Metrics
 from tests.settings import broker_settings
 
@@ -261,6 +263,9 @@ class DirectRemote:
         self._broker = broker
         self._here = here
 
+    def _spoken(self, subject: Subject) -> Subject:
+        return subject.vouched_for(self._here)
+
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         await self.cues.pass_through("open_link")
         return self._broker.serving.open_link(self._here, offer)
@@ -301,10 +306,10 @@ class DirectRemote:
         await self.cues.pass_through("create_transfer")
         return (await self._broker.create_transfer(subject.vouched_for(self._here), request, relayed=True)).facts
 
-    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncIterator[TransferFacts]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
-        yield self._broker.transfer(name)
+        yield self._broker.seen_transfer(self._spoken(subject), name)
         if running is not None:
             await running.ended.wait()
             yield running.facts
@@ -349,6 +354,7 @@ class Host:
         verbs: Fabric | None = None,
         devices: Mapping[str, Device] | None = None,
         storage: Storage | None = None,
+        rules: Rules = OPEN,
     ) -> None:
         """`verbs` and `devices` are there besides tcp, local, bar0 and adopted memory."""
         self.node = node
@@ -371,7 +377,7 @@ class Host:
             self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
-            OwnerPolicy(),
+            Guard(node, rules, Audit("denied"), self.metrics.policy),
             self.sessions,
             self.metrics,
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),

@@ -1,5 +1,7 @@
-"""peermemd: run until SIGTERM or SIGINT. Exit codes: 0 stopped in order, 1 could not start, 2 wrong usage
-or configuration, 130 ended at once by a second signal."""
+"""peermemd: run until SIGTERM or SIGINT; SIGHUP has the policy file read again.
+
+Exit codes: 0 stopped in order, 1 could not start, 2 wrong usage or configuration, 130 ended at once by a second signal.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from peermem import policy_file
 from peermem.app import App
 from peermem.config import DEFAULT_PATH, Config, load
 from peermem.core.version import VERSION
@@ -32,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load(options.config)
+        if config.policy.file:
+            policy_file.read(Path(config.policy.file))
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201  # before logs are set up, for whoever started it
         return 2
@@ -49,6 +54,7 @@ async def run(config: Config) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _signalled, stop)
+    loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:
         await app.start()
     except OSError as error:

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import structlog
 
@@ -31,6 +32,7 @@ from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Services, grpc_methods
 from peermem.api.transfers import TransferService
 from peermem.broker.broker import Broker
+from peermem.broker.guard import Guard
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
@@ -38,7 +40,7 @@ from peermem.broker.storage import StorageRun
 from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
-from peermem.core.policy import OwnerPolicy
+from peermem.core.policy import OPEN, OWN
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
@@ -62,9 +64,11 @@ from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Marks, Timing
 from peermem.fabric.verbs_types import Settings as VerbsSettings
+from peermem.policy_source import PolicySource
 from peermem.remote.client import GrpcRemotes
 from peermem.storage.files import LocalStorage
 from peermem.storage.places import Place
+from peermem.telemetry.audit import Audit, AuditFile
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
@@ -75,8 +79,12 @@ class App:
     """One daemon: made from a configuration, started once, stopped once."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
         self.metrics = Metrics(VERSION)
+        self._policy = PolicySource(
+            config.policy.file, OPEN if config.is_open_without_policy else OWN, self.metrics.policy
+        )
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._stack = AsyncExitStack()
@@ -95,6 +103,10 @@ class App:
         log.info("stopping", grace=float(self.config.shutdown.grace))
         await self._stack.aclose()
         log.info("stopped")
+
+    def reload(self) -> None:
+        """Have the policy file read again, as when it has changed."""
+        self._policy.ask()
 
     async def _open(self) -> None:
         config = self.config
@@ -122,8 +134,8 @@ class App:
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real = await server.start(config.grpc.socket, config.grpc.address)
         address = config.grpc.advertise or real
-        self._spawn(broker.tend())
-        self._spawn(watch_event_loop(self.metrics))
+        for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
+            self._spawn(work)
         self._stack.push_async_callback(broker.drain, config.shutdown.grace)
         await directory.join(NodeEntry(config.node, address))
         self._stack.push_async_callback(directory.leave)
@@ -139,7 +151,15 @@ class App:
             log.info("http_listening", address=server.address)
 
     def _health(self) -> Health:
-        return Health(not self._reasons, self._reasons)
+        notes = (self._policy.problem,) if self._policy.problem else ()
+        return Health(not self._reasons, self._reasons, notes)
+
+    def _audit(self) -> Audit:
+        """Return the audit log. Raises OSError where its file can't be written."""
+        if self.config.audit.file:
+            self._stack.callback(AuditFile(Path(self.config.audit.file)).close)
+        chosen = self.config.audit.decisions
+        return Audit(("all" if self.config.policy.file else "denied") if chosen == "auto" else chosen)
 
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable) -> Broker:
         config = self.config
@@ -163,7 +183,7 @@ class App:
             parts.fabrics,
             remotes,
             directory,
-            OwnerPolicy(),
+            Guard(config.node, self._policy.rules, self._audit(), self.metrics.policy),
             sessions,
             self.metrics,
             self._topology,

@@ -179,6 +179,25 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True):
     """Loads and stores at the same time."""
 
 
+class Policy(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may do what."""
+
+    file: FilePath | None = None
+    """None: there is none, and `without_file` holds."""
+    without_file: Literal["auto", "open", "own"] = "auto"
+    """open: whoever reaches the daemon uses every region; own: each subject its own; auto: open where only this host
+    reaches it over gRPC, else own."""
+
+
+class Audit(Struct, frozen=True, forbid_unknown_fields=True):
+    """The audit log."""
+
+    file: FilePath | None = None
+    """None: where all logs go."""
+    decisions: Literal["auto", "all", "denied"] = "auto"
+    """Which decisions of the policy it holds; auto: all where there is a policy file, else what was denied."""
+
+
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
     """Where nodes find each other."""
 
@@ -230,10 +249,19 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     transfer: Transfer = Transfer()
     region: Region = Region()
     storage: Storage = Storage()
+    policy: Policy = Policy()
+    audit: Audit = Audit()
     devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
+
+    @property
+    def is_open_without_policy(self) -> bool:
+        """Whether everybody may use every region as long as there is no policy file."""
+        address = self.grpc.address
+        here_only = address is None or address.is_loopback
+        return self.policy.without_file == "open" or (self.policy.without_file == "auto" and here_only)
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:

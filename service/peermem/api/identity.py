@@ -14,6 +14,7 @@ from peermem.api.calls import Context
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import InvalidField
 from peermem.core.identity import ANONYMOUS, Subject
+from peermem.telemetry import audit
 
 SESSION_KEY = "peermem-session"
 ON_BEHALF_KEY = "peermem-on-behalf-of"
@@ -38,6 +39,7 @@ class Identity:
         """Return who is calling. Raises SessionNotFound, InvalidField."""
         session = self.session(context)
         if session is not None:
+            audit.of_process(session.pid)
             return session.subject
         claimed = _value(context, ON_BEHALF_KEY)
         return spoken_subject(claimed, ON_BEHALF_KEY) if claimed else ANONYMOUS

@@ -28,6 +28,7 @@ from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
+from peermem.broker.tenants import Share
 from peermem.core.errors import (
     ChecksumMismatch,
     FabricUnavailable,
@@ -40,8 +41,8 @@ from peermem.core.errors import (
     RegionNotFound,
     StaleEpoch,
 )
-from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -52,7 +53,7 @@ log = structlog.get_logger(__name__)
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    subject: Subject
+    share: Share
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -84,10 +85,10 @@ class LegRun:
         self.why = ""
         """Why this one, in words."""
         self._host = host
+        self.share = host.share
         self._index = index
         self._region = region
-        right = Rights.READ if pull else Rights.WRITE
-        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
+        self._wanted = Wanted(leg.other, Rights.READ if pull else Rights.WRITE, host.share.subject, staged=False)
         self._opcode = Opcode.READ if pull else Opcode.WRITE
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
@@ -106,6 +107,11 @@ class LegRun:
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+
+    @property
+    def use(self) -> tuple[Action, Region]:
+        """What it does with the region here."""
+        return Action.READ if self._opcode is Opcode.WRITE else Action.WRITE, self._region
 
     @property
     def path(self) -> Path:
@@ -241,8 +247,7 @@ class LegRun:
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
         if self._host.machine.error is not None:
-            if self._stager is not None:
-                self._stager.drop()
+            self.give_up()
             self._host.check_drained()
             return None
         now = self._host.clock()
@@ -255,6 +260,11 @@ class LegRun:
             return self._stager.next_request(wr_id)
         piece = self.take()
         return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
+
+    def give_up(self) -> None:
+        """The transfer failed: what is ready for the wire is not posted any more."""
+        if self._stager is not None:
+            self._stager.drop()
 
     def take(self) -> Ranges | None:
         """See StagedLeg."""

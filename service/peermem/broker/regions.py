@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import structlog
@@ -83,6 +83,8 @@ class Region:
         self.is_out_of_reach = False
         """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
         that its exporter has taken back (Linux 7.3)."""
+        self.on_gone: Callable[[], None] = lambda: None
+        """Called once, when nothing holds its memory any more."""
 
     def advance(self, event: Event) -> None:
         """Follow the table of the core; an absent pair is a defect."""
@@ -136,6 +138,11 @@ class Region:
         )
 
 
+def region_not_found(name: ChildName, node: str) -> RegionNotFound:
+    """Return what is told of a region that is not on a node, or that the caller may not see."""
+    return RegionNotFound(f"{name} does not exist on nodes/{node}.", region=name)
+
+
 class RegionTable:
     """All regions of this node by the last part of their names."""
 
@@ -184,27 +191,27 @@ class RegionTable:
         """Return a region in whatever state. Raises RegionNotFound."""
         region = self._regions.get(name.id)
         if region is None or name.node != self._node:
-            raise RegionNotFound(f"{name} does not exist on nodes/{self._node}.", region=name)
+            raise region_not_found(name, self._node)
         return region
 
-    def page(self, after: str, size: int, labels: Mapping[str, str]) -> list[Region]:
-        """Return up to `size` regions behind the id `after`, in order, that carry all `labels`."""
+    def page(
+        self, after: str, size: int, labels: Mapping[str, str], seen: Callable[[Region], bool] = lambda region: True
+    ) -> list[Region]:
+        """Return up to `size` regions behind the id `after`, in order, that carry all `labels` and are `seen`."""
         wanted = labels.items()
         ids = sorted(key for key in self._regions if key > after)
         found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
-        return [region for region, _ in zip(found, range(size), strict=False)]
+        return [region for region, _ in zip(filter(seen, found), range(size), strict=False)]
 
-    def vanished(self) -> list[Region]:
-        """Return the regions whose device or memory is not there any more."""
-        lost = {name for name, device in self._devices().items() if not device.alive()}
+    def lost(self, devices: Iterable[Device]) -> list[Region]:
+        """Return the regions in use whose device, one of `devices`, or whose memory is not there any more."""
+        dead = {device.name for device in devices if not device.alive()}
         return [
             region
             for region in self
-            if region.device.name in lost or not region.memory.alive() or region.is_out_of_reach
+            if region.state is State.READY
+            and (region.device.name in dead or region.is_out_of_reach or not region.memory.alive())
         ]
-
-    def _devices(self) -> dict[str, Device]:
-        return {region.device.name: region.device for region in self}
 
     def renew(self, region: Region) -> None:
         """Move the end of a TTL lease to its time to live from now."""
@@ -265,6 +272,7 @@ class RegionTable:
         await self._take_back(region, error)
         region.advance(Event.DRAINED)
         del self._regions[region.name.id]
+        region.on_gone()
         if region.session:
             self._by_session.get(region.session, set()).discard(region)
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
+from peermem.broker.regions import Region
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
+from peermem.core.policy import Action
 from peermem.core.transfer import State, TransferFacts, TransferRequest
 from peermem.remote.base import RemoteNode
 
@@ -56,11 +59,16 @@ class Relay:
         self._node = node
         self._remote = remote
         self._request = request
-        self._subject = subject
+        self.subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._began = time.monotonic()
+
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer: the nodes that own the regions decide."""
+        return ()
 
     async def drive(self) -> None:
         """Carry the transfer to its end; never raises."""
@@ -100,7 +108,7 @@ class Relay:
         began = time.monotonic()
         while True:
             try:
-                return await self._remote.create_transfer(self._request, self.facts.name.id, self._subject)
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self.subject)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED":
                     raise
@@ -120,7 +128,7 @@ class Relay:
         while True:
             cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
-                async for facts in self._remote.watch_transfer(name):
+                async for facts in self._remote.watch_transfer(name, self.subject):
                     lost_at = None
                     self._take(facts)
             except TransferNotFound:
@@ -158,4 +166,4 @@ class Relay:
 
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
-            await self._remote.cancel_transfer(name, self._subject)
+            await self._remote.cancel_transfer(name, self.subject)

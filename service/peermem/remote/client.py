@@ -199,9 +199,10 @@ class GrpcRemoteNode:
         with self._faults():
             return transfer_from_proto(answer)
 
-    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncIterator[TransferFacts]:
         """See RemoteNode."""
-        call = self._now.transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
+        request = transfer_pb2.WatchTransferRequest(name=str(name))
+        call = self._now.transfers.WatchTransfer(request, metadata=self._metadata(subject))
         try:
             with self._faults():
                 async for message in call:

@@ -153,6 +153,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
     ERROR_REASON_STORAGE_FAILED: _ErrorReason.ValueType  # 61
     """DATA_LOSS: the storage failed to read or write."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 70
+    """RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
+    where waiting helps, a google.rpc.RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -287,6 +291,10 @@ ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 60
 """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
 ERROR_REASON_STORAGE_FAILED: ErrorReason.ValueType  # 61
 """DATA_LOSS: the storage failed to read or write."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 70
+"""RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
+where waiting helps, a google.rpc.RetryInfo.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
