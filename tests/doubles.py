@@ -12,7 +12,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -115,6 +115,10 @@ class CuedLink:
     @property
     def packet(self) -> int:
         return self._link.packet
+
+    @property
+    def rails_down(self) -> int:
+        return self._link.rails_down
 
     def post(self, request: WorkRequest) -> None:
         if self._fabric.hold:
@@ -298,7 +302,7 @@ class DirectRemote:
         await self.cues.pass_through("create_transfer")
         return (await self._broker.create_transfer(subject, request, relayed=True)).facts
 
-    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+    async def watch_transfer(self, name: ChildName) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
         yield self._broker.transfer(name)

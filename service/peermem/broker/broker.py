@@ -40,6 +40,7 @@ from peermem.core.errors import (
     TransferCancelled,
     WrongNode,
 )
+from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
@@ -107,7 +108,7 @@ class Broker:
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
         self.storage = StorageRuns(storage, self._open_region, policy, metrics)
-        self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
+        self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)
 
     # regions
@@ -116,6 +117,7 @@ class Broker:
         """Make a region. Raises as RegionService.CreateRegion."""
         self._check_open()
         region = await self._maker.make(subject, session, request)
+        await reach("region.made")
         if self._draining:
             error = ShuttingDown(f"nodes/{self.node} is shutting down.")
             await self.regions.start_end(region, error)
@@ -337,7 +339,7 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        lost = {name for name, device in self.devices.items() if not device.alive()}
+        lost = {name for name, device in self.devices.items() if not device.alive() or chosen("device.lost")}
         for region in self.regions:
             gone = region.device.name in lost or not region.memory.alive()
             if gone and region.state is State.READY:

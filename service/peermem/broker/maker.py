@@ -14,6 +14,7 @@ from peermem.broker.reach import Reach, Registry
 from peermem.broker.regions import Region, RegionTable
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import DeviceNotFound, NotSupported, SessionNotFound, ZeroLength
+from peermem.core.failpoints import reach
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.region import Lease, RegionRequest
@@ -58,8 +59,10 @@ class RegionMaker:
         return region
 
     async def _reached(self, session: Session | None, request: RegionRequest) -> tuple[Device, DeviceMemory, Reach]:
+        await reach("region.allocate")
         device, memory = await self._memory(session, request)
         try:
+            await reach("region.register")
             return device, memory, await self._registry.register(device, memory)
         except BaseException:
             memory.close()

@@ -5,18 +5,22 @@ Rules of this file:
 * The client's identity and the request_id travel along, so that asking twice starts it once.
 * Contact that breaks is sought again for a while. If it stays lost, the transfer fails here and says
   that it may go on there: only the node that runs it can raise the fence.
+* A report that is silent for a while is asked for anew: it begins with the transfer as it stands, so a daemon that
+  answers pings and nothing else is found out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import structlog
 
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
+from peermem.core.failpoints import reach
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.transfer import State, TransferFacts, TransferRequest
@@ -27,6 +31,8 @@ log = structlog.get_logger(__name__)
 _PATIENCE = 10.0
 """Seconds without contact after which the transfer is given up."""
 _RETRY = 0.5
+_QUIET = 10.0
+"""Seconds without a word after which a report is asked for anew."""
 
 
 class Relay:
@@ -96,6 +102,7 @@ class Relay:
         began = time.monotonic()
         while True:
             try:
+                await reach("relay.create")
                 return await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED":
@@ -116,9 +123,11 @@ class Relay:
         while True:
             cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
-                async for facts in self._remote.watch_transfer(name):
-                    lost_at = None
-                    self._take(facts)
+                await reach("relay.follow")
+                async with aclosing(self._remote.watch_transfer(name)) as report:
+                    while (facts := await _next(report)) is not None:
+                        lost_at = None
+                        self._take(facts)
             except TransferNotFound:
                 raise NodeUnreachable(
                     f"nodes/{self._node} does not know {name} any more: it was restarted, or the transfer ended too "
@@ -155,3 +164,11 @@ class Relay:
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
             await self._remote.cancel_transfer(name, self.owner)
+
+
+async def _next(report: AsyncGenerator[TransferFacts, None]) -> TransferFacts | None:
+    """Return the next facts of a report, or None when it has ended or says nothing for too long."""
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_QUIET):
+            return await anext(report)
+    return None
