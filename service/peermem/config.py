@@ -36,6 +36,7 @@ from peermem.config_values import (
     AckTimeout,
     AdoptSize,
     BlockSize,
+    Failpoint,
     FilePath,
     Keep,
     MessageSize,
@@ -148,6 +149,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """What a grant lasts unless it is used again."""
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
+    retry_for: Keep = Keep("10s")
+    """How long a transfer tries to go on after a link broke, while nothing moves."""
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True):
@@ -241,6 +244,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """How bytes cross to other nodes; auto: verbs where both ends have a working NIC, else tcp."""
     p2pmem: bool = True
     """Make a device of each p2pmem pool on the node."""
+    break_on_purpose: bool = False
+    """This daemon is there to be tested: it may be told to fail, to lose bytes and to die."""
+    failpoints: tuple[Failpoint, ...] = ()
+    """What goes wrong in it, and where."""
     grpc: Grpc = Grpc()
     attach: Attach = Attach()
     http: Http = Http()
@@ -292,6 +299,8 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     folders = [folder.path for folder in config.storage.directories]
     for path in sorted({path for path in folders if folders.count(path) > 1}):
         yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
+    if config.failpoints and not config.break_on_purpose:
+        yield "failpoints", _UNBROKEN
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
         if address and not address.is_loopback and not config.insecure_network:
@@ -304,6 +313,10 @@ _EXPOSED = (
     "{section}.address {address} can be reached from other hosts, and there is no authentication on TCP yet: "
     "whoever reaches it is let in. Use a loopback address such as 127.0.0.1 or, on a network that keeps "
     "strangers out, set insecure_network = true."
+)
+_UNBROKEN = (
+    "failpoints make this daemon fail, lose bytes or die, and break_on_purpose is false. Remove them or, in a test, "
+    "set break_on_purpose = true."
 )
 _NOWHERE = (
     "{section}.advertise is empty while {section}.address is {address}, which other nodes can't connect to. "

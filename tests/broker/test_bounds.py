@@ -10,7 +10,6 @@ from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
 from peermem.core.types import Rights
-from peermem.fabric.base import Status
 from tests.broker.conftest import hosts
 from tests.broker.support import eventually, failure, outcome, region, start, whole
 from tests.doubles import Host
@@ -64,15 +63,6 @@ async def test_a_region_made_anew_and_larger_takes_a_larger_transfer(pair: list[
     sink = await region(b, 100, "inbox")
     facts = await outcome(await start(a, whole(source, sink)))
     assert (facts.error, bytes(sink.memory.view()[:])) == (None, b"x" * 100)
-
-
-async def test_a_link_that_goes_down_says_why(pair: list[Host]) -> None:
-    a, b = pair
-    source, sink = await region(a, 10), await region(b, 10)
-    a.tcp.statuses.append(Status.WR_FLUSH_ERR)
-    error = await failure(await start(a, whole(source, sink)))
-    assert type(error) is errors.NodeUnreachable
-    assert "went down" in error.message
 
 
 async def test_old_grants_are_forgotten_on_a_link_that_stays() -> None:

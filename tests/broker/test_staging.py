@@ -149,14 +149,6 @@ async def test_a_copy_whose_answer_is_lost_is_fenced(nic_pair: list[NicHost]) ->
     assert b.broker.serving.grant_count == 0
 
 
-async def test_a_flushed_request_fails_the_transfer(nic_pair: list[NicHost]) -> None:
-    a, b = nic_pair
-    source, sink = await region(a, LENGTH, data=DATA, device="bar1"), await region(b, LENGTH)
-    a.nic.statuses = [Status.WR_FLUSH_ERR]
-    assert type(await failure(await start(a, whole(source, sink)))) is errors.NodeUnreachable
-    assert (await outcome(await start(a, whole(source, sink)))).state is State.SUCCEEDED
-
-
 async def test_transfers_share_the_slots(nic_pair: list[NicHost]) -> None:
     a, b = nic_pair
     source = await region(a, LENGTH, data=DATA, device="bar1")

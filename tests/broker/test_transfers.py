@@ -70,7 +70,6 @@ async def test_a_strided_list_gathers_and_scatters(pair: list[Host]) -> None:
         (Status.LOC_PROT_ERR, errors.RegionRevoked),
         (Status.REM_OP_ERR, errors.RegionRevoked),
         (Status.REM_INV_REQ_ERR, errors.Internal),
-        (Status.WR_FLUSH_ERR, errors.NodeUnreachable),
     ],
 )
 async def test_a_request_that_ends_badly_fails_the_transfer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -27,11 +28,12 @@ def _info(error: PeermemError) -> ErrorInfo:
 
 
 def _quota(error: PeermemError) -> Iterator[Message]:
-    """Yield whose limit is reached, and when to come again where that is known."""
+    """Yield whose limit is reached, and when to come again where that is known. The fault may be a remote daemon's, and
+    its metadata anything."""
     if isinstance(error, QuotaExceeded):
-        tenant = f"tenant:{error.metadata['tenant']}"
+        tenant = f"tenant:{error.metadata.get('tenant', '')}"
         yield QuotaFailure(violations=[QuotaFailure.Violation(subject=tenant, description=error.message)])
-        if "retry_after" in error.metadata:
+        with suppress(KeyError, ValueError, OverflowError):
             delay = Duration()
             delay.FromNanoseconds(round(float(error.metadata["retry_after"]) * 1e9))
             yield RetryInfo(retry_delay=delay)

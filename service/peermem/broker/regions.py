@@ -23,6 +23,7 @@ import structlog
 from peermem.broker.kernel_copier import KernelCopier
 from peermem.broker.reach import Reach
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
+from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
 from peermem.core.types import FabricKind, LeaseKind, Path
@@ -205,7 +206,7 @@ class RegionTable:
 
     def lost(self, devices: Iterable[Device]) -> list[Region]:
         """Return the regions in use whose device, one of `devices`, or whose memory is not there any more."""
-        dead = {device.name for device in devices if not device.alive()}
+        dead = {device.name for device in devices if not device.alive() or chosen("device.lost")}
         return [
             region
             for region in self
@@ -278,11 +279,14 @@ class RegionTable:
 
     async def _take_back(self, region: Region, error: PeermemError) -> None:
         """Give a region's memory back, once nothing uses it. Doing so twice, or at the same time, does no harm."""
+        await reach("region.end")
         for user in list(region.users):
             user.fail(error)
         while region.users:
             await asyncio.gather(*(user.settled() for user in list(region.users)))
+        await reach("region.let_go")
         await self._let_go(region)
+        await reach("region.close")
         if region.memory.length > _SMALL:
             await in_thread(region.memory.close)  # the kernel frees about 10 GiB a second
         else:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
-from peermem.broker.slots import StagingBuffer
+from peermem.broker.slots import StagingBuffer, spoil
 from peermem.core.errors import (
     FabricUnavailable,
     GrantRefused,
@@ -35,6 +35,7 @@ from peermem.core.errors import (
     ShuttingDown,
     StaleEpoch,
 )
+from peermem.core.failpoints import hit, reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import Action
@@ -118,6 +119,7 @@ class Serving:
 
         Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
+        hit("link.accept")
         if self._closed:
             raise ShuttingDown("This daemon is shutting down; it takes no new links.")
         fabric = self._fabrics.get(offer.fabric)
@@ -172,6 +174,7 @@ class Serving:
     async def _make(
         self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, subject: Subject, staged: bool
     ) -> GrantedKey:
+        await reach("grant.make")
         staged = staged or region.reach.stages(link.fabric.kind)
         grant = await self._grant(link_id, link.fabric, region, right, subject, staged)
         if self._links.get(link_id) is not link or region.state is not State.READY:
@@ -247,6 +250,8 @@ class Serving:
         if grant.staging is None or right not in grant.rights:
             raise GrantRefused("The grant opens no staging buffer to copy through in this direction.")
         region, buffer = grant.region, grant.staging.memory
+        if not pieces:
+            return
         for offset, start, length in pieces:
             if length < 1 or offset + length > region.memory.length or start + length > buffer.length:
                 raise OutOfRange(f"A piece to copy is outside {region.name} or its staging buffer.", region=region.name)
@@ -254,6 +259,8 @@ class Serving:
         grant.copies.add(done)
         try:
             with Use(region) as use:
+                if into_region:
+                    spoil(buffer, pieces[0][1])
                 await use.copy_staged(buffer, pieces, into_region=into_region)
         finally:
             grant.copies.discard(done)
@@ -300,6 +307,7 @@ class Serving:
 
     async def _end(self, grant: _Grant) -> None:
         grant.ended = True
+        await reach("grant.release")
         await grant.fabric.revoke(grant.key)
         await self._settle(grant)
 

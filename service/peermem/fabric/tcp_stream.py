@@ -19,6 +19,7 @@ from collections import deque
 from typing import Protocol
 
 from peermem.core.errors import MalformedMessage
+from peermem.core.failpoints import hit
 from peermem.fabric.base import LinkEnd
 from peermem.fabric.payload import MAX_BLOCKS, Block, Bytes, Payload
 
@@ -163,6 +164,7 @@ class Stream:
 
     def _receive(self, into: Bytes) -> int:
         buffers = into.buffers(_CALL_BYTES)
+        hit("tcp.receive")
         try:
             if len(buffers) == 1:
                 return self._sock.recv_into(buffers[0])
@@ -193,6 +195,7 @@ class Stream:
                 break
             if len(buffers) == MAX_BLOCKS:
                 break
+        hit("tcp.send")
         try:
             sent = self._sock.sendmsg(buffers)
         except OSError as error:
