@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from peermem.broker.broker import Broker
-from peermem.broker.guard import Guard
 from peermem.broker.sessions import SessionTable
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.identity import Subject
@@ -40,8 +39,8 @@ from peermem.memory import Memory
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.storage.base import Storage
 from peermem.storage.files import LocalStorage
-from peermem.telemetry.audit import Audit
 from peermem.telemetry.metrics import Metrics
+from tests.policies import guard
 from tests.settings import broker_settings
 
 MIB = 1 << 20
@@ -264,9 +263,6 @@ class DirectRemote:
         self._broker = broker
         self._here = here
 
-    def _spoken(self, subject: Subject) -> Subject:
-        return subject.vouched_for(self._here)
-
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         await self.cues.pass_through("open_link")
         return self._broker.serving.open_link(self._here, offer)
@@ -310,7 +306,7 @@ class DirectRemote:
     async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
-        yield self._broker.seen_transfer(self._spoken(subject), name)
+        yield self._broker.seen_transfer(subject.vouched_for(self._here), name)
         if running is not None:
             await running.ended.wait()
             yield running.facts
@@ -378,7 +374,7 @@ class Host:
             self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
-            Guard(node, rules, Audit("denied"), self.metrics.policy),
+            guard(node, rules, self.metrics),
             self.sessions,
             self.metrics,
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),

@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logs.set_up(config.log.level, config.log.format, sys.stderr)
     _raise_file_limit()
-    return asyncio.run(run(config))
+    try:
+        return asyncio.run(run(config))
+    except ConfigError as error:  # the policy file has changed since it was read above
+        log.error("start_failed", cause=str(error))
+        return 2
 
 
 async def run(config: Config) -> int:

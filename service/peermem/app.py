@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import structlog
 
@@ -32,8 +31,8 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_policy import open_guard, policy_source
 from peermem.broker.broker import Broker
-from peermem.broker.guard import Guard
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
@@ -42,7 +41,6 @@ from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Udmabuf, Verbs,
 from peermem.core.errors import NodeNotFound
 from peermem.core.failpoints import FailOrder
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
-from peermem.core.policy import OPEN, OWN
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
@@ -66,11 +64,9 @@ from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Marks, Timing
 from peermem.fabric.verbs_types import Settings as VerbsSettings
-from peermem.policy_source import PolicySource
 from peermem.remote.client import GrpcRemotes
 from peermem.storage.files import LocalStorage
 from peermem.storage.places import Place
-from peermem.telemetry.audit import Audit, AuditFile
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
@@ -84,9 +80,7 @@ class App:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
         self.metrics = Metrics(VERSION)
-        self._policy = PolicySource(
-            config.policy.file, OPEN if config.is_open_without_policy else OWN, self.metrics.policy
-        )
+        self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._stack = AsyncExitStack()
@@ -160,13 +154,6 @@ class App:
         notes = (self._policy.problem,) if self._policy.problem else ()
         return Health(not self._reasons, self._reasons, notes)
 
-    def _audit(self) -> Audit:
-        """Return the audit log. Raises OSError where its file can't be written."""
-        if self.config.audit.file:
-            self._stack.callback(AuditFile(Path(self.config.audit.file)).close)
-        chosen = self.config.audit.decisions
-        return Audit(("all" if self.config.policy.file else "denied") if chosen == "auto" else chosen)
-
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable) -> Broker:
         config = self.config
         settings = Settings(
@@ -190,7 +177,7 @@ class App:
             parts.fabrics,
             remotes,
             directory,
-            Guard(config.node, self._policy.rules, self._audit(), self.metrics.policy),
+            open_guard(config, self._policy, self.metrics.policy, self._stack),
             sessions,
             self.metrics,
             self._topology,

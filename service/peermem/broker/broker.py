@@ -51,7 +51,7 @@ from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
-from peermem.core.region import RegionRequest
+from peermem.core.region import RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
@@ -341,11 +341,12 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        for region in self.regions.lost(self.devices.values()):
+        for region in self.regions.vanished():
             self._taken_back(region)
 
     def _taken_back(self, region: Region) -> None:
-        self._spawn(self.regions.revoke(region))
+        if region.state is State.READY:
+            self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""
