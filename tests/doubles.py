@@ -315,6 +315,10 @@ class DirectRemote:
         await self.cues.pass_through("cancel_transfer")
         await self._broker.cancel_transfer(subject.vouched_for(self._here), name)
 
+    async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
+        await self.cues.pass_through("confirm_relay")
+        self._broker.vouching.check_relayed(node, subject, region, right)
+
     async def node_facts(self) -> NodeFacts:
         await self.cues.pass_through("node_facts")
         return self._broker.node_facts()

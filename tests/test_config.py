@@ -82,6 +82,7 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
         {
             "PATH": "/bin",
             "PEERMEM_TARGET": "unix:///elsewhere",
+            "PEERMEM_CLIENT_CA": "/ca.pem",
             "PEERMEM_NODE": "b",
             "PEERMEM_GRPC_ADDRESS": "127.0.0.1:0",
             "PEERMEM_GRPC_REFLECTION": "true",
@@ -256,7 +257,7 @@ def test_an_address_that_strangers_reach_needs_insecure_network(tmp_path: Path, 
     file = write(tmp_path, f'{section}.address = "{address}"')
     (problem,) = problems(file)
     assert problem.startswith(f"{file}: {section}.address {address} can be reached from other hosts")
-    assert "no authentication on TCP yet" in problem
+    assert "without TLS whoever reaches it can read, write and delete everything" in problem
     assert "insecure_network = true" in problem
     load(file, {"PEERMEM_INSECURE_NETWORK": "true"})
 

@@ -36,6 +36,7 @@ from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun, StorageRuns
 from peermem.broker.tenants import Share, Tenants
 from peermem.broker.transfers import TransferTable
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
     RegionDeleted,
@@ -111,6 +112,7 @@ class Broker:
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
+        self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
@@ -215,9 +217,7 @@ class Broker:
 
     async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
-
-        Raises as TransferService.CreateTransfer.
-        """
+        Raises as TransferService.CreateTransfer."""
         self._check_open()
         self.tenants.request(subject)
         self.transfers.check_room(request.weight)
@@ -240,7 +240,7 @@ class Broker:
         try:
             if node != self.node:
                 relay = Relay(name, node, self._remotes.get(node), request, subject)
-                return self._begin(name, relay, request.weight, relay.drive(), hold)
+                return self._begin(name, relay, request.weight, relay.drive(self.vouching), hold)
             run = TransferRun(name, request, parts, regions, Share(self.tenants, subject), self._moved)
             return self._begin(name, run, request.weight, run.drive(self.links), hold)
         except BaseException:
