@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import random
 
@@ -237,3 +238,22 @@ async def test_links_that_break_again_and_again_do_not_keep_a_transfer_from_its_
         assert [(facts.state, facts.error) for facts in ends] == [(State.SUCCEEDED, None)] * 3
         for sink in sinks:
             assert await content(b, sink) == DATA
+
+
+@pytest.mark.parametrize("call", ["open_link", "acquire_grant"])
+async def test_a_call_that_fails_when_nobody_waits_for_it_any_more_is_no_defect(pair: list[Host], call: str) -> None:
+    a, b = pair
+    source, sink = await region(a, 10), await region(b, 10)
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    a.cues.gates[call] = gate = asyncio.Event()
+    a.cues.faults[call] = GONE
+    transfer = await start(a, whole(source, sink))
+    await eventually(lambda: call in a.cues.calls)
+    assert (await cancel(a, transfer.facts)).state is State.CANCELLED
+    gate.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert unheard == []
+    a.cues.faults.clear()
