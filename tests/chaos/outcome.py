@@ -24,15 +24,6 @@ from tests.chaos.slots import SLOT
 _POINT = re.compile(r'"point": ?"([a-z_.]+)"')
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """Seconds from the end of faults of one kind to the first transfer that succeeded with what they hit."""
-
-    count: int
-    median: float
-    worst: float
-
-
 @dataclass(slots=True)
 class Growth:
     """A daemon's own memory and descriptors, after the start of a run and at its end."""
@@ -56,7 +47,8 @@ class Outcome:
     failpoints: Counter[str] = field(default_factory=Counter)
     limits: int = 0
     """Limits that were filled."""
-    recoveries: dict[str, Recovery] = field(default_factory=dict)
+    recoveries: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds from the end of a fault to the first transfer that succeeded with what it hit, by kind of fault."""
     growth: list[Growth] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
     """What went wrong besides the history: in logs, and jobs that failed."""
@@ -86,10 +78,7 @@ class Outcome:
             "leaks": wrong[Fault.LEAK],
             "denied_tried": verdict.denied,
             "denied_refused": verdict.refused,
-            "recovery": {
-                kind: {"count": each.count, "median": round(each.median, 3), "worst": round(each.worst, 3)}
-                for kind, each in self.recoveries.items()
-            },
+            "recovery": {kind: [round(each, 3) for each in times] for kind, times in self.recoveries.items()},
             "growth": [
                 {
                     "node": each.node,
@@ -103,7 +92,7 @@ class Outcome:
         }
 
 
-def recoveries(injected: Sequence[Injected], events: Iterable[Event]) -> dict[str, Recovery]:
+def recoveries(injected: Sequence[Injected], events: Iterable[Event]) -> dict[str, list[float]]:
     """Return how long it took, by kind of fault, until a transfer with what was hit succeeded."""
     asked: dict[str, Asked] = {}
     successes: list[tuple[float, float, tuple[str, ...]]] = []
@@ -123,7 +112,7 @@ def recoveries(injected: Sequence[Injected], events: Iterable[Event]) -> dict[st
         first = next(later, None)
         if first is not None and "job" not in fault.kind:
             times.setdefault(fault.kind, []).append(first - fault.at)
-    return {kind: Recovery(len(each), median(each), max(each)) for kind, each in times.items()}
+    return times
 
 
 def passed_failpoints(logs: Iterable[Path]) -> Counter[str]:
@@ -140,6 +129,10 @@ def filled(events: Iterable[Event]) -> int:
 def text(outcome: Outcome) -> str:
     """Return it for people."""
     told = outcome.as_json()
+    told["recovery"] = {
+        kind: f"{len(times)}: median {median(times):.3f} s, worst {max(times):.3f} s"
+        for kind, times in outcome.recoveries.items()
+    }
     lines = [f"seed {outcome.seed}, {outcome.seconds:.0f} s; again: {outcome.command}"]
     lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in told.items() if name not in _APART]
     lines += [f"WRONG {line}" for line in told["violations"]] + [f"DEFECT {line}" for line in told["defects"]]
