@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
 from peermem.core.policy import OwnerPolicy
@@ -273,10 +274,12 @@ class DirectRemote:
         await self._broker.serving.close_link(link_id)
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         await self.cues.pass_through("acquire_grant")
-        return await self._broker.serving.acquire(link_id, epoch, region, right, subject, staged=staged)
+        return await self._broker.serving.acquire(
+            link_id, epoch, region, right, subject.vouched_for(self._here), staged=staged
+        )
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         await self.cues.pass_through("release_grants")
@@ -298,9 +301,9 @@ class DirectRemote:
         await self.cues.pass_through("checksum")
         return await self._broker.serving.checksum(link_id, grant_id, offsets, lengths, initial)
 
-    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         await self.cues.pass_through("create_transfer")
-        return (await self._broker.create_transfer(subject, request, relayed=True)).facts
+        return (await self._broker.create_transfer(subject.vouched_for(self._here), request, relayed=True)).facts
 
     async def watch_transfer(self, name: ChildName) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
@@ -310,9 +313,9 @@ class DirectRemote:
             await running.ended.wait()
             yield running.facts
 
-    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+    async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         await self.cues.pass_through("cancel_transfer")
-        await self._broker.cancel_transfer(subject, name)
+        await self._broker.cancel_transfer(subject.vouched_for(self._here), name)
 
     async def node_facts(self) -> NodeFacts:
         await self.cues.pass_through("node_facts")

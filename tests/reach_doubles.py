@@ -46,6 +46,8 @@ class NicFabric(CuedFabric):
         self.packet = 4096
         self.misplaces = False
         """Whether it takes every address in a page of memory on demand for the page's first one, as rxe does."""
+        self.taken_back: list[Memory] = []
+        """Memory whose exporter has let go of it: no NIC accesses it any more."""
         self._on_demand: list[Memory] = []
 
     @property
@@ -82,6 +84,8 @@ class NicFabric(CuedFabric):
             local = [start // PAGE * PAGE for start in local]
         if request.key.rkey in _MISPLACING:
             remote = [start // PAGE * PAGE for start in remote]
+        if request.memory in self.taken_back:
+            local = [request.memory.length] * len(local)
         ranges = replace(request.ranges, local=local, remote=remote)
         return replace(request, ranges=ranges)
 
@@ -106,6 +110,8 @@ class NicFabric(CuedFabric):
         self, link_id: bytes, memory: Memory, offset: int, length: int, rights: Rights, ttl: float
     ) -> RemoteKey:
         assert memory in self.registered
+        if memory in self.taken_back:
+            raise RegionRevoked("The device behind the dma-buf has taken its memory back.")
         key = await super().grant(link_id, memory, offset, length, rights, ttl)
         if self.misplaces and memory in self._on_demand:
             _MISPLACING.add(key.rkey)

@@ -175,7 +175,7 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True):
     directories: tuple[StorageDirectory, ...] = ()
     """The only places that they may use."""
     block: BlockSize = BlockSize("1MiB")
-    """What is read or written at once."""
+    """What they go by."""
     depth: Annotated[int, Meta(ge=1, le=64)] = 8
     """Blocks of one load or store that are under way at the same time."""
     max_running: Annotated[int, Meta(ge=1, le=64)] = 8

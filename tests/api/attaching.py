@@ -15,6 +15,7 @@ from peermem.api.attach import AttachServer
 from peermem.broker.sessions import Session, SessionTable
 from peermem.client.attach import Attachment
 from peermem.core.errors import RegionNotFound
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.device.base import DeviceMemory
 from peermem.device.memfd import MemfdDevice
@@ -23,7 +24,7 @@ from tests.descriptors import open_files, until
 
 LENGTH = 3 * mmap.PAGESIZE + 1
 REGION = "nodes/a/regions/r"
-ME = f"uid:{os.getuid()}"
+ME = Subject(f"uid:{os.getuid()}", tuple(f"gid:{gid}" for gid in dict.fromkeys((os.getgid(), *sorted(os.getgroups())))))
 
 
 class Node:
@@ -35,10 +36,10 @@ class Node:
         self.sessions = SessionTable(max_sessions)
         self.ended: list[Session] = []
         self.sessions.on_close(self.ended.append)
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, Subject]] = []
         self.fault: Exception | None = None
 
-    def map_region(self, name: ChildName, subject: str) -> DeviceMemory:
+    def map_region(self, name: ChildName, subject: Subject) -> DeviceMemory:
         self.asked.append((str(name), subject))
         if self.fault is not None:
             raise self.fault

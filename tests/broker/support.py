@@ -8,7 +8,8 @@ from collections.abc import Callable
 from peermem.broker.regions import Region
 from peermem.broker.runs import Transfer
 from peermem.core.errors import PeermemError
-from peermem.core.policy import ANONYMOUS, Action
+from peermem.core.identity import ANONYMOUS, Subject
+from peermem.core.policy import Action
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.segments import SegmentList, columns
 from peermem.core.transfer import State, TransferFacts, TransferRequest
@@ -44,7 +45,7 @@ async def start(
     timeout: float | None = None,
     checksum: bool = False,
     fabric: FabricKind | None = None,
-    subject: str = ANONYMOUS,
+    subject: Subject = ANONYMOUS,
 ) -> Transfer:
     return await host.broker.create_transfer(subject, TransferRequest(lists, timeout, checksum, fabric), relayed=False)
 

@@ -6,6 +6,7 @@ import pytest
 
 from peermem.broker.links import Wanted
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
 from peermem.core.types import Rights
@@ -18,7 +19,7 @@ async def test_what_was_relayed_here_is_not_relayed_on(pair: list[Host]) -> None
     a, b = pair
     source, sink = await region(a, 10), await region(a, 10)
     with pytest.raises(errors.WrongNode, match="directory"):
-        await b.broker.create_transfer("anonymous", TransferRequest([whole(source, sink)]), relayed=True)
+        await b.broker.create_transfer(ANONYMOUS, TransferRequest([whole(source, sink)]), relayed=True)
     assert b.broker.transfers.running_count == 0
 
 
@@ -58,7 +59,7 @@ async def test_a_region_made_anew_and_larger_takes_a_larger_transfer(pair: list[
     a, b = pair
     source, sink = await region(a, 100, data=b"x" * 100), await region(b, 10, "inbox")
     await outcome(await start(a, columns(source.name, sink.name, (0,), (0,), (10,))))
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     sink = await region(b, 100, "inbox")
     facts = await outcome(await start(a, whole(source, sink)))
     assert (facts.error, bytes(sink.memory.view()[:])) == (None, b"x" * 100)
@@ -68,7 +69,7 @@ async def test_old_grants_are_forgotten_on_a_link_that_stays() -> None:
     async with hosts("a", "b", grant_ttl=0.1) as (a, b):
         source, sink = await region(a, 10), await region(b, 10)
         for number in range(20):
-            await outcome(await start(a, whole(source, sink), subject=f"uid:{number}"))
+            await outcome(await start(a, whole(source, sink), subject=Subject(f"uid:{number}")))
         assert a.broker.links.grant_count > 0
 
         def forgotten() -> bool:
@@ -94,7 +95,7 @@ async def test_checksums_of_nonsense(
     await outcome(await start(a, whole(source, sink)))
     link = a.broker.links.kept("b", next(kind for kind in a.broker.fabrics if kind.value == "tcp"))
     assert link is not None
-    held = await link.grant(Wanted(sink.name, Rights.WRITE, "anonymous", staged=False))
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, staged=False))
     with pytest.raises(kind):
         await link.source.checksum(link._link_id, held.grant_id, offsets, lengths, 0)
     with pytest.raises(errors.GrantRefused):

@@ -8,6 +8,7 @@ import pytest
 
 from peermem import memory
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS
 from peermem.core.node import ADOPTED_DMABUF
 from peermem.core.policy import Action
 from peermem.core.region import State as RegionState
@@ -49,7 +50,7 @@ async def test_over_tcp_it_is_staged(nic_pair: list[NicHost], gpu: ImportedDevic
     a, b = nic_pair
     here, there = await region(a, MIB, device="gpu0"), await region(b, MIB)
     source, sink, holder = (here, there, a) if order == "push" else (there, here, b)
-    with holder.broker.use_region("anonymous", source.name, Action.WRITE, 0, MIB) as use:
+    with holder.broker.use_region(ANONYMOUS, source.name, Action.WRITE, 0, MIB) as use:
         await use.write(0, DATA)
     moved = await outcome(await start(a, whole(source, sink), fabric=FabricKind.TCP, checksum=True))
     assert (moved.state, moved.path) == (State.SUCCEEDED, Path.STAGED)
@@ -99,6 +100,24 @@ async def test_memory_that_its_exporter_took_back_is_revoked(nic_pair: list[NicH
     a.broker.let_go_of_lost_devices()
     await eventually(lambda: gone.facts.state is RegionState.REVOKED and gpu.available == gpu.size - MIB)
     assert other.facts.state is RegionState.READY
+
+
+@pytest.mark.parametrize("order", ["push", "pull"])
+@pytest.mark.parametrize("asked", ["a", "b"])
+async def test_memory_that_only_a_nic_finds_taken_back_is_revoked(
+    nic_pair: list[NicHost], gpu: ImportedDevice, order: str, asked: str
+) -> None:
+    """Whether its own NIC can't access it, or the other node can't be given a grant on it."""
+    a, b = nic_pair
+    gpu.lets_map = False
+    gone, other, there = await region(a, MIB, device="gpu0"), await region(a, MIB, device="gpu0"), await region(b, MIB)
+    a.nic.taken_back.append(gone.memory)
+    source, sink = (gone, there) if order == "push" else (there, gone)
+    error = await failure(await start({"a": a, "b": b}[asked], whole(source, sink)))
+    assert type(error) is errors.RegionRevoked
+    a.broker.let_go_of_lost_devices()
+    await eventually(lambda: gone.facts.state is RegionState.REVOKED and gpu.available == gpu.size - MIB)
+    assert other.facts.state is there.facts.state is RegionState.READY
 
 
 async def test_what_was_handed_in_is_tried_itself_and_keeps_its_bytes(nic_pair: list[NicHost]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from peermem.broker.runs import Transfer
 from peermem.core import errors
 from peermem.core.failpoints import turned_on
-from peermem.core.policy import ANONYMOUS
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.region import RegionRequest
 from peermem.core.region import State as RegionState
 from peermem.core.transfer import State
@@ -74,10 +74,10 @@ async def test_a_region_that_fails_while_it_is_made_leaves_nothing(pair: list[Ho
 
 async def test_a_job_that_dies_before_it_is_told_of_its_region(pair: list[Host]) -> None:
     a, _ = pair
-    session, gate = a.sessions.open("uid:5", 1), Gate()
+    session, gate = a.sessions.open(Subject("uid:5"), 1), Gate()
     with turned_on("region.made", gate):
         request = RegionRequest("", MIB, "bar0", "", {}, None)
-        making = asyncio.create_task(a.broker.create_region("uid:5", session, request))
+        making = asyncio.create_task(a.broker.create_region(Subject("uid:5"), session, request))
         await gate.reached.wait()
         a.sessions.close(session)
         gate.open()

@@ -11,6 +11,7 @@ import pytest
 
 from peermem.broker.relays import Relay
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.policy import Action
@@ -27,17 +28,17 @@ from tests.doubles import MIB, Host
 async def test_a_region_that_can_not_be_mapped(pair: list[Host]) -> None:
     a, _ = pair
     made = await region(a, 4096)
-    assert a.broker.map_region(made.name, "uid:1").share()[1] == 0
+    assert a.broker.map_region(made.name, Subject("uid:1")).share()[1] == 0
     a.device.mappable = False
     with pytest.raises(errors.NotMappable):
-        a.broker.map_region(made.name, "uid:1").share()
+        a.broker.map_region(made.name, Subject("uid:1")).share()
 
 
 async def test_a_region_whose_device_took_its_memory_back(pair: list[Host]) -> None:
     a, _ = pair
     made = await region(a, 4096)
     a.device.vanished = True
-    with a.broker.use_region("uid:1", made.name, Action.READ, 0, 10) as use:
+    with a.broker.use_region(Subject("uid:1"), made.name, Action.READ, 0, 10) as use:
         with pytest.raises(errors.RegionRevoked):
             await use.read(0, 10)
         with pytest.raises(errors.RegionRevoked):
@@ -51,13 +52,13 @@ async def test_a_deletion_waits_for_the_thread_that_touches_the_memory(pair: lis
     a.device.slow = threading.Event()
 
     async def write() -> None:
-        with a.broker.use_region("uid:1", made.name, Action.WRITE, 0, MIB) as use:
+        with a.broker.use_region(Subject("uid:1"), made.name, Action.WRITE, 0, MIB) as use:
             await use.write(0, b"x" * MIB)
 
     writing = asyncio.create_task(write())
     await eventually(a.device.touched.is_set)
     writing.cancel()
-    deletion = asyncio.create_task(a.broker.delete_region("anonymous", made.name, force=True))
+    deletion = asyncio.create_task(a.broker.delete_region(ANONYMOUS, made.name, force=True))
     await eventually(lambda: made.state is RegionState.DRAINING)
     assert a.device.available < a.device.size
     a.device.slow.set()
@@ -69,11 +70,11 @@ async def test_a_deletion_waits_for_the_thread_that_touches_the_memory(pair: lis
 async def test_a_use_that_stands_still_does_not_hold_up_a_deletion(pair: list[Host]) -> None:
     a, _ = pair
     made = await region(a, MIB)
-    with a.broker.use_region("uid:1", made.name, Action.READ, 0, MIB) as use:
+    with a.broker.use_region(Subject("uid:1"), made.name, Action.READ, 0, MIB) as use:
         await use.read(0, 4096)
         with pytest.raises(errors.RegionInUse):
-            await a.broker.delete_region("anonymous", made.name, force=False)
-        await a.broker.delete_region("anonymous", made.name, force=True)
+            await a.broker.delete_region(ANONYMOUS, made.name, force=False)
+        await a.broker.delete_region(ANONYMOUS, made.name, force=True)
         with pytest.raises(errors.RegionDeleted):
             await use.read(4096, 4096)
 
@@ -85,7 +86,7 @@ async def test_a_ttl_ends_a_region_and_its_transfer(pair: list[Host]) -> None:
     transfer = await start(a, whole(source, sink))
     await eventually(lambda: source.state is RegionState.DRAINING)
     with pytest.raises(errors.RegionDeleted):
-        a.broker.renew_leases("anonymous", [source.name])
+        a.broker.renew_leases(ANONYMOUS, [source.name])
     a.tcp.let_go()
     assert type(await failure(transfer)) is errors.RegionDeleted
     await eventually(lambda: len(a.broker.regions) == 0)
@@ -93,10 +94,10 @@ async def test_a_ttl_ends_a_region_and_its_transfer(pair: list[Host]) -> None:
 
 async def test_a_session_ends_its_regions_also_one_that_is_being_made(pair: list[Host]) -> None:
     a, _ = pair
-    session = a.sessions.open("uid:5", 1)
-    await a.broker.create_region("uid:5", session, RegionRequest("", 4096, "bar0", "", {}, None))
+    session = a.sessions.open(Subject("uid:5"), 1)
+    await a.broker.create_region(Subject("uid:5"), session, RegionRequest("", 4096, "bar0", "", {}, None))
     making = asyncio.create_task(
-        a.broker.create_region("uid:5", session, RegionRequest("", 16 * MIB, "bar0", "", {}, None))
+        a.broker.create_region(Subject("uid:5"), session, RegionRequest("", 16 * MIB, "bar0", "", {}, None))
     )
     await asyncio.sleep(0)
     a.sessions.close(session)
@@ -106,14 +107,16 @@ async def test_a_session_ends_its_regions_also_one_that_is_being_made(pair: list
 
 async def test_only_the_owner_manages(pair: list[Host]) -> None:
     a, _ = pair
-    owned = await a.broker.create_region("uid:5", None, RegionRequest("", 1, "bar0", "", {}, Lease(LeaseKind.TTL, 60)))
-    for subject in ("uid:6", "anonymous", "uid:5@b", "uid:0@b"):
+    owned = await a.broker.create_region(
+        Subject("uid:5"), None, RegionRequest("", 1, "bar0", "", {}, Lease(LeaseKind.TTL, 60))
+    )
+    for subject in (Subject("uid:6"), ANONYMOUS, Subject("uid:5", node="b"), Subject("uid:0", node="b")):
         with pytest.raises(errors.AccessDenied):
             await a.broker.delete_region(subject, owned.name, force=True)
         with pytest.raises(errors.AccessDenied):
             a.broker.renew_leases(subject, [owned.name])
-    a.broker.renew_leases("uid:0", [owned.name])
-    await a.broker.delete_region("uid:5", owned.name, force=False)
+    a.broker.renew_leases(Subject("uid:0", ("gid:0",)), [owned.name])
+    await a.broker.delete_region(Subject("uid:5"), owned.name, force=False)
 
 
 async def test_limits_of_regions_links_and_grants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +147,7 @@ async def test_an_ended_transfer_keeps_none_of_its_work(pair: list[Host]) -> Non
     trace = weakref.ref(source)
     a_region = source.name
     del entry, source
-    await a.broker.delete_region("anonymous", a_region, force=False)
+    await a.broker.delete_region(ANONYMOUS, a_region, force=False)
     for _ in range(3):
         await asyncio.sleep(0)
     gc.collect()
@@ -169,7 +172,7 @@ async def test_a_relay_that_is_cancelled_or_out_of_time_before_it_began() -> Non
         a.tcp.hold = True
         transfer = await start(c, whole(source, sink))
         await eventually(lambda: "create_transfer" in c.cues.calls)
-        cancelling = asyncio.create_task(c.broker.cancel_transfer("anonymous", transfer.facts.name))
+        cancelling = asyncio.create_task(c.broker.cancel_transfer(ANONYMOUS, transfer.facts.name))
         await asyncio.sleep(0)
         c.cues.gates["create_transfer"].set()
         await eventually(lambda: "cancel_transfer" in c.cues.calls)
@@ -276,7 +279,7 @@ async def test_transfers_are_remembered_for_a_while(pair: list[Host]) -> None:
         assert x.broker.transfer(ended[2]).state is State.SUCCEEDED
         with pytest.raises(errors.TransferNotFound):
             x.broker.transfer(ended[0])
-        assert (await x.broker.cancel_transfer("anonymous", ended[2])).state is State.SUCCEEDED
+        assert (await x.broker.cancel_transfer(ANONYMOUS, ended[2])).state is State.SUCCEEDED
         with pytest.raises(errors.WrongNode):
             x.broker.transfer(ChildName("b", "transfers", "t"))
     async with hosts("x", keep_ended_for=0.0) as (x,):

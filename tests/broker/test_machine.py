@@ -14,7 +14,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.regions import Region
 from peermem.broker.runs import Transfer
 from peermem.core import errors
-from peermem.core.policy import ANONYMOUS
+from peermem.core.identity import ANONYMOUS
 from peermem.core.region import Lease
 from peermem.core.region import State as RegionState
 from peermem.core.segments import columns

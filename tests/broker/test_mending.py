@@ -12,7 +12,7 @@ import pytest
 
 from peermem.core import errors
 from peermem.core.failpoints import turned_on
-from peermem.core.policy import ANONYMOUS
+from peermem.core.identity import ANONYMOUS
 from peermem.core.transfer import State, TransferFacts
 from peermem.core.types import FabricKind
 from peermem.fabric.base import LinkEnd, Status

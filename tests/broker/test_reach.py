@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS
 from peermem.core.region import State as RegionState
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, Path
@@ -114,7 +115,7 @@ async def test_a_region_that_ends_while_a_grant_on_it_is_made(nic_pair: list[Nic
     b.nic.granting = asyncio.Event()
     transfer = await start(a, whole(source, sink))
     await eventually(lambda: sink in b.broker.serving._making)
-    deleting = asyncio.create_task(b.broker.delete_region("anonymous", sink.name, force=False))
+    deleting = asyncio.create_task(b.broker.delete_region(ANONYMOUS, sink.name, force=False))
     await asyncio.sleep(0)
     assert sink.memory in b.nic.registered
     b.nic.granting.set()
@@ -131,7 +132,7 @@ async def test_a_region_that_ends_while_a_link_that_has_a_grant_on_it_is_closed(
     b.nic.hanging_up = asyncio.Event()
     closing = asyncio.create_task(b.broker.serving.close_link(link_id))
     await asyncio.sleep(0)
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     b.nic.hanging_up.set()
     await closing
     assert b.broker.serving.grant_count == 0
@@ -154,6 +155,6 @@ async def test_a_device_that_vanished_gets_its_memory_back_at_once(nic_pair: lis
     a.nic.let_go()
     assert type(await failure(transfer)) is errors.RegionRevoked
     assert type(await failure(await start(a, whole(source, sink)))) is errors.RegionRevoked
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     b.device.gone = False
     assert (await region(b, MIB, sink.name.id)).facts.state is RegionState.READY

@@ -8,6 +8,7 @@ import pytest
 
 from peermem.broker.sessions import MAX_HANDED_IN, MAX_HANDED_IN_ALL, SessionTable, close_apart
 from peermem.core.errors import LimitReached, NotAdoptable, SessionNotFound
+from peermem.core.identity import Subject
 from tests.descriptors import lingering_socket, memory_file, open_files, until
 
 
@@ -20,7 +21,7 @@ def fd() -> Iterator[int]:
 
 async def test_a_session_is_found_by_its_token_until_it_is_closed() -> None:
     table = SessionTable(8)
-    session, other = table.open("uid:1", 10), table.open("uid:1", 10)
+    session, other = table.open(Subject("uid:1"), 10), table.open(Subject("uid:1"), 10)
     assert session.token != other.token
     assert len(session.token) >= 32
     assert table.find(session.token) is session
@@ -33,8 +34,8 @@ async def test_a_session_is_found_by_its_token_until_it_is_closed() -> None:
 
 def test_a_token_is_shown_nowhere() -> None:
     table = SessionTable(1)
-    session = table.open("uid:1", 10)
-    assert repr(session) == "Session(subject='uid:1', pid=10, closed=False)"
+    session = table.open(Subject("uid:1"), 10)
+    assert repr(session) == "Session(subject=Subject(name='uid:1', groups=(), node=''), pid=10, closed=False)"
     with pytest.raises(SessionNotFound) as caught:
         table.find(session.token + "x")
     assert session.token not in f"{caught.value} {caught.value.metadata}"
@@ -42,11 +43,11 @@ def test_a_token_is_shown_nowhere() -> None:
 
 async def test_one_session_too_many_is_refused_until_another_ends() -> None:
     table = SessionTable(1)
-    session = table.open("uid:1", 10)
+    session = table.open(Subject("uid:1"), 10)
     with pytest.raises(LimitReached, match=r"attach\.max_sessions"):
-        table.open("uid:2", 11)
+        table.open(Subject("uid:2"), 11)
     table.close(session)
-    table.open("uid:2", 11)
+    table.open(Subject("uid:2"), 11)
 
 
 async def test_who_waits_for_the_end_is_called_once() -> None:
@@ -54,7 +55,7 @@ async def test_who_waits_for_the_end_is_called_once() -> None:
     ended: list[object] = []
     table.on_close(ended.append)
     table.on_close(ended.append)
-    session = table.open("uid:1", 10)
+    session = table.open(Subject("uid:1"), 10)
     table.close(session)
     table.close(session)
     assert ended == [session, session]
@@ -62,7 +63,7 @@ async def test_who_waits_for_the_end_is_called_once() -> None:
 
 def test_a_descriptor_is_taken_once_and_only_by_its_session(fd: int) -> None:
     table = SessionTable(2)
-    session, other = table.open("uid:1", 10), table.open("uid:1", 10)
+    session, other = table.open(Subject("uid:1"), 10), table.open(Subject("uid:1"), 10)
     token = table.hand_in(session, fd)
     for who, what in ((other, token), (session, "unknown"), (session, session.token)):
         with pytest.raises(SessionNotFound):
@@ -74,7 +75,7 @@ def test_a_descriptor_is_taken_once_and_only_by_its_session(fd: int) -> None:
 
 async def test_what_was_not_adopted_is_closed_with_its_session() -> None:
     table = SessionTable(2)
-    session, other = table.open("uid:1", 10), table.open("uid:1", 10)
+    session, other = table.open(Subject("uid:1"), 10), table.open(Subject("uid:1"), 10)
     before = open_files()
     tokens = [table.hand_in(session, memory_file(1)) for _ in range(3)]
     kept = table.hand_in(other, memory_file(1))
@@ -89,7 +90,7 @@ async def test_what_was_not_adopted_is_closed_with_its_session() -> None:
 
 def test_only_so_many_descriptors_wait_in_one_session(fd: int) -> None:
     table = SessionTable(2)
-    session, other = table.open("uid:1", 10), table.open("uid:1", 10)
+    session, other = table.open(Subject("uid:1"), 10), table.open(Subject("uid:1"), 10)
     tokens = [table.hand_in(session, fd) for _ in range(MAX_HANDED_IN)]
     with pytest.raises(LimitReached, match=f"{MAX_HANDED_IN} file descriptors of this session"):
         table.hand_in(session, fd)
@@ -102,16 +103,16 @@ def test_only_so_many_descriptors_wait_in_one_session(fd: int) -> None:
 def test_only_so_many_descriptors_wait_in_all(fd: int) -> None:
     table = SessionTable(1000)
     for _ in range(MAX_HANDED_IN_ALL // MAX_HANDED_IN):
-        session = table.open("uid:1", 10)
+        session = table.open(Subject("uid:1"), 10)
         for _ in range(MAX_HANDED_IN):
             table.hand_in(session, fd)
     with pytest.raises(LimitReached, match="of all jobs"):
-        table.hand_in(table.open("uid:1", 10), fd)
+        table.hand_in(table.open(Subject("uid:1"), 10), fd)
 
 
 def test_only_memory_files_are_taken_in() -> None:
     table = SessionTable(1)
-    session = table.open("uid:1", 10)
+    session = table.open(Subject("uid:1"), 10)
     reader, writer = os.pipe()
     with pytest.raises(NotAdoptable, match="memfd_create"):
         table.hand_in(session, writer)

@@ -11,7 +11,8 @@ import pytest
 from peermem.broker.links import Wanted
 from peermem.broker.slots import SLOT, SLOTS
 from peermem.core import errors
-from peermem.core.policy import ANONYMOUS, Action
+from peermem.core.identity import ANONYMOUS
+from peermem.core.policy import Action
 from peermem.core.segments import columns
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, Path, Rights

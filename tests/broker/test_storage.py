@@ -14,8 +14,9 @@ import pytest
 from peermem.broker.storage import StorageRun
 from peermem.core import errors
 from peermem.core.errors import PeermemError
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import ANONYMOUS, Action
+from peermem.core.policy import Action
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.storage.files import LocalStorage
 from peermem.storage.places import Place
@@ -63,7 +64,7 @@ def wanted(order: Order, name: ChildName, path: Path | str, **changes: object) -
     return StorageRequest(order=order, region=name, path=str(path), **fields)  # type: ignore[arg-type]
 
 
-async def outcome(host: Host, request: StorageRequest, subject: str = ANONYMOUS) -> StorageFacts:
+async def outcome(host: Host, request: StorageRequest, subject: Subject = ANONYMOUS) -> StorageFacts:
     """Carry one out. Raises why it failed."""
     run = StorageRun(subject, request)
     with host.broker.storage.watched(run):
@@ -143,7 +144,7 @@ class Refusing:
     def __init__(self, action: Action) -> None:
         self._action = action
 
-    def check(self, subject: str, action: Action, name: ChildName, owner: str) -> None:
+    def check(self, subject: Subject, action: Action, name: ChildName, owner: str) -> None:
         if action is self._action:
             raise errors.AccessDenied("No.")
 

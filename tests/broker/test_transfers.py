@@ -9,6 +9,7 @@ import google_crc32c
 import pytest
 
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.segments import Stride, columns, strided
@@ -142,7 +143,7 @@ async def test_a_transfer_can_end_while_the_other_side_computes_a_checksum(pair:
     late = await start(a, whole(source, sink), checksum=True, timeout=0.05)
     await eventually(lambda: "checksum" in a.cues.calls)
     async with asyncio.timeout(5):
-        assert (await a.broker.cancel_transfer("anonymous", cancelled.facts.name)).state is State.CANCELLED
+        assert (await a.broker.cancel_transfer(ANONYMOUS, cancelled.facts.name)).state is State.CANCELLED
         assert type(await failure(late)) is errors.Timeout
 
 
@@ -168,8 +169,8 @@ async def test_a_region_is_not_given_back_before_its_transfer_is_fenced(pair: li
     transfer = await start(a, whole(source, sink))
     await eventually(lambda: a.tcp.held == 1)
     with pytest.raises(errors.RegionInUse):
-        await a.broker.delete_region("anonymous", source.name, force=False)
-    deletion = asyncio.create_task(a.broker.delete_region("anonymous", source.name, force=True))
+        await a.broker.delete_region(ANONYMOUS, source.name, force=False)
+    deletion = asyncio.create_task(a.broker.delete_region(ANONYMOUS, source.name, force=True))
     await eventually(lambda: transfer.facts.state is State.FENCING)
     assert not deletion.done()
     with pytest.raises(errors.RegionDeleted):
@@ -185,7 +186,7 @@ async def test_a_region_deleted_at_the_far_end_fails_the_transfer_with_that_reas
     a.tcp.hold = True
     transfer = await start(a, whole(source, sink))
     await eventually(lambda: a.tcp.held == 2)
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     a.tcp.let_go()
     assert type(await failure(transfer)) is errors.RegionDeleted
 
@@ -194,7 +195,7 @@ async def test_a_region_deleted_since_the_last_transfer_is_not_found(pair: list[
     a, b = pair
     source, sink = await region(a, MIB), await region(b, MIB)
     await outcome(await start(a, whole(source, sink)))  # leaves a grant to reuse
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     assert type(await failure(await start(a, whole(source, sink)))) is errors.RegionNotFound
 
 
@@ -202,7 +203,7 @@ async def test_a_region_made_anew_since_the_last_transfer_gets_all_the_bytes(pai
     a, b = pair
     source, sink = await region(a, 4 * MIB, data=noise(4 * MIB)), await region(b, 4 * MIB, "sink")
     await outcome(await start(a, whole(source, sink)))
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     sink = await region(b, 4 * MIB, "sink")
     assert (await outcome(await start(a, whole(source, sink), checksum=True))).state is State.SUCCEEDED
     assert bytes(sink.memory.view()) == bytes(source.memory.view())
@@ -212,7 +213,7 @@ async def test_a_region_made_anew_and_smaller_is_out_of_range(pair: list[Host]) 
     a, b = pair
     source, sink = await region(a, MIB), await region(b, MIB, "sink")
     await outcome(await start(a, whole(source, sink)))
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     await region(b, MIB - 1, "sink")
     assert type(await failure(await start(a, whole(source, sink)))) is errors.OutOfRange
 
@@ -226,7 +227,7 @@ async def test_bytes_never_end_up_in_two_regions_of_one_name(pair: list[Host]) -
     await eventually(lambda: a.tcp.held == 4)
     a.tcp.links[0].let_go(1)
     await eventually(lambda: transfer.facts.bytes_done == MIB)
-    await b.broker.delete_region("anonymous", sink.name, force=False)
+    await b.broker.delete_region(ANONYMOUS, sink.name, force=False)
     await region(b, 4 * MIB, "sink")
     a.tcp.let_go()
     assert type(await failure(transfer)) is errors.RegionDeleted

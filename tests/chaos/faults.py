@@ -46,7 +46,7 @@ FAILPOINTS = (
     "region.end=stop:200ms*4",
     "region.let_go=exit+5",
     "region.close=stop:300ms*4",
-    "device.lost=on*3+12",
+    "device.lost=on*1+3",
 )
 """What restarted daemons are told."""
 CORRUPT = "tcp.corrupt=on*6+30"

@@ -18,7 +18,7 @@ def links(channel: grpc.Channel) -> link_pb2_grpc.LinkServiceStub:
 
 def grant(opened: link_pb2.OpenLinkResponse, name: str, **changes: object) -> link_pb2.AcquireGrantRequest:
     fields = {"link_id": opened.link_id, "epoch": opened.epoch, "region": name, "right": link_pb2.RIGHT_READ}
-    return link_pb2.AcquireGrantRequest(**{**fields, **changes})  # type: ignore[arg-type]
+    return link_pb2.AcquireGrantRequest(**{**fields, "subject": "anonymous@b", **changes})  # type: ignore[arg-type]
 
 
 def test_link_calls_with_wrong_ids_epochs_and_rights(
@@ -35,6 +35,7 @@ def test_link_calls_with_wrong_ids_epochs_and_rights(
         ({"region": y.name}, errors.RegionNotFound),
         ({"region": "x"}, errors.InvalidField),
         ({"subject": "uid:0"}, errors.InvalidField),
+        ({"subject": ""}, errors.InvalidField),
     ):
         with pytest.raises(grpc.RpcError) as caught:
             links.AcquireGrant(grant(opened, x.name, **change))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab import host, image, machine, report, results, suites
+from tests.lab import host, image, machine, plugs, report, results, suites
 from tests.lab.cache import Cache
 from tests.lab.debian import RELEASES
 from tests.lab.image import GUEST_TESTS, ROOT, tell
@@ -63,7 +63,10 @@ class Lab:
 
             def hear(line: str) -> None:
                 progress.write(f"{line}\n")
-                _show(line)
+                if line.startswith(plugs.SIGN):
+                    plugs.obey(line, folder, tell)
+                else:
+                    _show(line)
 
             files = image.assemble(Cache(_CACHE), RELEASES[release], plan, folder)
             disk = machine.make_disks(folder)

@@ -5,16 +5,18 @@
 * It has an IOMMU, which vfio needs; DMA passes through it untranslated for everybody else.
 * The guest's second serial line is its progress. A line "@SECONDS WORD..." there is a mark: the next one is to come
   within so many seconds.
+* What has BAR memory sits in slots of its own, so that it can be pulled out and put back (`plugs.py`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import selectors
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -24,6 +26,11 @@ from tests.lab.image import Image
 _CMB_MIB = 64
 _BAR_MIB = 16
 _DISKS = {"results": 256 << 20, "nvme": 512 << 20}
+PLUGS: Mapping[str, Mapping[str, str | int]] = {
+    "nvme": {"driver": "nvme", "serial": "cmb0", "drive": "disk", "bus": "slot0", "cmb_size_mb": _CMB_MIB},
+    "ivshmem": {"driver": "ivshmem-plain", "memdev": "bar", "bus": "slot1"},
+}
+"""The devices that can be pulled out, by name, with QEMU's words for each."""
 _READY_SECONDS = 240
 _BOOTS, _BOOT_SECONDS = 3, 60
 """How often a guest is booted, and only while so much time is left."""
@@ -61,16 +68,30 @@ class Clock:
         return self._end - time.monotonic()
 
 
+def bar_memory(folder: Path) -> dict[str, str | int | bool]:
+    """Return QEMU's words for the memory behind the plain BAR: a file in `folder`."""
+    where = {"id": "bar", "mem-path": f"{folder}/bar"}
+    return {"qom-type": "memory-backend-file", **where, "size": _BAR_MIB << 20, "share": True}
+
+
+def monitor(folder: Path) -> Path:
+    """Return the socket of the machine's monitor (QMP)."""
+    return folder / "monitor"
+
+
 def command(image: Image, folder: Path, console: Path) -> list[str]:
     """Return the command line of the machine, whose disks are files in `folder`."""
     devices = [
+        ("-qmp", f"unix:{monitor(folder)},server=on,wait=off"),
         ("-drive", f"file={folder}/results,if=none,id=results,format=raw,cache=unsafe"),
         ("-device", "virtio-blk-pci,drive=results"),
-        ("-device", "pcie-root-port,id=slot1,chassis=1,slot=1"),
-        ("-drive", f"file={folder}/nvme,if=none,id=nvme,format=raw,cache=unsafe"),
-        ("-device", f"nvme,serial=cmb0,drive=nvme,bus=slot1,cmb_size_mb={_CMB_MIB}"),
-        ("-object", f"memory-backend-file,id=bar,size={_BAR_MIB}M,share=on,mem-path={folder}/bar"),
-        ("-device", "ivshmem-plain,memdev=bar"),
+        ("-drive", f"file={folder}/nvme,if=none,id=disk,format=raw,cache=unsafe"),
+        ("-object", json.dumps(bar_memory(folder))),
+        *(
+            ("-device", f"pcie-root-port,id=slot{number},chassis={number},slot={number}")
+            for number in range(len(PLUGS))
+        ),
+        *(("-device", ",".join(f"{key}={value}" for key, value in _words(name).items())) for name in PLUGS),
     ]
     return [
         *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none"),
@@ -80,6 +101,11 @@ def command(image: Image, folder: Path, console: Path) -> list[str]:
         *("-serial", f"file:{console}", "-serial", "stdio"),
         *(word for device in devices for word in device),
     ]
+
+
+def _words(name: str) -> dict[str, str | int]:
+    driver, *others = PLUGS[name].items()
+    return dict([driver, ("id", name), *others])
 
 
 def make_disks(folder: Path) -> Path:

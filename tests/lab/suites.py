@@ -41,6 +41,7 @@ TABLE = {
     "machines": Settings(seconds=600),
     "nodes": Settings(seconds=600),
     "preflight": Settings(namespace="n1", seconds=600),
+    "pulled": Settings(seconds=900),
     "soak": Settings(namespace="n1", soak_seconds=3600),
     "speed": Settings(seconds=600),
     "storage": Settings(seconds=600),

@@ -11,8 +11,8 @@ import pytest
 from peermem.app import App
 from peermem.config import Attach, Config, DeviceSize, Grpc, Http, ListenAddress, Memfd, Name, SocketPath, Tcp
 from peermem.core import errors
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import ANONYMOUS
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
 from peermem.core.types import FabricKind, LinkAttributes, Rights
@@ -92,7 +92,7 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
     assert (opened.epoch, link.rails, len(link.link_id), len(link.secret)) == (facts.epoch, 2, 16, 32)
     assert (await b.node_facts()).link_count == 1
     with pytest.raises(errors.RegionNotFound) as caught:
-        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, "uid:7", staged=False)
+        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, Subject("uid:7"), staged=False)
     assert caught.value.metadata["region"] == str(NOWHERE)
     with pytest.raises(errors.StaleEpoch):
         await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS, staged=False)
@@ -116,10 +116,10 @@ async def test_transfers_are_started_watched_and_cancelled_for_their_client(othe
     b = remotes.get("b")
     entry = columns(NOWHERE, ChildName("a", "regions", "x"), (0,), (0,), (1,))
     with pytest.raises(errors.RegionNotFound):
-        await b.create_transfer(TransferRequest([entry]), "request", "uid:7")
+        await b.create_transfer(TransferRequest([entry]), "request", Subject("uid:7"))
     missing = ChildName("b", "transfers", "none")
     with pytest.raises(errors.TransferNotFound):
-        await b.cancel_transfer(missing, "uid:7")
+        await b.cancel_transfer(missing, Subject("uid:7"))
     with pytest.raises(errors.TransferNotFound):
         await anext(aiter(b.watch_transfer(missing)))
 

@@ -3,7 +3,7 @@
 Rules of this file:
 
 * SOCK_SEQPACKET, one protobuf message a packet, answered in order (protos/peermem/v1/attach.proto).
-* Who connects is what SO_PEERCRED says (unix(7)); the connection's end is the session's end.
+* Who connects is what the kernel says (`job_process`); the connection's end is the session's end.
 * Every descriptor that is received is either handed to the session or closed here, whatever happened.
 * A malformed packet ends the connection after an answer that says so; any other fault is only answered.
 * A job that does not read its answers is dropped: nothing is queued for it.
@@ -17,7 +17,6 @@ import array
 import asyncio
 import os
 import socket
-import struct
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -26,9 +25,11 @@ from typing import NamedTuple
 import structlog
 from google.protobuf.message import DecodeError
 
+from peermem.api.job_process import read_job_process
 from peermem.api.sockets import free_socket_path
 from peermem.broker.sessions import Session, SessionTable, close_apart
 from peermem.core.errors import Internal, MalformedMessage, PeermemError
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName, parse_region
 from peermem.device.base import DeviceMemory
 from peermem.memory import dma_buf_exporter
@@ -37,7 +38,7 @@ from peermem.wire import error_to_proto
 
 log = structlog.get_logger(__name__)
 
-MapRegion = Callable[[ChildName, str], DeviceMemory]
+MapRegion = Callable[[ChildName, Subject], DeviceMemory]
 
 MAX_PACKET = 4096
 """Bytes of one request."""
@@ -45,7 +46,6 @@ _MAX_FDS = 253
 """SCM_MAX_FD of the kernel: all that a packet may hold are received, or the kernel would close the surplus here."""
 _SEND_BUFFER = 16384
 """Bytes, doubled by the kernel: room for some tens of answers, each of which may hold a descriptor."""
-_CREDENTIALS = struct.Struct("iII")
 _ACCEPT_PAUSE = 1.0
 """Seconds without accepting after the process ran out of descriptors or memory."""
 _STRANGERS = 64
@@ -225,9 +225,8 @@ class _Job:
         return attach_pb2.AttachResponse(handed_in=self._hand_in(self._session, received))
 
     def _open(self) -> attach_pb2.AttachSession:
-        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(credentials)
-        self._session = self._sessions.open(f"uid:{uid}", pid)
+        process = read_job_process(self._connection)
+        self._session = self._sessions.open(process.subject, process.pid)
         return attach_pb2.AttachSession(token=self._session.token, node=f"nodes/{self._node}")
 
     def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:

@@ -3,23 +3,20 @@
 Rules of this file:
 
 * A call on behalf of a session of the attach socket is its user, "uid:1000", because the kernel said so.
-* A daemon that acts for a client says so as "SUBJECT@NODE". Nothing proves it yet, so such a subject is
+* A daemon that acts for a client says so as "SUBJECT[,GROUP...]@NODE". Nothing proves it yet, so such a subject is
   never equal to a local user; see SECURITY.md.
 * Everybody else is "anonymous".
 """
 
 from __future__ import annotations
 
-import re
-
 from peermem.api.calls import Context
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import InvalidField
-from peermem.core.policy import ANONYMOUS
+from peermem.core.identity import ANONYMOUS, Subject
 
 SESSION_KEY = "peermem-session"
 ON_BEHALF_KEY = "peermem-on-behalf-of"
-_ON_BEHALF = re.compile(r"[A-Za-z0-9:/._-]{1,200}(@[a-z0-9-]{1,63}){1,8}", re.ASCII)
 
 
 class Identity:
@@ -37,22 +34,21 @@ class Identity:
         """Whether another daemon hands on what a client asked it for."""
         return bool(_value(context, ON_BEHALF_KEY))
 
-    def subject(self, context: Context) -> str:
+    async def subject(self, context: Context) -> Subject:
         """Return who is calling. Raises SessionNotFound, InvalidField."""
         session = self.session(context)
         if session is not None:
             return session.subject
         claimed = _value(context, ON_BEHALF_KEY)
-        return on_behalf(claimed, ON_BEHALF_KEY) if claimed else ANONYMOUS
+        return spoken_subject(claimed, ON_BEHALF_KEY) if claimed else ANONYMOUS
 
 
-def on_behalf(claimed: str, field: str) -> str:
+def spoken_subject(claimed: str, field: str) -> Subject:
     """Return the subject that another daemon acts for. Raises InvalidField."""
-    if claimed in ("", ANONYMOUS):
-        return ANONYMOUS
-    if not _ON_BEHALF.fullmatch(claimed):
-        raise InvalidField(f"{field} {claimed[:80]!r} must have the form SUBJECT@NODE.", field=field)
-    return claimed
+    try:
+        return Subject.parse_spoken(claimed)
+    except ValueError as error:
+        raise InvalidField(f"{field} {error}.", field=field) from None
 
 
 def _value(context: Context, key: str) -> str:

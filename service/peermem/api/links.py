@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peermem.api.calls import Context
-from peermem.api.identity import on_behalf
+from peermem.api.identity import spoken_subject
 from peermem.broker.serving import Serving
 from peermem.core.errors import FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
@@ -52,7 +52,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             request.epoch,
             parse_region(request.region, "region"),
             _RIGHTS[request.right],
-            on_behalf(request.subject, "subject"),
+            spoken_subject(request.subject, "subject"),
             staged=request.staged,
         )
         return grant_to_proto(granted)

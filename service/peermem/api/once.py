@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from peermem.core.errors import InvalidField, RequestIdReused
+from peermem.core.identity import Subject
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ class Once(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    async def run(self, subject: str, request_id: str, content: bytes, call: Callable[[], Awaitable[T]]) -> T:
+    async def run(self, subject: Subject, request_id: str, content: bytes, call: Callable[[], Awaitable[T]]) -> T:
         """Return the first result for this request, calling `call` if there is none.
 
         Raises RequestIdReused, InvalidField, and what `call` raises.
@@ -61,7 +62,7 @@ class Once(Generic[T]):
             return await call()
         if len(request_id) > _MAX_ID:
             raise InvalidField(f"request_id has {len(request_id)} characters; at most {_MAX_ID}.", field="request_id")
-        key = (subject, request_id)
+        key = (str(subject), request_id)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         known = self._entries.get(key)
         if known is None or (known.result.done() and self._is_spent(known.result.result())):

@@ -17,6 +17,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.sessions import Session
 from peermem.broker.storage import StorageRun
 from peermem.core.errors import InvalidField, LimitReached
+from peermem.core.identity import Subject
 from peermem.core.names import parse_region
 from peermem.core.policy import Action
 from peermem.core.region import RegionFacts, RegionRequest
@@ -64,7 +65,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
 
     async def CreateRegion(self, request: region_pb2.CreateRegionRequest, context: Context) -> region_pb2.Region:
         """See the contract."""
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
         session = self._identity.session(context)
         if not request.WhichOneof("source"):
             raise InvalidField("CreateRegion needs a device, or memory to adopt.", field="source")
@@ -87,7 +88,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         )
         return region_to_proto(facts)
 
-    async def _create(self, subject: str, session: Session | None, wanted: RegionRequest) -> RegionFacts:
+    async def _create(self, subject: Subject, session: Session | None, wanted: RegionRequest) -> RegionFacts:
         return (await self._broker.create_region(subject, session, wanted)).facts
 
     async def GetRegion(self, request: region_pb2.GetRegionRequest, context: Context) -> region_pb2.Region:
@@ -109,7 +110,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         self, request: region_pb2.DeleteRegionRequest, context: Context
     ) -> region_pb2.DeleteRegionResponse:
         """See the contract."""
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
         name = parse_region(request.name)
         content = request.SerializeToString(deterministic=True)
         await self._deleted.run(
@@ -127,7 +128,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         if not 1 <= len(request.names) <= _MAX_PAGE:
             raise InvalidField(f"names must hold 1 to {_MAX_PAGE} regions, not {len(request.names)}.", field="names")
         names = [parse_region(name, "names") for name in request.names]
-        regions = self._broker.renew_leases(self._identity.subject(context), names)
+        regions = self._broker.renew_leases(await self._identity.subject(context), names)
         return region_pb2.RenewLeaseResponse(
             leases=[lease_to_proto(region.lease, region.expires_at) for region in regions]
         )
@@ -138,7 +139,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         """See the contract."""
         name = parse_region(request.name)
         length = request.length or max(0, self._broker.region(name).memory.length - request.offset)
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
         with self._stream(), self._broker.use_region(subject, name, Action.READ, request.offset, length) as use:
             for done in range(0, length, _CHUNK):
                 data = await use.read(request.offset + done, min(_CHUNK, length - done))
@@ -148,7 +149,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         self, requests: AsyncIterator[region_pb2.WriteRegionRequest], context: Context
     ) -> region_pb2.WriteRegionResponse:
         """See the contract."""
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
         requests = aiter(requests)
         first = await anext(requests, None)
         if first is None:
@@ -192,7 +193,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         context: Context,
     ) -> AsyncGenerator[region_pb2.StorageProgress]:
         """Begin a load or store, or find the one that this request began before, and tell how far it is."""
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
 
         async def make() -> StorageRun:
             return StorageRun(subject, wanted)

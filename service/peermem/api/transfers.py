@@ -23,6 +23,7 @@ from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.runs import Transfer
 from peermem.core.errors import Internal, InvalidField, PeermemError, TransferCancelled
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName, parse_transfer
 from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts
@@ -54,7 +55,8 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
     ) -> transfer_pb2.Transfer:
         """See the contract."""
         wait = duration_from_proto(request.wait, "wait", 0.0, _MAX_WAIT) if request.HasField("wait") else 0.0
-        transfer = await self.start(self._identity.subject(context), request, relayed=self._identity.relayed(context))
+        subject = await self._identity.subject(context)
+        transfer = await self.start(subject, request, relayed=self._identity.relayed(context))
         if wait and not transfer.ended.is_set():
             await _ended_within(transfer, wait)
         return transfer_to_proto(transfer.facts)
@@ -86,7 +88,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         self, request: transfer_pb2.CancelTransferRequest, context: Context
     ) -> transfer_pb2.Transfer:
         """See the contract."""
-        subject = self._identity.subject(context)
+        subject = await self._identity.subject(context)
         return transfer_to_proto(await self._broker.cancel_transfer(subject, parse_transfer(request.name)))
 
     async def WatchTransfer(
@@ -107,10 +109,10 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         self, requests: object, context: Context
     ) -> None:
         """See the contract."""
-        await Pipeline(self, self._broker, self._identity.subject(context), context).serve()
+        await Pipeline(self, self._broker, await self._identity.subject(context), context).serve()
 
     async def start(
-        self, subject: str, request: transfer_pb2.CreateTransferRequest, *, relayed: bool = False
+        self, subject: Subject, request: transfer_pb2.CreateTransferRequest, *, relayed: bool = False
     ) -> Transfer:
         """Start the transfer, or return the one that this request started before. Raises PeermemError."""
         wanted = transfer_request_from_proto(request, self._max_segments)
@@ -126,7 +128,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
 class Pipeline:
     """One PipelineTransfers call."""
 
-    def __init__(self, service: TransferService, broker: Broker, subject: str, context: Context) -> None:
+    def __init__(self, service: TransferService, broker: Broker, subject: Subject, context: Context) -> None:
         self._service = service
         self._broker = broker
         self._subject = subject

@@ -40,7 +40,8 @@ from peermem.core.errors import (
     TransferCancelled,
     WrongNode,
 )
-from peermem.core.failpoints import chosen, reach
+from peermem.core.failpoints import reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
@@ -106,14 +107,14 @@ class Broker:
             keep_ended_for=settings.keep_ended_for,
         )
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
-        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl)
+        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, metrics)
         self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)
 
     # regions
 
-    async def create_region(self, subject: str, session: Session | None, request: RegionRequest) -> Region:
+    async def create_region(self, subject: Subject, session: Session | None, request: RegionRequest) -> Region:
         """Make a region. Raises as RegionService.CreateRegion."""
         self._check_open()
         region = await self._maker.make(subject, session, request)
@@ -131,7 +132,7 @@ class Broker:
         self._check_here(name)
         return self.regions.find(name)
 
-    async def delete_region(self, subject: str, name: ChildName, *, force: bool) -> None:
+    async def delete_region(self, subject: Subject, name: ChildName, *, force: bool) -> None:
         """End a region. Raises RegionNotFound, RegionInUse, AccessDenied, WrongNode."""
         region = self.region(name)
         self.policy.check(subject, Action.MANAGE, name, region.owner)
@@ -144,7 +145,7 @@ class Broker:
         error = RegionDeleted(f"{name} was deleted by {subject} while the transfer used it.", region=name)
         await asyncio.shield(self.regions.start_end(region, error))
 
-    def renew_leases(self, subject: str, names: Sequence[ChildName]) -> list[Region]:
+    def renew_leases(self, subject: Subject, names: Sequence[ChildName]) -> list[Region]:
         """Renew all or none. Raises RegionNotFound, LeaseNotRenewable, AccessDenied, WrongNode."""
         regions = [self.region(name) for name in names]
         for region in regions:
@@ -159,7 +160,7 @@ class Broker:
             self.regions.renew(region)
         return regions
 
-    def use_region(self, subject: str, name: ChildName, action: Action, offset: int, length: int) -> Use:
+    def use_region(self, subject: Subject, name: ChildName, action: Action, offset: int, length: int) -> Use:
         """Return a use of a range. Raises RegionNotFound, OutOfRange, AccessDenied, WrongNode."""
         region = self.region(name)
         self.policy.check(subject, action, name, region.owner)
@@ -167,7 +168,7 @@ class Broker:
         use.check_inside(offset, length)
         return use
 
-    def map_region(self, name: ChildName, subject: str) -> DeviceMemory:
+    def map_region(self, name: ChildName, subject: Subject) -> DeviceMemory:
         """Return the memory for a local job to map. Raises RegionNotFound, AccessDenied, WrongNode."""
         region = self.region(name)
         region.check_usable()
@@ -183,7 +184,7 @@ class Broker:
 
     # transfers
 
-    async def create_transfer(self, subject: str, request: TransferRequest, *, relayed: bool) -> Transfer:
+    async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
 
         Raises as TransferService.CreateTransfer.
@@ -213,7 +214,7 @@ class Broker:
         self._begin(name, run, request.weight, run.drive(self.links))
         return run
 
-    def _local_regions(self, subject: str, request: TransferRequest) -> dict[ChildName, Region]:
+    def _local_regions(self, subject: Subject, request: TransferRequest) -> dict[ChildName, Region]:
         regions: dict[ChildName, Region] = {}
         for entry in request.lists:
             for name, action in ((entry.source, Action.READ), (entry.destination, Action.WRITE)):
@@ -251,7 +252,7 @@ class Broker:
         self._check_here(name)
         return self.transfers.facts(name)
 
-    async def cancel_transfer(self, subject: str, name: ChildName) -> TransferFacts:
+    async def cancel_transfer(self, subject: Subject, name: ChildName) -> TransferFacts:
         """Cancel and wait for the fence. Raises TransferNotFound, AccessDenied, WrongNode."""
         facts = self.transfer(name)
         self.policy.check(subject, Action.MANAGE, name, facts.owner)
@@ -339,11 +340,12 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        lost = {name for name, device in self.devices.items() if not device.alive() or chosen("device.lost")}
-        for region in self.regions:
-            gone = region.device.name in lost or not region.memory.alive()
-            if gone and region.state is State.READY:
-                self._spawn(self.regions.revoke(region))
+        for region in self.regions.vanished():
+            self._taken_back(region)
+
+    def _taken_back(self, region: Region) -> None:
+        if region.state is State.READY:
+            self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""

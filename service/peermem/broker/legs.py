@@ -41,6 +41,7 @@ from peermem.core.errors import (
     StaleEpoch,
 )
 from peermem.core.failpoints import hit
+from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.retries import Patience
 from peermem.core.transfer import TransferMachine
@@ -58,7 +59,7 @@ _WAYS = {True: (Opcode.READ, Rights.READ), False: (Opcode.WRITE, Rights.WRITE)}
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    owner: str
+    subject: Subject
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -93,7 +94,7 @@ class LegRun:
         self._index = index
         self._region = region
         self._opcode, right = _WAYS[leg.direction is Direction.PULL]
-        self._wanted = Wanted(leg.other, right, host.owner, staged=False)
+        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
         self._kept = False
@@ -289,6 +290,8 @@ class LegRun:
             cause = cause_of(status, self.leg, self.fabric, self.link)
             self._lose(ranges, cause, written=self._opcode is Opcode.WRITE)
         else:
+            if status is Status.LOC_PROT_ERR and self._region.path is Path.DMABUF:
+                self._region.is_out_of_reach = True
             error = cause_of(status, self.leg, self.fabric, self.link)
             machine.broken(self._index, error, flushed=flushed and self._opcode is Opcode.WRITE)
         self._came_back()

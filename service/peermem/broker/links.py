@@ -24,6 +24,7 @@ import structlog
 from peermem.broker.slots import SLOT, Slots
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.failpoints import chosen, reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
@@ -40,7 +41,7 @@ class Wanted(NamedTuple):
 
     region: ChildName
     right: Rights
-    subject: str
+    subject: Subject
     """On whose behalf."""
     staged: bool
     """Whether by way of a staging buffer, whatever the region's path is."""

@@ -15,6 +15,7 @@ from peermem.broker.regions import Region, RegionTable
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import DeviceNotFound, NotSupported, SessionNotFound, ZeroLength
 from peermem.core.failpoints import reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.region import Lease, RegionRequest
@@ -40,7 +41,7 @@ class RegionMaker:
         self._devices = devices
         self._registry = registry
 
-    async def make(self, subject: str, session: Session | None, request: RegionRequest) -> Region:
+    async def make(self, subject: Subject, session: Session | None, request: RegionRequest) -> Region:
         """Return a new region, in the table. Raises as RegionService.CreateRegion."""
         region_id = check_id(request.region_id, "region_id") if request.region_id else f"r-{secrets.token_hex(6)}"
         lease = request.lease or Lease(LeaseKind.SESSION if session else LeaseKind.NONE)
@@ -54,7 +55,7 @@ class RegionMaker:
             raise
         tied = session.token if session is not None and lease.kind is LeaseKind.SESSION else ""
         name = ChildName(self._node, "regions", region_id)
-        region = Region(name, device, memory, subject, request.labels, lease, tied, reach)
+        region = Region(name, device, memory, str(subject), request.labels, lease, tied, reach)
         self._regions.add(region)
         return region
 

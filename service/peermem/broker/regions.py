@@ -23,7 +23,7 @@ import structlog
 from peermem.broker.kernel_copier import KernelCopier
 from peermem.broker.reach import Reach
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
-from peermem.core.failpoints import reach
+from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
 from peermem.core.types import FabricKind, LeaseKind, Path
@@ -81,6 +81,9 @@ class Region:
         self.users: set[RegionUser] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.end: asyncio.Task[None] | None = None
+        self.is_out_of_reach = False
+        """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
+        that its exporter has taken back (Linux 7.3)."""
 
     def advance(self, event: Event) -> None:
         """Follow the table of the core; an absent pair is a defect."""
@@ -191,6 +194,18 @@ class RegionTable:
         ids = sorted(key for key in self._regions if key > after)
         found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
         return [region for region, _ in zip(found, range(size), strict=False)]
+
+    def vanished(self) -> list[Region]:
+        """Return the regions whose device or memory is not there any more."""
+        lost = {name for name, device in self._devices().items() if not device.alive() or chosen("device.lost")}
+        return [
+            region
+            for region in self
+            if region.device.name in lost or not region.memory.alive() or region.is_out_of_reach
+        ]
+
+    def _devices(self) -> dict[str, Device]:
+        return {region.device.name: region.device for region in self}
 
     def renew(self, region: Region) -> None:
         """Move the end of a TTL lease to its time to live from now."""

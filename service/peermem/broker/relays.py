@@ -21,6 +21,7 @@ import structlog
 
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.failpoints import reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.transfer import State, TransferFacts, TransferRequest
@@ -38,9 +39,11 @@ _QUIET = 10.0
 class Relay:
     """A transfer that another node runs; a `runs.Transfer`."""
 
-    def __init__(self, name: ChildName, node: str, remote: RemoteNode, request: TransferRequest, owner: str) -> None:
-        """`remote` is the daemon of `node`, which runs the transfer."""
-        self.owner = owner
+    def __init__(
+        self, name: ChildName, node: str, remote: RemoteNode, request: TransferRequest, subject: Subject
+    ) -> None:
+        """`remote` is the daemon of `node`, which runs the transfer for `subject`."""
+        self.owner = str(subject)
         self.ended = asyncio.Event()
         self.facts = TransferFacts(
             name=name,
@@ -50,7 +53,7 @@ class Relay:
             segment_count=request.segment_count,
             fabric=None,
             direction=Direction.RELAYED,
-            owner=owner,
+            owner=self.owner,
             error=None,
             created_at=time.time(),
             duration=None,
@@ -59,6 +62,7 @@ class Relay:
         self._node = node
         self._remote = remote
         self._request = request
+        self._subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
@@ -103,7 +107,7 @@ class Relay:
         while True:
             try:
                 await reach("relay.create")
-                return await self._remote.create_transfer(self._request, self.facts.name.id, self.owner)
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self._subject)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED":
                     raise
@@ -163,7 +167,7 @@ class Relay:
 
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
-            await self._remote.cancel_transfer(name, self.owner)
+            await self._remote.cancel_transfer(name, self._subject)
 
 
 async def _next(report: AsyncGenerator[TransferFacts, None]) -> TransferFacts | None:

@@ -22,6 +22,7 @@ from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
 from peermem.core.errors import Internal, PeermemError, Timeout
 from peermem.core.failpoints import reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
@@ -53,15 +54,16 @@ class TransferRun:
         request: TransferRequest,
         legs: Sequence[Leg],
         regions: dict[ChildName, Region],
-        owner: str,
+        subject: Subject,
         moved: Callable[[LegRun, int], None],
     ) -> None:
-        """`regions` are all local ones; `moved` is told of bytes in place.
+        """`regions` are all local ones, `subject` is who asked for it; `moved` is told of bytes in place.
 
         Raises RegionDeleted or RegionRevoked when a region is not usable.
         """
         self.name = name
-        self.owner = owner
+        self.subject = subject
+        self.owner = str(subject)
         self.clock = time.monotonic
         self.moved = moved
         self.ended = asyncio.Event()

@@ -29,11 +29,13 @@ from peermem.core.errors import (
     LimitReached,
     LinkNotFound,
     OutOfRange,
+    RegionRevoked,
     SegmentsMismatch,
     ShuttingDown,
     StaleEpoch,
 )
 from peermem.core.failpoints import hit, reach
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import Action, Policy
 from peermem.core.region import State
@@ -80,12 +82,15 @@ class Serving:
         find: Callable[[ChildName], Region],
         policy: Policy,
         grant_ttl: float,
+        taken_back: Callable[[Region], None],
     ) -> None:
+        """`taken_back` is told of a region whose memory its exporter has taken back, as a grant showed."""
         self.epoch = epoch
         self._fabrics = fabrics
         self._find = find
         self._policy = policy
         self._ttl = grant_ttl
+        self._taken_back = taken_back
         self._links: dict[bytes, _AcceptedLink] = {}
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
@@ -142,7 +147,7 @@ class Serving:
         self._spawn(self.close_link(link_id))
 
     async def acquire(
-        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """Give a link the right to a whole region, `staged` by way of a buffer whatever its path is.
 
@@ -192,8 +197,8 @@ class Serving:
         self._making[region].discard(making)
         if not self._making[region]:
             del self._making[region]
-        if not making.cancelled():
-            making.exception()  # the caller may have gone away meanwhile
+        if not making.cancelled() and isinstance(making.exception(), RegionRevoked):
+            self._taken_back(region)
 
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, staged: bool) -> _Grant:
         staging = await StagingBuffer.open([fabric], region.reach.way.nics) if staged else None
@@ -343,7 +348,7 @@ class OwnNode:
         await self._serving.close_link(link_id)
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """See GrantSource."""
         return await self._serving.acquire(link_id, epoch, region, right, subject, staged=staged)

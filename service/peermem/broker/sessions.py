@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peermem.core.errors import LimitReached, NotAdoptable, SessionNotFound
+from peermem.core.identity import Subject
 from peermem.memory import dma_buf_exporter
 
 MAX_HANDED_IN = 64
@@ -34,8 +35,8 @@ MAX_HANDED_IN_ALL = 1024
 class Session:
     """One job's connection."""
 
-    subject: str
-    """Such as uid:1000."""
+    subject: Subject
+    """Its user, and the groups of its process."""
     pid: int
     """0 where the job's process has no number in the daemon's namespace."""
     token: str = field(repr=False, default_factory=lambda: secrets.token_urlsafe(32))
@@ -58,7 +59,7 @@ class SessionTable:
         """Have `callback` called after each session's end."""
         self._on_close.append(callback)
 
-    def open(self, subject: str, pid: int) -> Session:
+    def open(self, subject: Subject, pid: int) -> Session:
         """Open a session. Raises LimitReached."""
         if len(self._sessions) >= self.max_sessions:
             raise LimitReached(

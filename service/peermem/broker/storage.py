@@ -29,6 +29,7 @@ from peermem.core.errors import (
     PeermemError,
     TransferCancelled,
 )
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import Action, Policy
 from peermem.core.storage import Order, StorageFacts, StorageRequest
@@ -44,7 +45,7 @@ _TICK = 0.1
 class StorageRun:
     """One load or store; a `regions.RegionUser`."""
 
-    def __init__(self, subject: str, request: StorageRequest) -> None:
+    def __init__(self, subject: Subject, request: StorageRequest) -> None:
         self.subject = subject
         self.request = request
         self.error: PeermemError | None = None

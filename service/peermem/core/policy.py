@@ -1,7 +1,7 @@
 """Who may do what with a region or transfer: asked at the node that owns it, for the client's identity.
 
 Today's rule: whoever reaches the daemon may read and write; only the owner, or root of this host,
-may delete, renew or cancel. What nobody owns (`anonymous`), everybody may manage.
+may delete, renew or cancel. What `anonymous` owns, of whatever node, everybody may manage.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from enum import Enum
 from typing import Protocol
 
 from peermem.core.errors import AccessDenied
+from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.names import ChildName
-
-ANONYMOUS = "anonymous"
-ROOT = "uid:0"
 
 
 class Action(Enum):
@@ -27,16 +25,17 @@ class Action(Enum):
 class Policy(Protocol):
     """Decides."""
 
-    def check(self, subject: str, action: Action, name: ChildName, owner: str) -> None:
+    def check(self, subject: Subject, action: Action, name: ChildName, owner: str) -> None:
         """Return when `subject` may do `action` with `name`, which `owner` made. Raises AccessDenied."""
 
 
 class OwnerPolicy:
     """Today's rule, see the module."""
 
-    def check(self, subject: str, action: Action, name: ChildName, owner: str) -> None:
+    def check(self, subject: Subject, action: Action, name: ChildName, owner: str) -> None:
         """See Policy."""
-        if action is Action.MANAGE and owner not in (ANONYMOUS, subject) and subject != ROOT:
+        unowned = owner.partition("@")[0] == str(ANONYMOUS)
+        if action is Action.MANAGE and not unowned and str(subject) not in (owner, str(ROOT)):
             raise AccessDenied(
                 f"{name} belongs to {owner}; {subject} may not manage it. Ask as {owner} or as root of its host.",
                 name=name,

@@ -5,6 +5,9 @@ Rules of this file:
 * The function is opened when memory is first asked for, and is this process's alone from then on. What the kernel
   wants back (its driver is unbound, it is removed) or has lost is given back as soon as its regions are closed: until
   then the kernel waits.
+* A reset that the kernel carries out on an error is told like a loss, and one that leaves the memory off is seen by the
+  next copy. One that root orders through sysfs restores everything: Linux 7.3.4 tells it to no holder, and takes no
+  dma-buf back.
 * A region is one dma-buf of exactly its bytes, also where they lie in several ranges of the BAR. Its descriptor opens
   nothing else; the function's own descriptor, which opens everything, leaves the daemon only for its copying process.
 * The CPU touches the BAR only in that process (`copier.py`), because a load on a BAR that vanished is SIGBUS.

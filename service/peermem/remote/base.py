@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
@@ -37,7 +38,7 @@ class GrantSource(Protocol):
         """End a link and its grants. Unknown ids are no error."""
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """Get the right to a whole region, `staged` by way of a staging buffer whatever its path is.
 
@@ -70,13 +71,13 @@ class GrantSource(Protocol):
 class RemoteNode(GrantSource, Protocol):
     """Another daemon."""
 
-    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """Have it run a transfer for `subject`. Raises what its CreateTransfer raises."""
 
     def watch_transfer(self, name: ChildName) -> AsyncGenerator[TransferFacts, None]:
         """Iterate over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
 
-    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+    async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """Cancel for `subject`; returns when the fence is up. Raises TransferNotFound, AccessDenied."""
 
     async def node_facts(self) -> NodeFacts:

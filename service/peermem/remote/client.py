@@ -23,9 +23,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError
+from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
-from peermem.core.policy import ANONYMOUS
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import GrantedKey, LinkAttributes, Rights
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
@@ -141,7 +141,7 @@ class GrpcRemoteNode:
         await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
 
     async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: str, *, staged: bool
+        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
     ) -> GrantedKey:
         """See GrantSource."""
         request = link_pb2.AcquireGrantRequest(
@@ -191,7 +191,7 @@ class GrpcRemoteNode:
         answer = await self._call(self._now.links.Checksum(request, timeout=_SLOW_DEADLINE))
         return answer.crc32c
 
-    async def create_transfer(self, request: TransferRequest, request_id: str, subject: str) -> TransferFacts:
+    async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """See RemoteNode."""
         message = transfer_request_to_proto(request, request_id)
         call = self._now.transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=self._metadata(subject))
@@ -209,7 +209,7 @@ class GrpcRemoteNode:
         finally:
             call.cancel()
 
-    async def cancel_transfer(self, name: ChildName, subject: str) -> None:
+    async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """See RemoteNode."""
         request = transfer_pb2.CancelTransferRequest(name=str(name))
         metadata = self._metadata(subject)
@@ -263,10 +263,10 @@ class GrpcRemoteNode:
             listens="no" if "onnection refused" in cause else "unknown",
         )
 
-    def _on_behalf(self, subject: str) -> str:
-        return ANONYMOUS if subject == ANONYMOUS else f"{subject}@{self._here}"
+    def _on_behalf(self, subject: Subject) -> str:
+        return subject.vouched_for(self._here).spoken()
 
-    def _metadata(self, subject: str) -> tuple[tuple[str, str], ...]:
+    def _metadata(self, subject: Subject) -> tuple[tuple[str, str], ...]:
         return (("peermem-on-behalf-of", self._on_behalf(subject)),)
 
 

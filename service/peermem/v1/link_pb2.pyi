@@ -241,8 +241,8 @@ class AcquireGrantRequest(_message.Message):
     right: Global___Right.ValueType
     """What for."""
     subject: _builtins.str
-    """The client on whose behalf the calling daemon acts, as SUBJECT@NODE; the answering node decides
-    for it.
+    """The client on whose behalf the calling daemon acts, as SUBJECT[,GROUP...]@NODE; the answering node
+    decides for it.
     """
     staged: _builtins.bool
     """Asks for a staging buffer instead of the region's memory itself."""

@@ -3,7 +3,8 @@
 # Rules of this file:
 #
 # * /dev/ttyS0 is the kernel's console; /dev/ttyS1 is the progress that the host shows. A line "@SECONDS WORD..." is
-#   a mark: the host ends the guest if the next mark does not come within so many seconds.
+#   a mark: the host ends the guest if the next mark does not come within so many seconds. A line "!pull NAME" or
+#   "!plug NAME" has the host pull a device out of the machine, or put it back.
 # * Results are files below /out; as a tar archive they go onto the raw disk, again after every suite: what a
 #   crash leaves is then there too.
 # * Whatever a suite started ends with it.

@@ -15,7 +15,7 @@ import json
 import mmap
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,32 @@ def function(device: str) -> str:
     """Return the address of the PCI function with this device id."""
     (address,) = (entry.name for entry in _PCI.iterdir() if (entry / "device").read_text().strip() == device)
     return address
+
+
+def has(name: str) -> bool:
+    """Whether the machine has the NVMe or ivshmem plugged in."""
+    device = {"nvme": NVME, "ivshmem": IVSHMEM}[name]
+    found = False
+    for entry in _PCI.iterdir():
+        with suppress(OSError):  # it may go meanwhile
+            found |= (entry / "device").read_text().strip() == device
+    return found
+
+
+def pull(name: str) -> None:
+    """Have a device pulled out of the machine; it is gone a moment later."""
+    _ask_the_host(f"pull {name}")
+
+
+def plug(name: str) -> None:
+    """Have a device put back into the machine, where it is pulled out; it is there a moment later."""
+    if not has(name):
+        _ask_the_host(f"plug {name}")
+
+
+def _ask_the_host(what: str) -> None:
+    with open("/dev/ttyS1", "w") as host:
+        host.write(f"\n!{what}\n")
 
 
 def ivshmem() -> str:

@@ -212,11 +212,30 @@ def works(lab: Lab) -> None:
         assert there.read() == noise(MIB)
 
 
-@pytest.mark.parametrize("how", ["unbound", "removed"])
+def take(ivshmem: str, how: str) -> None:
+    """Take the function from whoever has it."""
+    if how == "unbound":
+        (DEVICES / ivshmem / "driver/unbind").write_text(ivshmem)
+    elif how == "removed":
+        (DEVICES / ivshmem / "remove").write_text("1")
+    else:
+        nodes.pull("ivshmem")
+
+
+def put_back(ivshmem: str, how: str) -> None:
+    """Undo `take`, but for the driver."""
+    if how == "removed":
+        Path("/sys/bus/pci/rescan").write_text("1")
+    elif how == "pulled":
+        nodes.plug("ivshmem")
+        eventually((DEVICES / ivshmem).exists, "the function", 60)
+    (DEVICES / ivshmem / "driver_override").write_text(VFIO)
+
+
+@pytest.mark.parametrize("how", ["unbound", "removed", "pulled"])
 def test_the_kernel_takes_it_in_the_middle_of_a_transfer(lab: Lab, ivshmem: str, how: str) -> None:
     """The region is revoked and its transfer fails with that reason; others go on; it comes back without a restart."""
     a, folder = lab.nodes["a"], DEVICES / ivshmem
-    file, text = (folder / "driver/unbind", ivshmem) if how == "unbound" else (folder / "remove", "1")
     pid = lab.daemons["a"].pid
     with (
         a.create_region(device="accel0", length=8 * MIB) as here,
@@ -225,22 +244,21 @@ def test_the_kernel_takes_it_in_the_middle_of_a_transfer(lab: Lab, ivshmem: str,
     ):
         doomed = a.transfer([here] * 16, there)  # takes longer than the daemon needs to see that it is wanted back
         moving(doomed)
-        taking = threading.Thread(target=file.write_text, args=(text,))
+        taking = threading.Thread(target=partial(take, ivshmem, how))
         taking.start()
         with pytest.raises(errors.RegionRevoked):
             doomed.wait(PATIENCE)
         eventually(partial(revoked, lab, here), "the region's end")
         taking.join(60)
         assert not taking.is_alive()
+        eventually(lambda: driver(folder) != VFIO, "the removal", 60)
         with pytest.raises(errors.RegionRevoked):
             here.read(0, 1)
         sound.write(noise(MIB))
         assert a.transfer(sound, there[:MIB], checksum=True).wait(PATIENCE).state == "SUCCEEDED"
         with pytest.raises(errors.BarClaimed if how == "unbound" else errors.DeviceLost):
             a.create_region(device="accel0", length=PAGE)
-    if how == "removed":
-        Path("/sys/bus/pci/rescan").write_text("1")
-        (folder / "driver_override").write_text(VFIO)
+    put_back(ivshmem, how)
     probe(ivshmem)
     assert driver(folder) == VFIO
     works(lab)
@@ -256,6 +274,16 @@ def test_memory_that_is_switched_off(lab: Lab, ivshmem: str) -> None:
         eventually(partial(revoked, lab, here), "the region's end")
     nodes.command("setpci", "-s", ivshmem, "COMMAND=2:2")
     works(lab)
+
+
+def test_a_reset_that_root_orders_takes_nothing_back(lab: Lab, ivshmem: str) -> None:
+    """The kernel tells nobody of it: what the device keeps in its memory is still the region's."""
+    with regions(lab, MIB) as (here, there):
+        here.write(noise(MIB))
+        (DEVICES / ivshmem / "reset").write_text("1")
+        assert lab.nodes["a"].transfer(here, there, checksum=True).wait(PATIENCE).path is Way.STAGED
+        assert there.read() == noise(MIB)
+        assert not revoked(lab, here)
 
 
 def test_one_that_a_job_exported_is_refused_with_both_reasons(lab: Lab, ivshmem: str) -> None:
