@@ -213,7 +213,8 @@ class Job:
         return outcome
 
     def _failed(self, flight: Flight, error: errors.PeermemError) -> str:
-        if not flight.transfer.ended or "executed_by" in error.metadata or "target" in error.metadata:
+        lost = {"executed_by", "target", "refusal"} & error.metadata.keys()  # nobody knows what came of it
+        if not flight.transfer.ended or lost:
             return "unknown"
         return "fenced" if self._epoch(flight.asked) == flight.asked.epoch else "unknown"
 
