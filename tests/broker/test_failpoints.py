@@ -135,7 +135,7 @@ async def test_a_transfer_that_fails_at_a_step_says_so_and_the_next_one_works(pa
     with turned_on(point, fail):
         transfer = await start(a, whole(source, sink), checksum=True)
         assert await failure(transfer) is FAULT
-    assert not source.users
+    await eventually(lambda: not source.users)  # a thread may still compute a checksum
     await moves(a, b)
 
 
@@ -151,7 +151,7 @@ async def test_a_transfer_that_stands_at_a_step_is_cancelled(pair: list[Host], p
         await asyncio.sleep(0)
         gate.open()
         assert (await cancelling).state is State.CANCELLED
-    assert not source.users
+    await eventually(lambda: not source.users)
 
 
 async def test_slices_that_are_not_posted_are_posted_again(pair: list[Host]) -> None:

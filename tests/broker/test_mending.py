@@ -115,6 +115,23 @@ async def test_a_transfer_that_can_not_go_on_says_why_and_what_is_in_place(retry
         assert a.broker.links.counts()[FabricKind.TCP] == 1
 
 
+async def test_what_lands_while_a_fence_is_asked_for_in_vain_does_not_hide_the_cause() -> None:
+    async with hosts("a", "b", retry_for=0.1) as (a, b):
+        source, sink = await region(a, 3 * MIB), await region(b, 3 * MIB)
+        a.cues.gates["release_grants"] = gate = asyncio.Event()
+        a.tcp.hold = True
+        transfer = await start(a, whole(source, sink))
+        await eventually(lambda: a.tcp.held == 3)
+        a.tcp.statuses = [Status.WR_FLUSH_ERR]
+        a.tcp.let_go()
+        await eventually(lambda: transfer.facts.state is State.FENCING)
+        gate.set()
+        error = await failure(transfer)
+        assert type(error) is errors.NodeUnreachable
+        assert "went down" in error.message
+        assert f"{2 * MIB} of {3 * MIB} bytes" in error.message
+
+
 async def test_a_daemon_that_died_is_given_up_early(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peermem.broker.renewal._DEAD_AFTER", 0.05)
     a, b = pair

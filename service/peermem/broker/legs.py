@@ -43,7 +43,6 @@ from peermem.core.errors import (
 from peermem.core.failpoints import hit
 from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
-from peermem.core.retries import Patience
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -105,7 +104,6 @@ class LegRun:
         """Whether the last answer of the far end was a refusal."""
         self._renewal = Renewal(self, leg.other, host.machine)
         self._flight = Flight()
-        self._arrival = Arrival(self, region, self._renewal, host.clock)
         self._stager: Stager | None = None
         """Where an end is staged."""
         self._buffer: StagingBuffer | None = None
@@ -139,7 +137,7 @@ class LegRun:
 
     def _use(self, links: LinkTable) -> None:
         self._links = links
-        self._renewal.patience = Patience(links.retry_for)
+        self._renewal.retry_for = links.retry_for
 
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
@@ -382,8 +380,11 @@ class LegRun:
         if self.leg.direction is Direction.PULL:
             await self._region.memory.flush()
         else:
-            await self._arrival.flush_far_end()
+            await self._arrival().flush_far_end()
 
     async def verify(self, initial: int) -> int:
         """See Arrival.verify."""
-        return await self._arrival.verify(initial)
+        return await self._arrival().verify(initial)
+
+    def _arrival(self) -> Arrival:
+        return Arrival(self, self._region, self._renewal, self._host.clock)
