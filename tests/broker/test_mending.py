@@ -150,6 +150,14 @@ async def test_a_daemon_that_died_is_given_up_early(pair: list[Host], monkeypatc
     a.cues.faults.clear()
 
 
+async def test_nobody_listens_from_the_start(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    a.cues.faults["open_link"] = NOBODY
+    assert await failure(await start(a, whole(source, sink))) is NOBODY
+    assert a.cues.calls.count("open_link") == 1
+
+
 async def test_a_region_that_was_deleted_meanwhile(pair: list[Host]) -> None:
     a, b = pair
     source, sink = await region(a, 2 * MIB), await region(b, 2 * MIB, "sink")

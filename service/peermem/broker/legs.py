@@ -26,7 +26,7 @@ from peermem.broker.flight import Flight
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
-from peermem.broker.renewal import BREAKS, Renewal
+from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
 from peermem.broker.ways import candidates, instead, staged_ends
@@ -133,7 +133,7 @@ class LegRun:
             else:
                 links.detours.worked(self.leg.other, kind)
                 return
-        await self._prepare_over(last, links)
+        await persistently(lambda: self._prepare_over(last, links), links.retry_for)
 
     def _use(self, links: LinkTable) -> None:
         self._links = links

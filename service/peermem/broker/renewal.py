@@ -1,4 +1,4 @@
-"""Keeps a leg supplied: a fresh grant in time, and after a break a link, a fence and a grant to go on with.
+"""Keeps a leg supplied: a link and a grant, a fresh one in time, and after a break a fence and both of them anew.
 
 Rules of this file:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import structlog
@@ -180,3 +181,21 @@ class Renewal:
             f"{first.message} No way to go on was found in {self.retry_for:g} s at most; {known}{why}",
             **{"node": self._region.node, **first.metadata},
         )
+
+
+async def persistently(attempt: Callable[[], Awaitable[None]], limit: float) -> None:
+    """Make attempts, with growing pauses, until one reaches the far end, for `limit` seconds at most.
+
+    Raises what the last attempt raised: NodeUnreachable when the time is over or nobody listens there, anything else at
+    once.
+    """
+    clock, patience, backoff = asyncio.get_running_loop().time, Patience(limit), Backoff(_SHORTEST, _LONGEST)
+    while True:
+        try:
+            return await attempt()
+        except NodeUnreachable as error:
+            patience.broke(clock())
+            left = patience.left(clock())
+            if left == 0 or error.metadata.get("listens") == "no":
+                raise
+        await asyncio.sleep(min(backoff.pause(random.random()), left))
