@@ -40,7 +40,7 @@ _DEADLINES: Sequence[tuple[str, str, str]] = (
     ("the tcp fabric", "a rail with work on which nothing moves", "`tcp.stall_timeout` (10 s)"),
     ("the tcp fabric", "an idle connection whose host vanished", "60 s"),
     ("the verbs fabric", "a link with work on which nothing moves", "`verbs.stall_timeout` (10 s)"),
-    ("a transfer", "another link or rail after a break, while nothing moves", "`transfer.retry_for` (10 s)"),
+    ("a transfer", "its first link, and another one after a break, while nothing moves", "`transfer.retry_for` (10 s)"),
     ("a transfer that failed", "its fence", "the time of its grants, `transfer.grant_ttl` (30 s), and 1 s"),
     ("a transfer", "its end", "the `timeout` that it was asked for with; without one, as long as bytes move"),
     ("a region's end", "its transfers", "their fences"),
