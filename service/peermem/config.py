@@ -161,7 +161,7 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
     retry_for: Keep = Keep("10s")
-    """How long a transfer tries to go on after a link broke, while nothing moves."""
+    """How long a transfer tries to get a link, or to go on after one broke, while nothing moves."""
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,7 +26,7 @@ from peermem.broker.flight import Flight
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
-from peermem.broker.renewal import BREAKS, Renewal
+from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
 from peermem.broker.tenants import Share
@@ -44,7 +44,6 @@ from peermem.core.errors import (
 from peermem.core.failpoints import hit
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.policy import Action
-from peermem.core.retries import Patience
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -107,7 +106,6 @@ class LegRun:
         """Whether the last answer of the far end was a refusal."""
         self._renewal = Renewal(self, leg.other, host.machine)
         self._flight = Flight()
-        self._arrival = Arrival(self, region, self._renewal, host.clock)
         self._stager: Stager | None = None
         """Where an end is staged."""
         self._buffer: StagingBuffer | None = None
@@ -142,11 +140,11 @@ class LegRun:
             else:
                 links.detours.worked(self.leg.other, kind)
                 return
-        await self._prepare_over(last, links)
+        await persistently(lambda: self._prepare_over(last, links), links.retry_for)
 
     def _use(self, links: LinkTable) -> None:
         self._links = links
-        self._renewal.patience = Patience(links.retry_for)
+        self._renewal.retry_for = links.retry_for
 
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
@@ -326,9 +324,7 @@ class LegRun:
         return self._refused and not self._renewal.running and key is self.held.key and not self.held.released
 
     def _landed(self, key: RemoteKey) -> None:
-        held = self.held
-        if key is not held.key:
-            held = next((used for used in self._used if used.key is key), held)
+        held = next((used for used in self._used if used.key is key), self.held)
         self._refused = False
         self._renewal.moved()
         self._landed_in = held.region_uid
@@ -393,8 +389,11 @@ class LegRun:
         if self.leg.direction is Direction.PULL:
             await self._region.memory.flush()
         else:
-            await self._arrival.flush_far_end()
+            await self._arrival().flush_far_end()
 
     async def verify(self, initial: int) -> int:
         """See Arrival.verify."""
-        return await self._arrival.verify(initial)
+        return await self._arrival().verify(initial)
+
+    def _arrival(self) -> Arrival:
+        return Arrival(self, self._region, self._renewal, self._host.clock)

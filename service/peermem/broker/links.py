@@ -170,8 +170,13 @@ class OutboundLink:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._acquire(wanted))
             self._acquiring[wanted] = task
-            task.add_done_callback(lambda _: self._acquiring.pop(wanted, None))
+            task.add_done_callback(lambda done: self._acquired(wanted, done))
         return await asyncio.shield(task)
+
+    def _acquired(self, wanted: Wanted, task: asyncio.Task[HeldGrant]) -> None:
+        self._acquiring.pop(wanted, None)
+        if not task.cancelled():
+            task.exception()  # who asked may have given up meanwhile
 
     def forget_grant(self, refused: HeldGrant) -> None:
         """Don't reuse a grant that the far end refused or that was released."""
