@@ -12,7 +12,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -83,13 +83,10 @@ class FragileDevice(MemfdDevice):
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
         self.vanished = False
-        self.gone = False
-        """Whether it is not on the node any more."""
+        self.gone = False  # from the node
         self.mappable = True
-        self.slow: threading.Event | None = None
-        """Threads that touch memory wait for it."""
-        self.touched = threading.Event()
-        """A thread waits."""
+        self.slow: threading.Event | None = None  # threads that touch memory wait for it
+        self.touched = threading.Event()  # a thread waits
 
     async def allocate(self, length: int) -> DeviceMemory:
         return FragileMemory(await super().allocate(length), self)
@@ -117,6 +114,10 @@ class CuedLink:
     @property
     def packet(self) -> int:
         return self._link.packet
+
+    @property
+    def rails_down(self) -> int:
+        return self._link.rails_down
 
     def post(self, request: WorkRequest) -> None:
         if self._fabric.hold:
@@ -302,7 +303,7 @@ class DirectRemote:
         await self.cues.pass_through("create_transfer")
         return (await self._broker.create_transfer(subject.vouched_for(self._here), request, relayed=True)).facts
 
-    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncIterator[TransferFacts]:
+    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
         yield self._broker.seen_transfer(subject.vouched_for(self._here), name)

@@ -16,11 +16,12 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 
 import structlog
 
+from peermem import failing
 from peermem.api.attach import AttachServer
 from peermem.api.http import Health, HttpServer
 from peermem.api.identity import Identity, Trust
@@ -39,6 +40,7 @@ from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun
 from peermem.config import AnyDevice, Config, Cuda, Grpc, Memfd, Rocm, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
+from peermem.core.failpoints import FailOrder
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
@@ -106,14 +108,11 @@ class App:
 
     async def _open(self) -> None:
         config = self.config
+        self._break_on_purpose(config.failpoints)
         await self._start_http()
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
-
-        def lost(link_id: bytes) -> None:
-            broker.serving.link_lost(link_id)
-
-        parts = _Parts(config, lost)
+        parts = _Parts(config, lambda link_id: broker.serving.link_lost(link_id))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -144,6 +143,13 @@ class App:
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
 
+    def _break_on_purpose(self, texts: Sequence[str]) -> None:
+        if self.config.break_on_purpose:
+            log.warning("breaks_on_purpose", failpoints=list(texts))
+            orders = [FailOrder.parse(text) for text in texts]
+            failing.turn_on(orders)
+            self._stack.callback(failing.turn_off, orders)
+
     async def _start_http(self) -> None:
         if self.config.http.address:
             server = HttpServer(self.config.http.address, self.metrics, self._health)
@@ -153,9 +159,8 @@ class App:
 
     def _health(self) -> Health:
         over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
-        notes = (self._policy.problem,) if self._policy.problem else ()
         reasons = (*self._reasons, *([over] if over else []))
-        return Health(not reasons, reasons, notes)
+        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
 
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -169,6 +174,7 @@ class App:
             keep_ended_for=config.transfer.keep_ended_for,
             grant_ttl=config.transfer.grant_ttl,
             link_idle=config.transfer.link_idle,
+            retry_for=config.transfer.retry_for,
         )
         epoch = secrets.token_hex(8)
         remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
@@ -340,8 +346,7 @@ class _Recent:
 
 _RECENT = 5.0
 """Seconds that a topology is believed."""
-_CALLS_GRACE = 1.0
-"""Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
+_CALLS_GRACE = 1.0  # seconds that calls get to end after the transfers; only watchers and streams are left then
 
 
 async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
@@ -382,6 +387,7 @@ def _snapshot(broker: Broker, sessions: SessionTable, parts: _Parts) -> Snapshot
         grants_given=broker.serving.grant_count,
         grants_held=broker.links.grant_count,
         attach_sessions=len(sessions),
+        rails_down=broker.links.rails_down(),
         rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
         verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
         nics={nic: error is None for nic, error in broker.proofs.nics.items()},

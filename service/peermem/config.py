@@ -39,6 +39,7 @@ from peermem.config_values import (
     AckTimeout,
     AdoptSize,
     BlockSize,
+    Failpoint,
     FilePath,
     Keep,
     MessageSize,
@@ -159,6 +160,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """What a grant lasts unless it is used again."""
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
+    retry_for: Keep = Keep("10s")
+    """How long a transfer tries to get a link, or to go on after one broke, while nothing moves."""
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True):
@@ -252,6 +255,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """How bytes cross to other nodes; auto: verbs where both ends have a working NIC, else tcp."""
     p2pmem: bool = True
     """Make a device of each p2pmem pool on the node."""
+    break_on_purpose: bool = False
+    """This daemon is there to be tested: it may be told to fail, to lose bytes and to die."""
+    failpoints: tuple[Failpoint, ...] = ()
+    """What goes wrong in it, and where."""
     grpc: Grpc = Grpc()
     attach: Attach = Attach()
     http: Http = Http()
@@ -311,6 +318,8 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     folders = [folder.path for folder in config.storage.directories]
     for path in sorted({path for path in folders if folders.count(path) > 1}):
         yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
+    if config.failpoints and not config.break_on_purpose:
+        yield "failpoints", _UNBROKEN
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
         if address and not address.is_loopback and not config.insecure_network and not config.tls.on:
@@ -323,6 +332,10 @@ _EXPOSED = (
     "{section}.address {address} can be reached from other hosts, and without TLS whoever reaches it can read, write "
     "and delete everything. Set [tls], use a loopback address such as 127.0.0.1 or, on a network of nothing but "
     "trusted hosts, set insecure_network = true."
+)
+_UNBROKEN = (
+    "failpoints make this daemon fail, lose bytes or die, and break_on_purpose is false. Remove them or, in a test, "
+    "set break_on_purpose = true."
 )
 _NOWHERE = (
     "{section}.advertise is empty while {section}.address is {address}, which other nodes can't connect to. "

@@ -58,3 +58,11 @@ def test_a_rate_says_when_to_come_again() -> None:
     _, _, retry = details(caught.value)
     assert isinstance(retry, RetryInfo)
     assert retry.retry_delay.ToNanoseconds() == 250_000_000
+
+
+@pytest.mark.parametrize("after", ["", "soon", "nan", "inf", "1e300", "-1e300"])
+def test_what_another_daemon_says_of_a_limit_may_be_anything(after: str) -> None:
+    info, failure, *retry = details(QuotaExceeded("Too much.", retry_after=after))
+    assert isinstance(info, ErrorInfo)
+    assert isinstance(failure, QuotaFailure)
+    assert len(retry) <= 1

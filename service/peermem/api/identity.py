@@ -72,9 +72,7 @@ class Identity:
             raise Unauthenticated(
                 "A session of the attach socket counts only on the unix socket of its daemon. Connect to unix:///PATH."
             )
-        session = self._sessions.find(token)
-        audit.of_process(session.pid)
-        return session
+        return self._sessions.find(token)
 
     def relayed(self, context: Context) -> bool:
         """Whether another daemon hands on what a client asked it for."""
@@ -87,7 +85,9 @@ class Identity:
         if ON_BEHALF_KEY in told:
             return self._client_of(self.node(context), spoken_subject(told[ON_BEHALF_KEY], ON_BEHALF_KEY))
         if SESSION_KEY in told:
-            return self._session(told[SESSION_KEY], context).subject
+            session = self._session(told[SESSION_KEY], context)
+            audit.of_process(session.pid)
+            return session.subject
         if TOKEN_KEY in told:
             return await self._token_subject(told[TOKEN_KEY], context)
         spiffe_id = self._certified(context)

@@ -154,9 +154,16 @@ class Pipeline:
                     break
                 await self._command(message)
             await asyncio.gather(*self._tasks)
+        except PeermemError:
+            async with self._writing:  # a status that meets a message on its way is never sent
+                self._stop()
+            raise
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self._stop()
+
+    def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     async def _command(self, message: transfer_pb2.PipelineTransfersRequest) -> None:
         if message.HasField("cancel"):

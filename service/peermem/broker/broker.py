@@ -45,6 +45,7 @@ from peermem.core.errors import (
     TransferCancelled,
     WrongNode,
 )
+from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
@@ -115,7 +116,7 @@ class Broker:
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
-        self.links = LinkTable(fabrics, self._grant_source, rails=settings.rails, idle=settings.link_idle)
+        self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)
 
     # regions
@@ -125,6 +126,7 @@ class Broker:
         self._check_open()
         self.tenants.request(subject)
         region = await self._maker.make(subject, session, request)
+        await reach("region.made")
         if self._draining:
             error = ShuttingDown(f"nodes/{self.node} is shutting down.")
             await self.regions.start_end(region, error)
@@ -214,9 +216,7 @@ class Broker:
 
     async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
-
-        Raises as TransferService.CreateTransfer.
-        """
+        Raises as TransferService.CreateTransfer."""
         self._check_open()
         self.tenants.request(subject)
         self.transfers.check_room(request.weight)

@@ -5,12 +5,15 @@ Rules of this file:
 * The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
   share it by bytes (`turns`). At most the fabric's window is outstanding.
 * Grants are kept with the link and reused until half their time has passed.
-* A link that goes down completes all it had.
+* A link that goes down completes all it had. One whose rail broke goes on with its other rails.
+* A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
+  grant's time is over: silence proves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -21,8 +24,10 @@ from peermem.broker.slots import SLOT, Slots
 from peermem.broker.tenants import Share
 from peermem.broker.turns import Line, Turns
 from peermem.core.errors import NodeUnreachable, PeermemError
+from peermem.core.failpoints import chosen, reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
+from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.remote.base import GrantSource
@@ -43,7 +48,7 @@ class Wanted(NamedTuple):
     """Whether by way of a staging buffer, whatever the region's path is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class HeldGrant:
     """A grant that this node holds on a remote region."""
 
@@ -65,6 +70,8 @@ class HeldGrant:
     """Bytes at whose multiples packets have to begin in the region."""
     flush: bool
     """Whether what is written under it is visible to the device only after `OutboundLink.flush`."""
+    released: bool = False
+    """Whether this node had it ended."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -98,8 +105,11 @@ class OutboundLink:
         self.fabric = fabric
         self.source = source
         self.down_cause: tuple[LinkEnd, str] | None = None
+        self.rail_cause = ""
+        """Why the last rail that broke did so."""
         self.used_at = clock()
         self.on_down: Callable[[], None] = lambda: None
+        self.on_rail_down: Callable[[], None] = lambda: None
         self._clock = clock
         self._link: Link | None = None
         self._link_id = b""
@@ -117,6 +127,7 @@ class OutboundLink:
 
     async def open(self, rails: int) -> None:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
+        await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
@@ -133,6 +144,11 @@ class OutboundLink:
     def packet(self) -> int:
         """See Link."""
         return self._link.packet if self._link is not None else 0
+
+    @property
+    def rails_down(self) -> int:
+        """See Link."""
+        return self._link.rails_down if self._link is not None else 0
 
     @property
     def grant_count(self) -> int:
@@ -154,8 +170,13 @@ class OutboundLink:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._acquire(wanted))
             self._acquiring[wanted] = task
-            task.add_done_callback(lambda _: self._acquiring.pop(wanted, None))
+            task.add_done_callback(lambda done: self._acquired(wanted, done))
         return await asyncio.shield(task)
+
+    def _acquired(self, wanted: Wanted, task: asyncio.Task[HeldGrant]) -> None:
+        self._acquiring.pop(wanted, None)
+        if not task.cancelled():
+            task.exception()  # who asked may have given up meanwhile
 
     def forget_grant(self, refused: HeldGrant) -> None:
         """Don't reuse a grant that the far end refused or that was released."""
@@ -169,6 +190,7 @@ class OutboundLink:
 
     async def _acquire(self, wanted: Wanted) -> HeldGrant:
         region, right, subject, staged = wanted
+        await reach("grant.acquire")
         before = self._clock()
         granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject, staged=staged)
         over_at = self._clock() + granted.ttl + _CLOCK_SLACK
@@ -190,20 +212,29 @@ class OutboundLink:
         return held
 
     async def fence(self, held: HeldGrant) -> None:
-        """Return when no byte can move any more under a grant: released, the far end dead, or its time over."""
-        dead = self.down_cause is not None and self.down_cause[0] is LinkEnd.REMOTE_CLOSED
+        """Return when no byte can move any more under a grant."""
+        held.released = True
+        self.forget_grant(held)
+        backoff = Backoff(_FENCE_PAUSE, _FENCE_TIMEOUT)
+        while (left := held.over_at - self._clock()) > 0:
+            if await self._is_fenced(held):
+                return
+            await asyncio.sleep(min(left, backoff.pause(random.random())))
+
+    async def _is_fenced(self, held: HeldGrant) -> bool:
+        closed = self.down_cause is not None and self.down_cause[0] is LinkEnd.REMOTE_CLOSED
         try:
             async with asyncio.timeout(_FENCE_TIMEOUT):
+                await reach("link.fence")
                 await self.source.release_grants(self._link_id, [held.grant_id])
-                return
+                return True
         except NodeUnreachable as error:
-            if dead and error.metadata.get("code") == "UNAVAILABLE":
-                return
+            return closed and error.metadata.get("listens") == "no"
         except (TimeoutError, PeermemError):
-            pass
+            return False
         except Exception:
             log.exception("fence_defect", node=self.node)
-        await asyncio.sleep(max(0.0, held.over_at - self._clock()))
+            return False
 
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
@@ -240,7 +271,7 @@ class OutboundLink:
             self._turns.posted(line, _cost(request))
             worker.share.spend(request.ranges.total)
             try:
-                if link is None or self.down_cause is not None:
+                if link is None or self.down_cause is not None or chosen("slice.post"):
                     raise LinkClosed
                 link.post(request)
             except LinkClosed:
@@ -268,6 +299,18 @@ class OutboundLink:
             worker.completed(request, completion.status)
         self._fill()
 
+    def rail_down(self, cause: str, pause: float) -> None:
+        """See LinkEvents."""
+        self.rail_cause = cause
+        log.warning(
+            "rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=round(pause, 3)
+        )
+        self.on_rail_down()
+
+    def rail_up(self) -> None:
+        """See LinkEvents."""
+        log.info("rail_back", node=self.node, fabric=self.fabric.kind.value)
+
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         self.down_cause = (end, cause)
@@ -281,6 +324,7 @@ class OutboundLink:
         if self._link_id:
             try:
                 async with asyncio.timeout(_FENCE_TIMEOUT):
+                    await reach("link.close")
                     await self.source.close_link(self._link_id)
             except (TimeoutError, PeermemError):
                 pass  # the far end ends the link itself when its connections close
@@ -289,6 +333,8 @@ class OutboundLink:
 _SHARED_SLICES = 2
 """Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
+_FENCE_PAUSE = 0.05
+"""Seconds between the first two attempts to raise a fence."""
 _CLOCK_SLACK = 1.0
 """Seconds that two monotonic clocks may part by within a grant's time."""
 _RANGE_COST = 4096

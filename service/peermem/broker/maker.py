@@ -18,6 +18,7 @@ from peermem.broker.regions import Region, RegionTable
 from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.tenants import Tenants
 from peermem.core.errors import DeviceNotFound, NotSupported, SessionNotFound, ZeroLength
+from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
@@ -78,10 +79,12 @@ class RegionMaker:
     async def _reached(
         self, session: Session | None, request: RegionRequest, device: Device, hold: Hold
     ) -> tuple[DeviceMemory, Reach]:
+        await reach("region.allocate")
         memory = await self._memory(session, request, device)
         try:
             if memory.length > request.length:  # all of what was handed in, whose length is known only now
                 self._tenants.grow(hold, {Resource.BYTES: memory.length - request.length})
+            await reach("region.register")
             return memory, await self._registry.register(device, memory)
         except BaseException:
             memory.close()

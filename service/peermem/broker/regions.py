@@ -23,6 +23,7 @@ import structlog
 from peermem.broker.kernel_copier import KernelCopier
 from peermem.broker.reach import Reach
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
+from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
 from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
 from peermem.core.types import FabricKind, LeaseKind, Path
@@ -80,11 +81,11 @@ class Region:
         self.users: set[RegionUser] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.end: asyncio.Task[None] | None = None
-        self.on_gone: Callable[[], None] = lambda: None
-        """Called once, when nothing holds its memory any more."""
         self.is_out_of_reach = False
         """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
         that its exporter has taken back (Linux 7.3)."""
+        self.on_gone: Callable[[], None] = lambda: None
+        """Called once, when nothing holds its memory any more."""
 
     def advance(self, event: Event) -> None:
         """Follow the table of the core; an absent pair is a defect."""
@@ -205,7 +206,7 @@ class RegionTable:
 
     def vanished(self) -> list[Region]:
         """Return the regions whose device or memory is not there any more."""
-        lost = {name for name, device in self._devices().items() if not device.alive()}
+        lost = {name for name, device in self._devices().items() if not device.alive() or chosen("device.lost")}
         return [
             region
             for region in self
@@ -280,11 +281,14 @@ class RegionTable:
 
     async def _take_back(self, region: Region, error: PeermemError) -> None:
         """Give a region's memory back, once nothing uses it. Doing so twice, or at the same time, does no harm."""
+        await reach("region.end")
         for user in list(region.users):
             user.fail(error)
         while region.users:
             await asyncio.gather(*(user.settled() for user in list(region.users)))
+        await reach("region.let_go")
         await self._let_go(region)
+        await reach("region.close")
         if region.memory.length > _SMALL:
             await in_thread(region.memory.close)  # the kernel frees about 10 GiB a second
         else:

@@ -22,6 +22,7 @@ from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
 from peermem.broker.tenants import Share
 from peermem.core.errors import Internal, PeermemError, Timeout
+from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
@@ -83,9 +84,9 @@ class TransferRun:
         self._drained = asyncio.Event()
         self._waiting: asyncio.Future[Any] | None = None
         self._helpers: set[asyncio.Task[None]] = set()
-        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         self._regions = regions
         self.machine = TransferMachine(len(legs), request.total)
+        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         for region in regions.values():
             region.check_usable()
         for region in regions.values():
@@ -163,15 +164,18 @@ class TransferRun:
         await self.ended.wait()
 
     async def _work(self, links: LinkTable) -> None:
+        await reach("transfer.begin")
         late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
         if late and self.machine.error is None:
             await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in late)))
+        await reach("transfer.prepared")
         if self.machine.error is None:
             self.machine.start([leg.slices() for leg in self._legs])
         if self.machine.error is None:
             for leg in self._legs:
                 leg.link.want(leg)
             await self._drained.wait()
+        await reach("transfer.moved")
         hidden = [leg for leg in self._legs if leg.needs_flush] if self.machine.error is None else []
         if hidden:
             await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
@@ -198,6 +202,8 @@ class TransferRun:
     async def _drained_and_fenced(self) -> None:
         self.check_drained()
         await self._drained.wait()
+        for leg in self._legs:
+            leg.stop()
         await asyncio.gather(*(self._legs[index].fence() for index in self.machine.unfenced))
 
     def _end(self) -> None:

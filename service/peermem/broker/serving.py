@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
-from peermem.broker.slots import StagingBuffer
+from peermem.broker.slots import StagingBuffer, spoil
 from peermem.core.errors import (
     AccessDenied,
     FabricUnavailable,
@@ -36,6 +36,7 @@ from peermem.core.errors import (
     ShuttingDown,
     StaleEpoch,
 )
+from peermem.core.failpoints import hit, reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import Action
@@ -119,6 +120,7 @@ class Serving:
 
         Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
+        hit("link.accept")
         if self._closed:
             raise ShuttingDown("This daemon is shutting down; it takes no new links.")
         fabric = self._fabrics.get(offer.fabric)
@@ -183,6 +185,7 @@ class Serving:
     async def _make(
         self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, subject: Subject, staged: bool
     ) -> GrantedKey:
+        await reach("grant.make")
         staged = staged or region.reach.stages(link.fabric.kind)
         grant = await self._grant(link_id, link.fabric, region, right, subject, staged)
         if self._links.get(link_id) is not link or region.state is not State.READY:
@@ -258,6 +261,8 @@ class Serving:
         if grant.staging is None or right not in grant.rights:
             raise GrantRefused("The grant opens no staging buffer to copy through in this direction.")
         region, buffer = grant.region, grant.staging.memory
+        if not pieces:
+            return
         for offset, start, length in pieces:
             if length < 1 or offset + length > region.memory.length or start + length > buffer.length:
                 raise OutOfRange(f"A piece to copy is outside {region.name} or its staging buffer.", region=region.name)
@@ -265,6 +270,8 @@ class Serving:
         grant.copies.add(done)
         try:
             with Use(region) as use:
+                if into_region:
+                    spoil(buffer, pieces[0][1])
                 await use.copy_staged(buffer, pieces, into_region=into_region)
         finally:
             grant.copies.discard(done)
@@ -311,6 +318,7 @@ class Serving:
 
     async def _end(self, grant: _Grant) -> None:
         grant.ended = True
+        await reach("grant.release")
         await grant.fabric.revoke(grant.key)
         await self._settle(grant)
 
@@ -324,8 +332,7 @@ class Serving:
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:
-        grant = self._grants.get(grant_id)
-        if grant is not None:
+        if (grant := self._grants.get(grant_id)) is not None:
             self._spawn(self._end(grant))
 
     def _drop(self, grant_id: int) -> None:
@@ -338,8 +345,7 @@ class Serving:
         held.discard(grant_id)
         if not held:
             del self._by_region[grant.region]
-        link = self._links.get(grant.link_id)
-        if link is not None:
+        if (link := self._links.get(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -21,6 +21,7 @@ from collections import deque
 from typing import Protocol
 
 from peermem.core.errors import MalformedMessage
+from peermem.core.failpoints import hit
 from peermem.fabric.base import LinkEnd
 from peermem.fabric.payload import MAX_BLOCKS, Block, Bytes, Payload
 
@@ -195,6 +196,7 @@ class Stream:
 
     def _receive(self, into: Bytes) -> int:
         buffers = into.buffers(self._pace.call_bytes)
+        hit("tcp.receive")
         try:
             if len(buffers) == 1:
                 return self._sock.recv_into(buffers[0])
@@ -227,6 +229,7 @@ class Stream:
                 break
             if len(buffers) == MAX_BLOCKS:
                 break
+        hit("tcp.send")
         try:
             sent = self._sock.sendmsg(buffers)
         except OSError as error:

@@ -5,7 +5,7 @@ Keys and secrets cross here and nowhere else; what holds them hides them from re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +74,7 @@ class RemoteNode(GrantSource, Protocol):
     async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """Have it run a transfer for `subject`. Raises what its CreateTransfer raises."""
 
-    def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncIterator[TransferFacts]:
+    def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         """Iterate for `subject` over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
 
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
