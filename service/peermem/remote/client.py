@@ -168,9 +168,8 @@ class GrpcRemoteNode:
     async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
         """See RemoteNode."""
         with self._faults():
-            connection = await self._door.connection()
-            with connection.used():
-                call = connection.transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
+            async with self._door.use() as to:
+                call = to.transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
                 try:
                     async for message in call:
                         yield transfer_from_proto(message)
@@ -202,17 +201,15 @@ class GrpcRemoteNode:
 
     async def _call(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         with self._faults():
-            connection = await self._door.connection()
             try:
-                with connection.used():
-                    return await call(connection)
+                async with self._door.use() as to:
+                    return await call(to)
             except grpc.aio.AioRpcError as error:
                 if not _never_sent(error):
                     raise
             # the daemon may have come back meanwhile, with another certificate
-            connection = await self._door.connection()
-            with connection.used():
-                return await call(connection)
+            async with self._door.use() as to:
+                return await call(to)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

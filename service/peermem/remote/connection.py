@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 
@@ -108,8 +108,16 @@ class Door:
         self._old: set[Connection] = set()
         self._opening: asyncio.Task[Connection] | None = None
 
-    async def connection(self) -> Connection:
-        """Return the connection to make a call on. Raises NotThatNode."""
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Connection]:
+        """Give the connection to make a call on, which stays open for it. Raises NotThatNode."""
+        connection = await self._connection()
+        while connection.closing is not None:  # retired while this waited for its turn
+            connection = await self._connection()
+        with connection.used():
+            yield connection
+
+    async def _connection(self) -> Connection:
         now = self._credentials.now if self._credentials is not None else None
         if self._current is not None and self._current.fit(now):
             return self._current
