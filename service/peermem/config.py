@@ -56,7 +56,7 @@ from peermem.strict_toml import Contradiction
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
 CLIENT_VARIABLES = frozenset(
-    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN", "SERVER"))}
+    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN_FILE", "SERVER"))}
 )
 """Variables of the client library, which a daemon's environment may hold as well."""
 
