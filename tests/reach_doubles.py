@@ -129,6 +129,10 @@ class _NicLink:
     def packet(self) -> int:
         return self._fabric.packet
 
+    @property
+    def rails_down(self) -> int:
+        return self._inner.rails_down
+
     def post(self, request: WorkRequest) -> None:
         self._inner.post(self._fabric.placed(request))
 

@@ -11,7 +11,7 @@ def broker_settings(node: str, changes: Mapping[str, float]) -> Settings:
     """Return small limits, but for what a test changes."""
     return Settings(
         node=node,
-        rails=1,
+        rails=int(changes.get("rails", 1)),
         max_regions=int(changes.get("max_regions", 64)),
         max_running=int(changes.get("max_running", 16)),
         max_segments=int(changes.get("max_segments", 131_072)),
@@ -19,4 +19,5 @@ def broker_settings(node: str, changes: Mapping[str, float]) -> Settings:
         keep_ended_for=changes.get("keep_ended_for", 60.0),
         grant_ttl=changes.get("grant_ttl", 30.0),
         link_idle=changes.get("link_idle", 60.0),
+        retry_for=changes.get("retry_for", 10.0),
     )

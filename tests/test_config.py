@@ -324,3 +324,18 @@ def test_no_address(text: str) -> None:
 def test_the_parts_of_an_address() -> None:
     assert (Address("[fd00::2]:7470").host, Address("[fd00::2]:7470").port) == ("fd00::2", 7470)
     assert (Address("node-b.x:1").host, ListenAddress("127.0.0.1:0").port) == ("node-b.x", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [
+        ("", True),
+        ("policy.without_file = 'own'", False),
+        ("grpc.address = ''", True),
+        ("grpc.address = 'localhost:0'", True),
+        ("insecure_network = true\ngrpc.address = '10.0.0.1:7470'", False),
+        ("insecure_network = true\ngrpc.address = '10.0.0.1:7470'\npolicy.without_file = 'open'", True),
+    ],
+)
+def test_without_a_policy_only_who_is_not_reached_is_open(tmp_path: Path, text: str, is_open: bool) -> None:
+    assert load(write(tmp_path, text), {}).is_open_without_policy is is_open

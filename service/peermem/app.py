@@ -16,11 +16,12 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 
 import structlog
 
+from peermem import failing
 from peermem.api.attach import AttachServer
 from peermem.api.http import Health, HttpServer
 from peermem.api.identity import Identity, Trust
@@ -30,6 +31,7 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_policy import open_guard, policy_source
 from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
@@ -38,8 +40,8 @@ from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun
 from peermem.config import AnyDevice, Config, Cuda, Grpc, Memfd, Rocm, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
+from peermem.core.failpoints import FailOrder
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
-from peermem.core.policy import OwnerPolicy
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
@@ -76,8 +78,10 @@ class App:
     """One daemon: made from a configuration, started once, stopped once."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
         self.metrics = Metrics(VERSION)
+        self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
@@ -98,16 +102,17 @@ class App:
         await self._stack.aclose()
         log.info("stopped")
 
+    def reload(self) -> None:
+        """Have the policy file read again, as when it has changed."""
+        self._policy.ask()
+
     async def _open(self) -> None:
         config = self.config
+        self._break_on_purpose(config.failpoints)
         await self._start_http()
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
-
-        def lost(link_id: bytes) -> None:
-            broker.serving.link_lost(link_id)
-
-        parts = _Parts(config, lost)
+        parts = _Parts(config, lambda link_id: broker.serving.link_lost(link_id))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -130,13 +135,20 @@ class App:
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""
-        self._spawn(broker.tend())
-        self._spawn(watch_event_loop(self.metrics))
+        for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
+            self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
         await directory.join(NodeEntry(self.config.node, address))
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
+
+    def _break_on_purpose(self, texts: Sequence[str]) -> None:
+        if self.config.break_on_purpose:
+            log.warning("breaks_on_purpose", failpoints=list(texts))
+            orders = [FailOrder.parse(text) for text in texts]
+            failing.turn_on(orders)
+            self._stack.callback(failing.turn_off, orders)
 
     async def _start_http(self) -> None:
         if self.config.http.address:
@@ -148,7 +160,7 @@ class App:
     def _health(self) -> Health:
         over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
         reasons = (*self._reasons, *([over] if over else []))
-        return Health(not reasons, reasons)
+        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
 
     def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -162,6 +174,7 @@ class App:
             keep_ended_for=config.transfer.keep_ended_for,
             grant_ttl=config.transfer.grant_ttl,
             link_idle=config.transfer.link_idle,
+            retry_for=config.transfer.retry_for,
         )
         epoch = secrets.token_hex(8)
         remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
@@ -172,7 +185,7 @@ class App:
             parts.fabrics,
             remotes,
             directory,
-            OwnerPolicy(),
+            open_guard(config, self._policy, self.metrics.policy, self._stack),
             sessions,
             self.metrics,
             self._topology,
@@ -333,8 +346,7 @@ class _Recent:
 
 _RECENT = 5.0
 """Seconds that a topology is believed."""
-_CALLS_GRACE = 1.0
-"""Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
+_CALLS_GRACE = 1.0  # seconds that calls get to end after the transfers; only watchers and streams are left then
 
 
 async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
@@ -375,6 +387,7 @@ def _snapshot(broker: Broker, sessions: SessionTable, parts: _Parts) -> Snapshot
         grants_given=broker.serving.grant_count,
         grants_held=broker.links.grant_count,
         attach_sessions=len(sessions),
+        rails_down=broker.links.rails_down(),
         rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
         verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
         nics={nic: error is None for nic, error in broker.proofs.nics.items()},

@@ -39,6 +39,7 @@ from peermem.config_values import (
     AckTimeout,
     AdoptSize,
     BlockSize,
+    Failpoint,
     FilePath,
     Keep,
     MessageSize,
@@ -159,6 +160,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """What a grant lasts unless it is used again."""
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
+    retry_for: Keep = Keep("10s")
+    """How long a transfer tries to get a link, or to go on after one broke, while nothing moves."""
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True):
@@ -188,6 +191,25 @@ class Storage(Struct, frozen=True, forbid_unknown_fields=True):
     """Blocks of one load or store that are under way at the same time."""
     max_running: Annotated[int, Meta(ge=1, le=64)] = 8
     """Loads and stores at the same time."""
+
+
+class Policy(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may do what."""
+
+    file: FilePath | None = None
+    """None: there is none, and `without_file` holds."""
+    without_file: Literal["auto", "open", "own"] = "auto"
+    """open: whoever reaches the daemon uses every region; own: each subject its own; auto: open where only this host
+    reaches it over gRPC, else own."""
+
+
+class Audit(Struct, frozen=True, forbid_unknown_fields=True):
+    """The audit log."""
+
+    file: FilePath | None = None
+    """None: where all logs go."""
+    decisions: Literal["auto", "all", "denied"] = "auto"
+    """Which decisions of the policy it holds; auto: all where there is a policy file, else what was denied."""
 
 
 class Directory(Struct, frozen=True, forbid_unknown_fields=True):
@@ -233,6 +255,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """How bytes cross to other nodes; auto: verbs where both ends have a working NIC, else tcp."""
     p2pmem: bool = True
     """Make a device of each p2pmem pool on the node."""
+    break_on_purpose: bool = False
+    """This daemon is there to be tested: it may be told to fail, to lose bytes and to die."""
+    failpoints: tuple[Failpoint, ...] = ()
+    """What goes wrong in it, and where."""
     grpc: Grpc = Grpc()
     attach: Attach = Attach()
     http: Http = Http()
@@ -243,10 +269,19 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     transfer: Transfer = Transfer()
     region: Region = Region()
     storage: Storage = Storage()
+    policy: Policy = Policy()
+    audit: Audit = Audit()
     devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
+
+    @property
+    def is_open_without_policy(self) -> bool:
+        """Whether everybody may use every region as long as there is no policy file."""
+        addresses = (self.grpc.address, self.grpc.token_address)
+        here_only = all(address is None or address.is_loopback for address in addresses)
+        return self.policy.without_file == "open" or (self.policy.without_file == "auto" and here_only)
 
 
 def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -283,6 +318,8 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     folders = [folder.path for folder in config.storage.directories]
     for path in sorted({path for path in folders if folders.count(path) > 1}):
         yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
+    if config.failpoints and not config.break_on_purpose:
+        yield "failpoints", _UNBROKEN
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
         if address and not address.is_loopback and not config.insecure_network and not config.tls.on:
@@ -295,6 +332,10 @@ _EXPOSED = (
     "{section}.address {address} can be reached from other hosts, and without TLS whoever reaches it can read, write "
     "and delete everything. Set [tls], use a loopback address such as 127.0.0.1 or, on a network of nothing but "
     "trusted hosts, set insecure_network = true."
+)
+_UNBROKEN = (
+    "failpoints make this daemon fail, lose bytes or die, and break_on_purpose is false. Remove them or, in a test, "
+    "set break_on_purpose = true."
 )
 _NOWHERE = (
     "{section}.advertise is empty while {section}.address is {address}, which other nodes can't connect to. "

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import ClassVar, Self
 
 from peermem.core.errors import InvalidField
+from peermem.core.failpoints import FailOrder
 from peermem.core.names import check_id
 from peermem.core.spiffe import NodePattern
 from peermem.core.units import parse_duration, parse_size
@@ -283,3 +284,15 @@ class Wait(Duration, least="100ms", most="1h"):
 
 class Keep(Duration, least="0s", most="7d"):
     """How long something that nobody uses is kept."""
+
+
+class Failpoint(str):
+    """Something that is to go wrong."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = FailOrder.EXPECTED
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        FailOrder.parse(text)
+        return super().__new__(cls, text)

@@ -162,6 +162,11 @@ def write(target: Memory, offset: int, data: bytes | bytearray | memoryview) -> 
         _read_file(scratch.open_fd(), 0, target.view()[offset : offset + len(data)])
 
 
+def flip(target: Memory, offset: int) -> None:
+    """Change the byte at `offset`, for failpoints. Raises as `copy`."""
+    write(target, offset, bytes([read(target, offset, 1)[0] ^ 0xFF]))
+
+
 def read_file(fd: int, fd_offset: int, target: Memory, offset: int, length: int) -> None:
     """Fill a range of memory from a file, which may be open for direct I/O: then the device writes it.
 

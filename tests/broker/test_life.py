@@ -203,6 +203,26 @@ async def test_a_relay_seeks_lost_contact_again(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(transfer, Relay)
 
 
+async def test_a_report_that_is_silent_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peermem.broker.relays._QUIET", 0.02)
+    monkeypatch.setattr("peermem.broker.relays._RETRY", 0.001)
+    async with hosts("a", "b", "c") as (a, b, c):
+        source, sink = await region(a, MIB), await region(b, MIB)
+        a.tcp.hold = True
+        transfer = await start(c, whole(source, sink))
+        await eventually(lambda: c.cues.calls.count("watch_transfer") > 3)
+        assert not transfer.ended.is_set()
+        a.tcp.let_go()
+        assert (await outcome(transfer)).state is State.SUCCEEDED
+        a.tcp.hold = True
+        c.cues.gates["watch_transfer"] = asyncio.Event()  # as a daemon that answers pings and nothing else
+        monkeypatch.setattr("peermem.broker.relays._PATIENCE", 0.03)
+        error = await failure(await start(c, whole(source, sink)))
+        assert "may go on there" in error.message
+        a.tcp.let_go()
+        await eventually(lambda: a.broker.transfers.running_count == 0)
+
+
 async def test_draining_refuses_new_work_and_then_fails_what_still_runs(pair: list[Host]) -> None:
     a, b = pair
     source, sink = await region(a, MIB), await region(b, MIB)

@@ -90,6 +90,10 @@ class Recorder:
     statuses: dict[int, Status] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     ends: list[LinkEnd] = field(default_factory=list)
+    rails: list[str] = field(default_factory=list)
+    """What became of rails."""
+    pauses: list[float] = field(default_factory=list)
+    """Seconds for which rails were set aside."""
     posting: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -103,6 +107,15 @@ class Recorder:
                 self.faults.append(f"{completion} came twice")
             self.statuses[completion.wr_id] = completion.status
         self.news.set()
+
+    def rail_down(self, cause: str, pause: float) -> None:
+        if self.posting or self.ends:
+            self.faults.append("a rail that is down, from inside post or after down")
+        self.rails.append(f"down: {cause}")
+        self.pauses.append(pause)
+
+    def rail_up(self) -> None:
+        self.rails.append("up")
 
     def down(self, end: LinkEnd, cause: str) -> None:
         if self.posting:

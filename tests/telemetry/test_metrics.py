@@ -37,6 +37,7 @@ SNAPSHOT = Snapshot(
     grants_given=7,
     grants_held=8,
     attach_sessions=4,
+    rails_down={FabricKind.TCP: 2},
     rejected_connections={FabricKind.TCP: 9},
     verbs_objects={"qp": 2, "mr": 3},
     nics={"mlx5_0/1": True, "mlx5_1/1": False},
@@ -186,7 +187,7 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     assert [read("peermem_nic_works", device=device, port="1") for device in ("mlx5_0", "mlx5_1")] == [1, 0]
     assert read("peermem_path_works", device="bar0", nic="mlx5_0/1", path="P2PDMA") == 1
     assert read("peermem_path_works", device="bar1", nic="mlx5_0/1", path="STAGED") == 0
-    metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0, {}))
+    metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0, {}, {}))
     assert read("peermem_running_transfers") == 6
     assert read("peermem_regions", **device) is None
 

@@ -34,6 +34,7 @@ from peermem.core.identity import Subject
 from peermem.core.names import ChildName, parse_region
 from peermem.device.base import DeviceMemory
 from peermem.memory import dma_buf_exporter
+from peermem.telemetry import audit
 from peermem.v1 import attach_pb2
 from peermem.wire import error_to_proto
 
@@ -257,6 +258,8 @@ class _Job:
         return attach_pb2.AttachSession(token=self._session.token, node=f"nodes/{self._node}")
 
     def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:
+        audit.called("attach", "map")
+        audit.of_process(session.pid)
         memory = self._map_region(parse_region(region, "region"), session.subject)
         fd, offset = memory.share()
         shared.append(fd)

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from peermem.api.status import to_grpc
 from peermem.core.errors import Internal, MalformedMessage, PeermemError
+from peermem.telemetry import audit
 from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -67,6 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
             async def stream(request: object, context: Context) -> AsyncIterator[object]:
                 async with self._guard(service, method, context):
+                    _note(request, method, context)
                     async for response in inner(request, context):
                         yield response
 
@@ -74,6 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: object, context: Context) -> object:
             async with self._guard(service, method, context):
+                _note(request, method, context)
                 return await inner(request, context)
             raise AssertionError("the guard never swallows an error")
 
@@ -103,6 +106,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(to_grpc(Internal(text, error_id=error_id)))
         finally:
             self._metrics.grpc_handled(service, method, code, time.perf_counter() - began)
+
+
+def _note(request: object, method: str, context: Context) -> None:
+    """Note for the audit log who calls, and with which request_id. Raises MalformedMessage."""
+    audit.called(context.peer(), method, getattr(request, "request_id", ""))
 
 
 class _Malformed:

@@ -24,6 +24,7 @@ from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.spiffe import is_spiffe_id
 from peermem.credentials.base import Credentials
 from peermem.credentials.trial import fingerprint_of
+from peermem.telemetry import audit
 
 SESSION_KEY = "peermem-session"
 ON_BEHALF_KEY = "peermem-on-behalf-of"
@@ -85,7 +86,9 @@ class Identity:
         if ON_BEHALF_KEY in told:
             return self._client_of(self.node(context), spoken_subject(told[ON_BEHALF_KEY], ON_BEHALF_KEY))
         if SESSION_KEY in told:
-            return self._session(told[SESSION_KEY], context).subject
+            session = self._session(told[SESSION_KEY], context)
+            audit.of_process(session.pid)
+            return session.subject
         if TOKEN_KEY in told:
             return await self._token_subject(told[TOKEN_KEY], context)
         spiffe_id = self._certified(context)

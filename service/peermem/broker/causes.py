@@ -23,9 +23,10 @@ def cause_of(status: Status, leg: Leg, fabric: FabricKind, link: OutboundLink) -
             region=other,
         )
     if status is Status.WR_FLUSH_ERR:
-        end, cause = link.down_cause or (None, "it was closed")
+        end, cause = link.down_cause or (None, link.rail_cause or "it was closed")
+        what = "A rail of the" if link.down_cause is None and link.rail_cause else "The"
         return NodeUnreachable(
-            f"The {fabric.value} link to nodes/{other.node} went down ({cause}). Try again.",
+            f"{what} {fabric.value} link to nodes/{other.node} went down ({cause}).",
             node=other.node,
             cause=end.value if end else "closed",
         )

@@ -5,33 +5,34 @@ Rules of this file:
 * A grant is renewed while it still has time; a leg whose grant has too little left waits for the new one.
 * When the far end refuses a slice the grant is got anew, and what that raises is why. The slice is posted
   again, which does no harm twice; it fails when it is refused again with nothing in place since.
+* When a link or rail breaks, the slices that came back are posted again as `renewal.py` says.
 * All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
-* The fabric is the first of those that the plan allows that reaches both regions; a leg stays on it.
-* What a NIC would misplace in a region is staged at that end.
+* A leg stays on the fabric by which it was prepared.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from itertools import chain
 from operator import add
 from typing import Protocol
 
 import structlog
 
-from peermem.broker.access import checksum
+from peermem.broker.arrival import Arrival
 from peermem.broker.causes import cause_of
+from peermem.broker.flight import Flight
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink, Wanted
 from peermem.broker.regions import Region
+from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
+from peermem.broker.tenants import Share
+from peermem.broker.ways import candidates, instead, staged_ends
 from peermem.core.errors import (
-    ChecksumMismatch,
     FabricUnavailable,
-    Internal,
     LinkNotFound,
     NodeUnreachable,
     OutOfRange,
@@ -40,19 +41,25 @@ from peermem.core.errors import (
     RegionNotFound,
     StaleEpoch,
 )
-from peermem.core.identity import Subject
+from peermem.core.failpoints import hit
 from peermem.core.plan import Direction, Leg, slices
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
+from peermem.telemetry.faults import Broken
 
 log = structlog.get_logger(__name__)
+
+
+_WAYS = {True: (Opcode.READ, Rights.READ), False: (Opcode.WRITE, Rights.WRITE)}
+"""What a leg does at the far end, by whether it pulls."""
 
 
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    subject: Subject
+    share: Share
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -70,25 +77,25 @@ class LegHost(Protocol):
 
 
 class LegRun:
-    """One leg of a running transfer; a `links.Worker`."""
+    """One leg of a running transfer; a `links.Worker`, a `staging.StagedLeg` and a `renewal.SuppliedLeg`."""
 
     link: OutboundLink
     held: HeldGrant
+    _links: LinkTable
 
     def __init__(self, host: LegHost, index: int, leg: Leg, region: Region) -> None:
         """`index` is the leg's number in the machine of `host`, `region` its local region."""
-        pull = leg.direction is Direction.PULL
         self.leg = leg
         self.fabric = leg.fabrics[0]
         """What it runs over; final once it is prepared."""
         self.why = ""
         """Why this one, in words."""
         self._host = host
+        self.share = host.share
         self._index = index
         self._region = region
-        right = Rights.READ if pull else Rights.WRITE
-        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
-        self._opcode = Opcode.READ if pull else Opcode.WRITE
+        self._opcode, right = _WAYS[leg.direction is Direction.PULL]
+        self._wanted = Wanted(leg.other, right, host.share.subject, staged=False)
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
         self._kept = False
@@ -97,15 +104,19 @@ class LegRun:
         """The region, by its uid, in which bytes of this leg are in place."""
         self._refused = False
         """Whether the last answer of the far end was a refusal."""
-        self._parked = False
-        """Whether nothing may be posted before the grant has been renewed."""
-        self._renewal: asyncio.Task[None] | None = None
+        self._renewal = Renewal(self, leg.other, host.machine)
+        self._flight = Flight()
         self._stager: Stager | None = None
         """Where an end is staged."""
         self._buffer: StagingBuffer | None = None
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+
+    @property
+    def use(self) -> tuple[Action, Region]:
+        """What it does with the region here."""
+        return Action.READ if self._opcode is Opcode.WRITE else Action.WRITE, self._region
 
     @property
     def path(self) -> Path:
@@ -117,56 +128,39 @@ class LegRun:
 
         Raises what they raise, and OutOfRange for ranges behind the end of the region at the far end.
         """
-        *others, last = self._candidates(links)
+        self._use(links)
+        (*others, last), self.why = candidates(self.leg, self._region, links.detours, self.why)
         for kind in others:
             try:
                 await self._prepare_over(kind, links)
             except (FabricUnavailable, NodeUnreachable) as error:
                 links.detours.failed(self.leg.other, kind, error)
-                self.why = _instead(kind, error)
+                self.why = instead(kind, error)
                 log.info("fabric_passed_over", fabric=kind.value, region=str(self.leg.other), cause=error.message)
             else:
                 links.detours.worked(self.leg.other, kind)
                 return
-        await self._prepare_over(last, links)
+        await persistently(lambda: self._prepare_over(last, links), links.retry_for)
+
+    def _use(self, links: LinkTable) -> None:
+        self._links = links
+        self._renewal.retry_for = links.retry_for
 
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
         self.link = await links.get(self.leg.other.node, kind)
         self._wanted = self._wanted._replace(staged=False)
         try:
-            await self._acquire()
+            await self.acquire()
         except (StaleEpoch, LinkNotFound):  # the remote daemon was restarted: once more on a new link
             links.discard(self.link)
             self.link = await links.get(self.leg.other.node, kind)
-            await self._acquire()
-
-    def _candidates(self, links: LinkTable) -> list[FabricKind]:
-        """Return the fabrics to try, the best first. Raises FabricUnavailable where none reaches the region here."""
-        region, allowed = self._region, self.leg.fabrics
-        here = [kind for kind in allowed if kind in region.fabrics]
-        if not here:
-            names = " or ".join(kind.value for kind in allowed)
-            raise FabricUnavailable(
-                f"{region.name} is not reached over {names}: {region.why or 'this node does not serve it'}",
-                region=region.name,
-            )
-        if len(allowed) == 1:
-            self.why = self.why or f"{here[0].value} is the only fabric for this pair, or was asked for."
-        elif here[0] is not allowed[0]:
-            self.why = f"{region.name}: {region.why}"
-        else:
-            self.why = f"{here[0].value} reaches both regions."
-        for kind in here[:-1]:
-            error = links.detours.why(self.leg.other, kind)
-            if error is not None:
-                self.why = _instead(kind, error)
-                here = [other for other in here if other is not kind]
-        return here
+            await self.acquire()
 
     def prepare_at_once(self, links: LinkTable) -> bool:
         """Use a link and a grant from before; return whether there are such. Raises OutOfRange, FabricUnavailable."""
-        kind = self._candidates(links)[0]
+        self._use(links)
+        (kind, *_), self.why = candidates(self.leg, self._region, links.detours, self.why)
         link = links.kept(self.leg.other.node, kind)
         held = link.kept_grant(self._wanted) if link else None
         if link is None or held is None:
@@ -174,7 +168,7 @@ class LegRun:
         if self._reach > held.region_length:  # the region may have been made anew, and larger
             link.forget_grant(held)
             return False
-        is_staged_here, is_staged_there = self._staged_ends(link, held)
+        is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
         buffer = self._region.reach.staging.opened if is_staged_here else None
         if (is_staged_here and buffer is None) or (is_staged_there and held.slots is None):
             return False
@@ -182,21 +176,10 @@ class LegRun:
         self._adopt(held, buffer)
         return True
 
-    def _staged_ends(self, link: OutboundLink, held: HeldGrant) -> tuple[bool, bool]:
-        """Return which ends are staged, the local and the remote one: by the region's path, or because a NIC would
-        misplace what begins elsewhere than at multiples of its alignment. Both ends have to begin there: where either
-        is in parts, ranges are cut at their edges."""
-        here, there = self._region.reach.way.alignment, held.alignment
-        need, ranges = max(here, there), self.leg.ranges
-        fits = (
-            need == 1
-            or not link.packet
-            or not any(start % need for start in chain((link.packet,), ranges.local, ranges.remote))
-        )
-        return (
-            self._region.reach.stages(link.fabric.kind) or (not fits and here > 1),
-            held.slots is not None or (not fits and there > 1),
-        )
+    @property
+    def is_broken(self) -> bool:
+        """See StagedLeg."""
+        return self._renewal.is_broken
 
     def slices(self) -> Iterator[Ranges]:
         """Return the slices of the leg, cut for its fabric; call once, when it is prepared."""
@@ -207,9 +190,10 @@ class LegRun:
         alignment = 1 if needs_none else max(self._region.reach.way.alignment, self.held.alignment)
         return slices(self.leg.ranges, size, limits.slice_ranges, alignment)
 
-    async def _acquire(self) -> None:
+    async def acquire(self) -> None:
+        """See SuppliedLeg."""
         held = await self.link.grant(self._wanted)
-        is_staged_here, is_staged_there = self._staged_ends(self.link, held)
+        is_staged_here, is_staged_there = staged_ends(self.leg, self._region, self.link, held)
         if is_staged_there and held.slots is None:
             self._wanted = self._wanted._replace(staged=True)
             held = await self.link.grant(self._wanted)
@@ -241,26 +225,32 @@ class LegRun:
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
         if self._host.machine.error is not None:
-            if self._stager is not None:
-                self._stager.drop()
+            self.give_up()
             self._host.check_drained()
             return None
         now = self._host.clock()
         if not self.held.fresh(now):
-            self._parked |= not self.held.safe(now)
+            self._renewal.is_due |= not self.held.safe(now)
             self._renew()
-        if self._parked:
+        if self._renewal.is_due:
             return None
         if self._stager is not None:
             return self._stager.next_request(wr_id)
         piece = self.take()
         return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
 
+    def give_up(self) -> None:
+        """The transfer failed: what is ready for the wire is not posted any more."""
+        if self._stager is not None:
+            self._stager.drop()
+
     def take(self) -> Ranges | None:
         """See StagedLeg."""
         piece = self._host.machine.take(self._index)
         if piece is None:
             self._host.check_drained()
+        else:
+            self._flight.took_off()
         return piece
 
     def want(self) -> None:
@@ -274,15 +264,27 @@ class LegRun:
         else:
             self.ended(request.ranges, request.key, status)
 
-    def broke(self, error: PeermemError, *, flushed: bool) -> None:
+    def put_back(self, ranges: Ranges) -> None:
         """See StagedLeg."""
-        self._host.machine.broken(self._index, error, flushed=flushed)
-        self._host.check_drained()
+        self._host.machine.refused(self._index, ranges)
+        self._came_back()
+
+    def broke(self, ranges: Ranges, error: PeermemError) -> None:
+        """See StagedLeg."""
+        if isinstance(error, BREAKS) and self._host.machine.error is None:
+            self._lose(ranges, error, written=self._opcode is Opcode.WRITE)
+        else:
+            # a call without an answer may still be carried out at the far end
+            late = isinstance(error, NodeUnreachable) and self._opcode is Opcode.WRITE
+            self._host.machine.broken(self._index, error, flushed=late)
+        self._came_back()
 
     def ended(self, ranges: Ranges, key: RemoteKey, status: Status) -> None:
         """Take in how a slice ended; see StagedLeg."""
         machine = self._host.machine
+        flushed = status is Status.WR_FLUSH_ERR
         if status is Status.SUCCESS:
+            hit("slice.landed")
             machine.completed(ranges.total)
             self._host.moved(self, ranges.total)
             self._landed(key)
@@ -290,25 +292,41 @@ class LegRun:
             machine.refused(self._index, ranges)
             if key is self.held.key:
                 self.link.forget_grant(self.held)
-            self._parked = True
+            self._renewal.is_due = True
             self._renew()
             self._refused = True
+        elif flushed and machine.error is None:
+            cause = cause_of(status, self.leg, self.fabric, self.link)
+            self._lose(ranges, cause, written=self._opcode is Opcode.WRITE)
         else:
             if status is Status.LOC_PROT_ERR and self._region.path is Path.DMABUF:
                 self._region.is_out_of_reach = True
-            flushed = status is Status.WR_FLUSH_ERR and self._opcode is Opcode.WRITE
-            machine.broken(self._index, cause_of(status, self.leg, self.fabric, self.link), flushed=flushed)
+            error = cause_of(status, self.leg, self.fabric, self.link)
+            machine.broken(self._index, error, flushed=flushed and self._opcode is Opcode.WRITE)
+        self._came_back()
+
+    def _lose(self, ranges: Ranges, cause: PeermemError, *, written: bool) -> None:
+        """Have a slice posted again when the break is mended."""
+        if written:
+            self._host.machine.lost(self._index, ranges)
+        else:
+            self._host.machine.refused(self._index, ranges)
+        self._links.faults.broke(self.fabric, Broken.SLICE)
+        self._renewal.broke(cause)
+        self._renew()
+
+    def _came_back(self) -> None:
+        self._flight.landed()
         self._host.check_drained()
 
     def _refused_again(self, key: RemoteKey) -> bool:
         """Whether the key is one that was got because of a refusal, and no bytes have landed since."""
-        return self._refused and self._renewal is None and key is self.held.key
+        return self._refused and not self._renewal.running and key is self.held.key and not self.held.released
 
     def _landed(self, key: RemoteKey) -> None:
-        held = self.held
-        if key is not held.key:
-            held = next((used for used in self._used if used.key is key), held)
+        held = next((used for used in self._used if used.key is key), self.held)
         self._refused = False
+        self._renewal.moved()
         self._landed_in = held.region_uid
         if self._landed_in != self.held.region_uid:
             self._host.fail(self._deleted())
@@ -317,29 +335,45 @@ class LegRun:
         return RegionDeleted(f"{self.leg.other} was deleted while the transfer used it.", region=self.leg.other)
 
     def _renew(self) -> None:
-        if self._renewal is None:
-            self._renewal = asyncio.get_running_loop().create_task(self._get_anew())
-            self._host.hold(self._renewal)
+        if not self._renewal.running:
+            getting = self._renewal.start()
+            self._host.hold(asyncio.get_running_loop().create_task(self._renewed(getting)))
 
-    async def _get_anew(self) -> None:
-        try:
-            await self._acquire()
-        except RegionNotFound as error:
-            was_there = self._landed_in is not None or not self._kept
-            self._host.fail(self._deleted() if was_there else error)
-        except PeermemError as error:
+    async def _renewed(self, getting: asyncio.Task[PeermemError | None]) -> None:
+        error = await getting
+        if error is not None:
             self._host.fail(error)
-        except Exception:
-            log.exception("renewal_defect", region=str(self.leg.other))
-            self._host.fail(Internal(f"Renewing the grant on {self.leg.other} met a defect; the log has the details."))
-        self._renewal = None
-        if self._parked:
-            self._parked = False
-            self.link.want(self)
+
+    async def settle(self) -> None:
+        """See SuppliedLeg."""
+        if self._stager is not None:
+            self._stager.put_back()
+        await self._flight.empty()
+        if self._opcode is Opcode.WRITE:
+            await asyncio.gather(*(self.link.fence(held) for held in self._used))
+        self.link.forget_grant(self.held)
+        self._host.machine.fenced(self._index)
+        self._used = []
+
+    async def reconnect(self) -> None:
+        """See SuppliedLeg."""
+        self.link = await self._links.get(self.leg.other.node, self.fabric)
+
+    def vanished(self, error: RegionNotFound) -> PeermemError:
+        """See SuppliedLeg."""
+        was_there = self._landed_in is not None or not self._kept
+        return self._deleted() if was_there else error
+
+    def go_on(self) -> None:
+        """See SuppliedLeg."""
+        self.link.want(self)
+
+    def stop(self) -> None:
+        """Look for no grant any more: the transfer has ended but for its fence."""
+        self._renewal.stop()
 
     async def fence(self) -> None:
         """Return when no byte of this leg can be written any more at the far end."""
-        self.link.forget_grant(self.held)
         await asyncio.gather(*(self.link.fence(held) for held in self._used))
 
     @property
@@ -355,35 +389,11 @@ class LegRun:
         if self.leg.direction is Direction.PULL:
             await self._region.memory.flush()
         else:
-            if not self.held.safe(self._host.clock()):
-                await self._acquire()
-            await self.link.flush(self.held)
+            await self._arrival().flush_far_end()
 
     async def verify(self, initial: int) -> int:
-        """Return the CRC32C of the leg's bytes on top of `initial`.
+        """See Arrival.verify."""
+        return await self._arrival().verify(initial)
 
-        Raises ChecksumMismatch, and what reading at either end raises.
-        """
-        ranges = self.leg.ranges
-        here, there = await asyncio.gather(
-            checksum(self._region, ranges.local, ranges.lengths, initial),
-            self._remote_checksum(initial),
-        )
-        if here != there:
-            raise ChecksumMismatch(
-                f"The bytes in {self.leg.local} have CRC32C {here:#010x}, those in {self.leg.other} {there:#010x}. "
-                "They were changed on the way, or the source was written to during the transfer.",
-                local=self.leg.local,
-                remote=self.leg.other,
-            )
-        return here
-
-    async def _remote_checksum(self, initial: int) -> int:
-        if not self.held.safe(self._host.clock()):
-            await self._acquire()
-        return await self.link.checksum(self.held, self.leg.ranges, initial)
-
-
-def _instead(kind: FabricKind, error: PeermemError) -> str:
-    """Return why another fabric than `kind` is used."""
-    return f"{kind.value} did not reach the region: {error.message}"
+    def _arrival(self) -> Arrival:
+        return Arrival(self, self._region, self._renewal, self._host.clock)

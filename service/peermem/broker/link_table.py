@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* One link per remote node and fabric. One that goes down is forgotten, and opened anew on the next use.
+* One link per remote node and fabric. One that goes down is forgotten, and opened anew on the next use, also by the
+  transfers that it carried.
 * A fabric that did not reach a node or a region is passed over for a while, longer each time it fails again.
 """
 
@@ -14,11 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from peermem.broker.links import Clock, OutboundLink
+from peermem.broker.settings import Settings
 from peermem.core.errors import PeermemError
 from peermem.core.names import ChildName
 from peermem.core.types import FabricKind
 from peermem.fabric.base import Fabric
 from peermem.remote.base import GrantSource
+from peermem.telemetry.faults import Broken, FaultMetrics
 
 _SHORTEST, _LONGEST = 1.0, 30.0
 """Seconds that a fabric is passed over after it failed once, and at most."""
@@ -64,16 +67,18 @@ class LinkTable:
         self,
         fabrics: Mapping[FabricKind, Fabric],
         source: Callable[[str], GrantSource],
-        *,
-        rails: int,
-        idle: float,
+        settings: Settings,
+        faults: FaultMetrics,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`source(node)` returns the daemon of a node or raises NodeNotFound; `idle` seconds close a link."""
+        """`source(node)` returns the daemon of a node or raises NodeNotFound."""
+        self.retry_for = settings.retry_for
+        """Seconds in which nothing moves until a transfer gives up to go on after its link broke."""
+        self.faults = faults
         self._fabrics = fabrics
         self._source = source
-        self._rails = rails
-        self._idle = idle
+        self._rails = settings.rails
+        self._idle = settings.link_idle
         self._clock = clock
         self._opening: dict[tuple[str, FabricKind], asyncio.Task[OutboundLink]] = {}
         self._links: dict[tuple[str, FabricKind], OutboundLink] = {}
@@ -106,15 +111,33 @@ class LinkTable:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._open(node, kind))
             self._opening[key] = task
-            task.add_done_callback(lambda _: self._opening.pop(key, None))
+            task.add_done_callback(lambda done: self._opened(key, done))
         return await asyncio.shield(task)
+
+    def _opened(self, key: tuple[str, FabricKind], task: asyncio.Task[OutboundLink]) -> None:
+        self._opening.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # who asked may have given up meanwhile
 
     async def _open(self, node: str, kind: FabricKind) -> OutboundLink:
         link = OutboundLink(node, self._fabrics[kind], self._source(node), self._clock)
-        link.on_down = lambda: self.discard(link)
+        link.on_down = lambda: self._lost(link)
+        link.on_rail_down = lambda: self.faults.broke(kind, Broken.RAIL)
         await link.open(self._rails)
-        self._links[node, kind] = link
+        if link.down_cause is None:
+            self._links[node, kind] = link
         return link
+
+    def _lost(self, link: OutboundLink) -> None:
+        self.faults.broke(link.fabric.kind, Broken.LINK)
+        self.discard(link)
+
+    def rails_down(self) -> dict[FabricKind, int]:
+        """Rails that broke and are not up again, by fabric."""
+        counts = dict.fromkeys(self._fabrics, 0)
+        for link in self._links.values():
+            counts[link.fabric.kind] += link.rails_down
+        return counts
 
     def discard(self, link: OutboundLink) -> None:
         """Close a link and forget it: it is down, idle, or unknown at its far end."""

@@ -2,16 +2,18 @@
 
 Rules of this file:
 
-* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one. At
-  most the fabric's window is outstanding.
+* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
+  share it by bytes (`turns`). At most the fabric's window is outstanding.
 * Grants are kept with the link and reused until half their time has passed.
-* A link that goes down completes all it had.
+* A link that goes down completes all it had. One whose rail broke goes on with its other rails.
+* A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
+  grant's time is over: silence proves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -19,9 +21,13 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from peermem.broker.slots import SLOT, Slots
+from peermem.broker.tenants import Share
+from peermem.broker.turns import Line, Turns
 from peermem.core.errors import NodeUnreachable, PeermemError
+from peermem.core.failpoints import chosen, reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
+from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.remote.base import GrantSource
@@ -42,7 +48,7 @@ class Wanted(NamedTuple):
     """Whether by way of a staging buffer, whatever the region's path is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class HeldGrant:
     """A grant that this node holds on a remote region."""
 
@@ -64,6 +70,8 @@ class HeldGrant:
     """Bytes at whose multiples packets have to begin in the region."""
     flush: bool
     """Whether what is written under it is visible to the device only after `OutboundLink.flush`."""
+    released: bool = False
+    """Whether this node had it ended."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -76,6 +84,10 @@ class HeldGrant:
 
 class Worker(Protocol):
     """One transfer's part on a link."""
+
+    @property
+    def share(self) -> Share:
+        """For whom."""
 
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """Return the next slice to post, or None when there is none now."""
@@ -93,24 +105,29 @@ class OutboundLink:
         self.fabric = fabric
         self.source = source
         self.down_cause: tuple[LinkEnd, str] | None = None
+        self.rail_cause = ""
+        """Why the last rail that broke did so."""
         self.used_at = clock()
         self.on_down: Callable[[], None] = lambda: None
+        self.on_rail_down: Callable[[], None] = lambda: None
         self._clock = clock
         self._link: Link | None = None
         self._link_id = b""
         self._epoch = ""
         self._grants: dict[Wanted, HeldGrant] = {}
         self._acquiring: dict[Wanted, asyncio.Task[HeldGrant]] = {}
-        self._turns: deque[Worker] = deque()
-        self._queued: set[Worker] = set()
-        self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
-        self._load = 0
+        size, window = fabric.limits.slice_bytes, fabric.limits.window_bytes
+        self._turns = Turns[Worker](size, window, min(window, _SHARED_SLICES * size), clock)
+        self._resuming: asyncio.TimerHandle | None = None
+        """Set while a tenant's bytes wait for time to pass."""
+        self._outstanding: dict[int, tuple[Worker, WorkRequest, Line[Worker]]] = {}
         self._checksums = 0
         """Being computed at the far end."""
         self._next_id = 0
 
     async def open(self, rails: int) -> None:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
+        await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
@@ -127,6 +144,11 @@ class OutboundLink:
     def packet(self) -> int:
         """See Link."""
         return self._link.packet if self._link is not None else 0
+
+    @property
+    def rails_down(self) -> int:
+        """See Link."""
+        return self._link.rails_down if self._link is not None else 0
 
     @property
     def grant_count(self) -> int:
@@ -148,8 +170,13 @@ class OutboundLink:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._acquire(wanted))
             self._acquiring[wanted] = task
-            task.add_done_callback(lambda _: self._acquiring.pop(wanted, None))
+            task.add_done_callback(lambda done: self._acquired(wanted, done))
         return await asyncio.shield(task)
+
+    def _acquired(self, wanted: Wanted, task: asyncio.Task[HeldGrant]) -> None:
+        self._acquiring.pop(wanted, None)
+        if not task.cancelled():
+            task.exception()  # who asked may have given up meanwhile
 
     def forget_grant(self, refused: HeldGrant) -> None:
         """Don't reuse a grant that the far end refused or that was released."""
@@ -163,6 +190,7 @@ class OutboundLink:
 
     async def _acquire(self, wanted: Wanted) -> HeldGrant:
         region, right, subject, staged = wanted
+        await reach("grant.acquire")
         before = self._clock()
         granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject, staged=staged)
         over_at = self._clock() + granted.ttl + _CLOCK_SLACK
@@ -184,20 +212,29 @@ class OutboundLink:
         return held
 
     async def fence(self, held: HeldGrant) -> None:
-        """Return when no byte can move any more under a grant: released, the far end dead, or its time over."""
-        dead = self.down_cause is not None and self.down_cause[0] is LinkEnd.REMOTE_CLOSED
+        """Return when no byte can move any more under a grant."""
+        held.released = True
+        self.forget_grant(held)
+        backoff = Backoff(_FENCE_PAUSE, _FENCE_TIMEOUT)
+        while (left := held.over_at - self._clock()) > 0:
+            if await self._is_fenced(held):
+                return
+            await asyncio.sleep(min(left, backoff.pause(random.random())))
+
+    async def _is_fenced(self, held: HeldGrant) -> bool:
+        closed = self.down_cause is not None and self.down_cause[0] is LinkEnd.REMOTE_CLOSED
         try:
             async with asyncio.timeout(_FENCE_TIMEOUT):
+                await reach("link.fence")
                 await self.source.release_grants(self._link_id, [held.grant_id])
-                return
+                return True
         except NodeUnreachable as error:
-            if dead and error.metadata.get("code") == "UNAVAILABLE":
-                return
+            return closed and error.metadata.get("listens") == "no"
         except (TimeoutError, PeermemError):
-            pass
+            return False
         except Exception:
             log.exception("fence_defect", node=self.node)
-        await asyncio.sleep(max(0.0, held.over_at - self._clock()))
+            return False
 
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
@@ -218,33 +255,33 @@ class OutboundLink:
 
     def want(self, worker: Worker) -> None:
         """Give `worker` turns until it has no request."""
-        self._queue(worker)
+        self._turns.add(worker)
         self._fill()
-
-    def _queue(self, worker: Worker) -> None:
-        if worker not in self._queued:
-            self._queued.add(worker)
-            self._turns.append(worker)
 
     def _fill(self) -> None:
         link = self._link
-        window = self.fabric.limits.window_bytes
-        while self._turns and self._load < window:
-            worker = self._turns.popleft()
-            self._queued.discard(worker)
+        while (turn := self._turns.take(hurry=self.down_cause is not None)) is not None:
+            line, worker = turn
             self._next_id += 1
             request = worker.next_request(self._next_id)
             if request is None:
                 continue
-            self._queue(worker)
-            self._outstanding[request.wr_id] = (worker, request)
-            self._load += _cost(request)
+            self._turns.add(worker)
+            self._outstanding[request.wr_id] = (worker, request, line)
+            self._turns.posted(line, _cost(request))
+            worker.share.spend(request.ranges.total)
             try:
-                if link is None or self.down_cause is not None:
+                if link is None or self.down_cause is not None or chosen("slice.post"):
                     raise LinkClosed
                 link.post(request)
             except LinkClosed:
                 asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
+        if self._turns and self._resuming is None and (pause := self._turns.pause()):
+            self._resuming = asyncio.get_running_loop().call_later(pause, self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._fill()
 
     def completed(self, completions: list[Completion]) -> None:
         """See LinkEvents. What was flushed is passed on when the link has said why (`down`)."""
@@ -257,15 +294,28 @@ class OutboundLink:
     def _pass_on(self, completions: list[Completion]) -> None:
         self.used_at = self._clock()
         for completion in completions:
-            worker, request = self._outstanding.pop(completion.wr_id)
-            self._load -= _cost(request)
+            worker, request, line = self._outstanding.pop(completion.wr_id)
+            self._turns.ended(line, _cost(request))
             worker.completed(request, completion.status)
         self._fill()
+
+    def rail_down(self, cause: str, pause: float) -> None:
+        """See LinkEvents."""
+        self.rail_cause = cause
+        log.warning(
+            "rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=round(pause, 3)
+        )
+        self.on_rail_down()
+
+    def rail_up(self) -> None:
+        """See LinkEvents."""
+        log.info("rail_back", node=self.node, fabric=self.fabric.kind.value)
 
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         self.down_cause = (end, cause)
         self.on_down()
+        self._fill()
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""
@@ -274,12 +324,17 @@ class OutboundLink:
         if self._link_id:
             try:
                 async with asyncio.timeout(_FENCE_TIMEOUT):
+                    await reach("link.close")
                     await self.source.close_link(self._link_id)
             except (TimeoutError, PeermemError):
                 pass  # the far end ends the link itself when its connections close
 
 
+_SHARED_SLICES = 2
+"""Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
+_FENCE_PAUSE = 0.05
+"""Seconds between the first two attempts to raise a fence."""
 _CLOCK_SLACK = 1.0
 """Seconds that two monotonic clocks may part by within a grant's time."""
 _RANGE_COST = 4096

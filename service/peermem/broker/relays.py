@@ -6,22 +6,28 @@ Rules of this file:
   confirms to others that the node that runs it does so for that client.
 * Contact that breaks is sought again for a while. If it stays lost, the transfer fails here and says
   that it may go on there: only the node that runs it can raise the fence.
+* A report that is silent for a while is asked for anew: it begins with the transfer as it stands, so a daemon that
+  answers pings and nothing else is found out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import structlog
 
+from peermem.broker.regions import Region
 from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
+from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
+from peermem.core.policy import Action
 from peermem.core.transfer import State, TransferFacts, TransferRequest
 from peermem.remote.base import RemoteNode
 
@@ -30,6 +36,8 @@ log = structlog.get_logger(__name__)
 _PATIENCE = 10.0
 """Seconds without contact after which the transfer is given up."""
 _RETRY = 0.5
+_QUIET = 10.0
+"""Seconds without a word after which a report is asked for anew."""
 
 
 class Relay:
@@ -58,15 +66,20 @@ class Relay:
         self._node = node
         self._remote = remote
         self._request = request
-        self._subject = subject
+        self.subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._began = time.monotonic()
 
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer: the nodes that own the regions decide."""
+        return ()
+
     async def drive(self, vouching: Vouching) -> None:
         """Carry the transfer to its end; never raises."""
-        with vouching.relaying(self._node, self._subject, self._request):
+        with vouching.relaying(self._node, self.subject, self._request):
             await self._drive()
 
     async def _drive(self) -> None:
@@ -106,7 +119,8 @@ class Relay:
         began = time.monotonic()
         while True:
             try:
-                return await self._remote.create_transfer(self._request, self.facts.name.id, self._subject)
+                await reach("relay.create")
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self.subject)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED":
                     raise
@@ -126,9 +140,11 @@ class Relay:
         while True:
             cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
-                async for facts in self._remote.watch_transfer(name):
-                    lost_at = None
-                    self._take(facts)
+                await reach("relay.follow")
+                async with aclosing(self._remote.watch_transfer(name, self.subject)) as report:
+                    while (facts := await _next(report)) is not None:
+                        lost_at = None
+                        self._take(facts)
             except TransferNotFound:
                 raise NodeUnreachable(
                     f"nodes/{self._node} does not know {name} any more: it was restarted, or the transfer ended too "
@@ -164,4 +180,12 @@ class Relay:
 
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
-            await self._remote.cancel_transfer(name, self._subject)
+            await self._remote.cancel_transfer(name, self.subject)
+
+
+async def _next(report: AsyncGenerator[TransferFacts, None]) -> TransferFacts | None:
+    """Return the next facts of a report, or None when it has ended or says nothing for too long."""
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_QUIET):
+            return await anext(report)
+    return None

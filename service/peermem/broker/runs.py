@@ -20,10 +20,13 @@ import structlog
 from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
+from peermem.broker.tenants import Share
 from peermem.core.errors import Internal, PeermemError, Timeout
+from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
 
 log = structlog.get_logger(__name__)
@@ -33,12 +36,17 @@ class Transfer(Protocol):
     """A transfer in the broker's table, run here or relayed."""
 
     owner: str
+    subject: Subject
     ended: asyncio.Event
     """Set when it has ended and its fence is up."""
 
     @property
     def facts(self) -> TransferFacts:
         """The transfer as it stands."""
+
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """What it does itself with regions of this node; what it has grants for is not among it."""
 
     def fail(self, error: PeermemError) -> None:
         """End it for this reason; `ended` follows."""
@@ -53,16 +61,17 @@ class TransferRun:
         request: TransferRequest,
         legs: Sequence[Leg],
         regions: dict[ChildName, Region],
-        subject: Subject,
+        share: Share,
         moved: Callable[[LegRun, int], None],
     ) -> None:
-        """`regions` are all local ones, `subject` is who asked for it; `moved` is told of bytes in place.
+        """`regions` are all local ones, `share` is that of whoever asked for it; `moved` is told of bytes in place.
 
         Raises RegionDeleted or RegionRevoked when a region is not usable.
         """
         self.name = name
-        self.subject = subject
-        self.owner = str(subject)
+        self.share = share
+        self.subject = share.subject
+        self.owner = str(share.subject)
         self.clock = time.monotonic
         self.moved = moved
         self.ended = asyncio.Event()
@@ -75,9 +84,9 @@ class TransferRun:
         self._drained = asyncio.Event()
         self._waiting: asyncio.Future[Any] | None = None
         self._helpers: set[asyncio.Task[None]] = set()
-        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         self._regions = regions
         self.machine = TransferMachine(len(legs), request.total)
+        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         for region in regions.values():
             region.check_usable()
         for region in regions.values():
@@ -106,6 +115,11 @@ class TransferRun:
             fabric_why=first.why,
         )
 
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer."""
+        return [leg.use for leg in self._legs]
+
     async def drive(self, links: LinkTable) -> None:
         """Carry the transfer to its end; never raises."""
         timer = None
@@ -131,6 +145,8 @@ class TransferRun:
         self.machine.fail(error)
         if self._waiting is not None:
             self._waiting.cancel()
+        for leg in self._legs:  # whose tenant's bytes may have to wait for long
+            leg.give_up()
         self.check_drained()
 
     def check_drained(self) -> None:
@@ -148,15 +164,18 @@ class TransferRun:
         await self.ended.wait()
 
     async def _work(self, links: LinkTable) -> None:
+        await reach("transfer.begin")
         late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
         if late and self.machine.error is None:
             await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in late)))
+        await reach("transfer.prepared")
         if self.machine.error is None:
             self.machine.start([leg.slices() for leg in self._legs])
         if self.machine.error is None:
             for leg in self._legs:
                 leg.link.want(leg)
             await self._drained.wait()
+        await reach("transfer.moved")
         hidden = [leg for leg in self._legs if leg.needs_flush] if self.machine.error is None else []
         if hidden:
             await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
@@ -183,6 +202,8 @@ class TransferRun:
     async def _drained_and_fenced(self) -> None:
         self.check_drained()
         await self._drained.wait()
+        for leg in self._legs:
+            leg.stop()
         await asyncio.gather(*(self._legs[index].fence() for index in self.machine.unfenced))
 
     def _end(self) -> None:

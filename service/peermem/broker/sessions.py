@@ -107,14 +107,19 @@ class SessionTable:
         self._handed_in[token] = (session, fd)
         return token
 
-    def take(self, session: Session, token: str) -> int:
-        """Return a descriptor, which belongs to the caller from now on. Raises SessionNotFound."""
+    def handed_in(self, session: Session, token: str) -> int:
+        """Return a descriptor, which stays this table's. Raises SessionNotFound."""
         owner, fd = self._handed_in.get(token, (None, -1))
         if owner is not session:
             raise SessionNotFound(
                 "No file descriptor of this session waits under that token. Hand it in over this session, and adopt "
                 "it once."
             )
+        return fd
+
+    def take(self, session: Session, token: str) -> int:
+        """Return a descriptor, which belongs to the caller from now on. Raises SessionNotFound."""
+        fd = self.handed_in(session, token)
         del self._handed_in[token]
         return fd
 

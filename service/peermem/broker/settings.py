@@ -18,3 +18,4 @@ class Settings:
     keep_ended_for: float
     grant_ttl: float
     link_idle: float
+    retry_for: float

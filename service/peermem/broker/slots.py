@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 
+from peermem.core.failpoints import chosen
 from peermem.core.types import Path
 from peermem.fabric.base import Fabric
-from peermem.memory import HostMemory
+from peermem.memory import HostMemory, Memory, flip
 
 SLOT = 1 << 20
 """Bytes of a slot: about a millisecond of copying out of a BAR's write-combining or uncached memory."""
@@ -43,6 +44,12 @@ class Slots:
     def when_free(self, tell: Callable[[], None]) -> None:
         """Call `tell` once when a slot comes back."""
         self._waiting[tell] = None
+
+
+def spoil(buffer: Memory, offset: int) -> None:
+    """Pass the failpoint at which a byte of a staging buffer is changed."""
+    if chosen("staging.corrupt"):
+        flip(buffer, offset)
 
 
 class StagingBuffer:

@@ -20,8 +20,9 @@ from typing import Protocol
 
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
-from peermem.broker.slots import SLOT, StagingBuffer
-from peermem.core.errors import GrantRefused, NodeUnreachable, PeermemError
+from peermem.broker.slots import SLOT, StagingBuffer, spoil
+from peermem.core.errors import GrantRefused, PeermemError
+from peermem.core.failpoints import reach
 from peermem.core.plan import Direction
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import Ranges, RemoteKey
@@ -35,14 +36,21 @@ class StagedLeg(Protocol):
     link: OutboundLink
     held: HeldGrant
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether its link broke, and what is ready has to wait."""
+
     def take(self) -> Ranges | None:
         """Return the next slice, or None when there is none (any more)."""
 
     def ended(self, ranges: Ranges, key: RemoteKey, status: Status) -> None:
         """A slice, given by its ranges in the regions, ended."""
 
-    def broke(self, error: PeermemError, *, flushed: bool) -> None:
-        """A slice failed; `flushed` when its bytes may land late unless the far end is fenced."""
+    def broke(self, ranges: Ranges, error: PeermemError) -> None:
+        """A slice failed for this reason."""
+
+    def put_back(self, ranges: Ranges) -> None:
+        """A slice that was not posted is to be taken again."""
 
     def want(self) -> None:
         """Have turns on the link."""
@@ -96,7 +104,14 @@ class Stager:
         """The transfer failed: forget what was ready for the wire."""
         error = self._machine.error
         while self._ready and error is not None:
-            self._break(self._ready.popleft(), error, flushed=False)
+            self._break(self._ready.popleft(), error)
+
+    def put_back(self) -> None:
+        """The link broke: what was ready for the wire is taken again later."""
+        while self._ready:
+            piece = self._ready.popleft()
+            self._give_back(piece.held, piece.local_slot, piece.remote_slot)
+            self._leg.put_back(piece.ranges)
 
     def completed(self, request: WorkRequest, status: Status) -> None:
         """A slice came back from the wire."""
@@ -147,36 +162,43 @@ class Stager:
         try:
             if self._machine.error is not None:
                 raise self._machine.error
+            await reach("staging.copy")
             await copy(piece)
         except GrantRefused as error:
             if error is self._machine.error:
-                self._break(piece, error, flushed=False)
+                self._break(piece, error)
             else:
                 self._end(piece, Status.REM_ACCESS_ERR)
         except PeermemError as error:
-            # a call without an answer may still be carried out at the far end
-            self._break(piece, error, flushed=isinstance(error, NodeUnreachable) and not self._pull)
+            self._break(piece, error)
         else:
             then()
 
     def _is_ready(self, piece: _Slice) -> None:
         if self._machine.error is not None:
-            self._break(piece, self._machine.error, flushed=False)
+            self._break(piece, self._machine.error)
         else:
             self._ready.append(piece)
-            self._leg.want()
+            if self._leg.is_broken:
+                self.put_back()
+            else:
+                self._leg.want()
 
     async def _copy_out(self, piece: _Slice) -> None:
         """Copy a slice out of its source region into the buffer there."""
         if self._pull:
             await self._leg.link.copy_staged(piece.held, _pieces(piece, remote=True), into_region=False)
         else:
-            await self._region.copier.load(self._buffer(), _pieces(piece, remote=False))
+            pieces = _pieces(piece, remote=False)
+            await self._region.copier.load(self._buffer(), pieces)
+            spoil(self._buffer(), pieces[0][1])
 
     async def _copy_in(self, piece: _Slice) -> None:
         """Copy a slice out of the buffer at its destination into the region there."""
         if self._pull:
-            await self._region.copier.store(self._buffer(), _pieces(piece, remote=False))
+            pieces = _pieces(piece, remote=False)
+            spoil(self._buffer(), pieces[0][1])
+            await self._region.copier.store(self._buffer(), pieces)
         else:
             await self._leg.link.copy_staged(piece.held, _pieces(piece, remote=True), into_region=True)
 
@@ -188,9 +210,9 @@ class Stager:
         self._give_back(piece.held, piece.local_slot, piece.remote_slot)
         self._leg.ended(piece.ranges, piece.held.key, status)
 
-    def _break(self, piece: _Slice, error: PeermemError, *, flushed: bool) -> None:
+    def _break(self, piece: _Slice, error: PeermemError) -> None:
         self._give_back(piece.held, piece.local_slot, piece.remote_slot)
-        self._leg.broke(error, flushed=flushed)
+        self._leg.broke(piece.ranges, error)
 
 
 def _packed(slot: int | None, ranges: Ranges) -> list[int] | None:

@@ -13,7 +13,7 @@ Exit codes:
 
 Rules of this package:
 
-* It is a client like any other: `peermem.connect` and nothing of the daemon.
+* It is a client like any other: `peermem.connect` and nothing of the daemon, but for the policy's file.
 * Facts go to stdout, as a table or with --json as one JSON document; progress and faults go to stderr.
 * A fault is one line, `error: sentence (REASON)`, or with --json one JSON object. Never a traceback.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from peermem.cli import bench, nodes, output, preflight, regions, transfers
+from peermem.cli import bench, nodes, output, policy, preflight, regions, transfers
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.core.errors import Code, InvalidField, PeermemError
@@ -105,6 +105,7 @@ for command in (
     nodes.devices,
     nodes.nics,
     preflight.preflight,
+    policy.policy,
     regions.regions,
     transfers.transfer,
     transfers.transfers,

@@ -77,6 +77,16 @@ def unreachable(target: str, cause: str) -> errors.NodeUnreachable:
     )
 
 
+def forgotten(transfer: str, refusal: PeermemError) -> errors.NodeUnreachable:
+    """Return the exception for a transfer that its daemon had accepted, and does not know any more."""
+    return errors.NodeUnreachable(
+        f"The daemon of {transfer} was restarted and does not know it any more. What came of it is not known. When it "
+        f"was asked for again it was refused: {refusal.message}",
+        transfer=transfer,
+        refusal=refusal.reason,
+    )
+
+
 def closed(target: str) -> errors.NodeUnreachable:
     """Return the exception for the use of a connection that this program closed."""
     return errors.NodeUnreachable(

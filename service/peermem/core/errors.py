@@ -261,6 +261,10 @@ class LimitReached(PeermemError, code=Code.RESOURCE_EXHAUSTED):
     """A limit of the daemon is reached."""
 
 
+class QuotaExceeded(PeermemError, code=Code.RESOURCE_EXHAUSTED):
+    """A limit of the caller's tenant is reached."""
+
+
 class NodeUnreachable(PeermemError, code=Code.UNAVAILABLE):
     """The remote node can't be reached, or its link broke."""
 

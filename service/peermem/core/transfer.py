@@ -4,8 +4,8 @@ Rules of this file:
 
 * PENDING until the first slice may be posted, RUNNING while slices move, then one end. A transfer
   that fails or is cancelled is FENCING until no byte of it can be written late; only then it ends.
-* A slice is posted once. `bytes_done` counts slices that completed with success: bytes known to be
-  in place.
+* `bytes_done` counts slices that completed with success: bytes known to be in place. A slice that the far end refused,
+  or whose link broke, is taken again; no other is posted twice.
 * After a failure no slice is posted. The first failure is the one that is reported.
 * A leg whose slice was flushed needs a fence at the far end: whether its bytes land is not known.
 * Nothing here knows links, clocks or sockets.
@@ -13,10 +13,10 @@ Rules of this file:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
 
 from peermem.core.errors import PeermemError, TransferCancelled
 from peermem.core.names import ChildName
@@ -52,9 +52,12 @@ class TransferMachine:
         self.done = 0
         self.unfenced: set[int] = set()
         """Legs that need a fence at the far end before the transfer may end."""
-        self._work: list[Iterator[Ranges] | None] = [None] * legs
+        self._work: list[Iterator[Ranges]] = [iter(())] * legs
+        self._back: list[deque[Ranges]] = [deque() for _ in range(legs)]
+        """Slices that are to be taken again."""
         self._in_flight = 0
-        self._left = legs
+        self._left = set(range(legs))
+        """Legs that may have slices left."""
 
     def start(self, work: Sequence[Iterator[Ranges]]) -> None:
         """All links and grants are there: slices may be taken; `work` are those of each leg."""
@@ -64,13 +67,12 @@ class TransferMachine:
 
     def take(self, leg: int) -> Ranges | None:
         """Return the next slice of a leg to post, or None when the leg has none (any more)."""
-        work = self._work[leg]
-        if work is None or self.state is not State.RUNNING:
+        if self.state is not State.RUNNING:
             return None
-        piece = next(work, None)
+        back = self._back[leg]
+        piece = back.popleft() if back else next(self._work[leg], None)
         if piece is None:
-            self._work[leg] = None
-            self._left -= 1
+            self._left.discard(leg)
         else:
             self._in_flight += 1
         return piece
@@ -90,10 +92,17 @@ class TransferMachine:
     def refused(self, leg: int, ranges: Ranges) -> None:
         """The far end refused a slice, or the rest of it: it will be taken again, which does no harm twice."""
         self._in_flight -= 1
-        work = self._work[leg]
-        if work is None:
-            self._left += 1
-        self._work[leg] = chain((ranges,), work or ())
+        self._back[leg].append(ranges)
+        self._left.add(leg)
+
+    def lost(self, leg: int, ranges: Ranges) -> None:
+        """A slice's link broke: it will be taken again, when the leg has been `fenced`."""
+        self.refused(leg, ranges)
+        self.unfenced.add(leg)
+
+    def fenced(self, leg: int) -> None:
+        """Nothing that was posted for a leg so far can be written any more."""
+        self.unfenced.discard(leg)
 
     def fail(self, error: PeermemError) -> None:
         """End the transfer for this reason, unless it has one already or has ended."""
@@ -104,13 +113,13 @@ class TransferMachine:
     @property
     def drained(self) -> bool:
         """Whether nothing is in flight and nothing will be."""
-        return self._in_flight == 0 and (self.error is not None or (self.state is State.RUNNING and self._left == 0))
+        return self._in_flight == 0 and (self.error is not None or (self.state is State.RUNNING and not self._left))
 
     def finish(self) -> State:
         """Enter the final state; call when drained, fenced and verified. Returns it."""
         if not self.drained:
             raise AssertionError(f"a transfer can't end while {self._in_flight} slices are in flight")
-        self._work = [None] * len(self._work)
+        self._work, self._back = [], []
         if self.error is None:
             self.state = State.SUCCEEDED
         else:

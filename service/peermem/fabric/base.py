@@ -39,7 +39,8 @@ class Status(Enum):
     LOC_PROT_ERR = "LOC_PROT_ERR"
     """Local memory could not be accessed."""
     WR_FLUSH_ERR = "WR_FLUSH_ERR"
-    """The link closed or broke before the request ended; whether bytes landed is not known."""
+    """The link closed, or the rail that carried it broke, before the request ended; whether bytes landed, or still will
+    in a WRITE, is not known."""
     REM_INV_REQ_ERR = "REM_INV_REQ_ERR"
     """The remote side did not understand the request."""
     REM_ACCESS_ERR = "REM_ACCESS_ERR"
@@ -101,6 +102,13 @@ class LinkEvents(Protocol):
     def completed(self, completions: list[Completion]) -> None:
         """Some work requests ended."""
 
+    def rail_down(self, cause: str, pause: float) -> None:
+        """A rail broke, after its requests were completed, or could not be brought up again; the link goes on with
+        others. It is tried again in `pause` seconds. `cause` is a clause for people."""
+
+    def rail_up(self) -> None:
+        """A rail that was down is up again."""
+
     def down(self, end: LinkEnd, cause: str) -> None:
         """The link went down by itself, after all its requests were completed. `cause` is a clause for people."""
 
@@ -112,6 +120,10 @@ class Link(Protocol):
     def packet(self) -> int:
         """Bytes of payload of one packet, at whose borders a NIC begins to access memory anew; 0 where there are
         none."""
+
+    @property
+    def rails_down(self) -> int:
+        """Rails that broke and are not up again."""
 
     def post(self, request: WorkRequest) -> None:
         """Queue one request. Raises LinkClosed."""

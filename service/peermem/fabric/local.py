@@ -207,6 +207,11 @@ class LocalLink:
         """See Link."""
         return 0
 
+    @property
+    def rails_down(self) -> int:
+        """See Link."""
+        return 0
+
     def post(self, request: WorkRequest) -> None:
         """See Link."""
         if self._closed:

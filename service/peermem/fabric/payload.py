@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from peermem.fabric.base import Status
-from peermem.memory import Memory
+from peermem.memory import Memory, flip
 
 _FILLER = 256 << 10
 _DROPPED = memoryview(bytearray(_FILLER))
@@ -132,6 +132,11 @@ class Payload:
         """Touch the memory no more; without a status, because it can't be accessed."""
         self._memory = None
         self.status = status or self._fault
+
+    def spoil(self) -> None:
+        """Change one of the bytes, for a failpoint, where they are in memory."""
+        if self._memory is not None:
+            flip(self._memory, self._base + self._offsets[0])
 
     def _slices(self, view: memoryview, limit: int) -> list[memoryview]:
         slices: list[memoryview] = []

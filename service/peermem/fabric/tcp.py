@@ -136,22 +136,33 @@ class TcpFabric(NicLess):
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> TcpLink:
         """See Fabric."""
         answer = await exchange(LinkAttributes(FabricKind.TCP, rails))
+        socks = await self._dial(answer, rails)
+        one_at_a_time = asyncio.Lock()  # each attempt has a secret of its own, and the next one ends it
+
+        async def redial() -> socket.socket:
+            async with one_at_a_time:
+                anew = await exchange(LinkAttributes(FabricKind.TCP, 1, answer.link_id))
+                return (await self._dial(anew, 1))[0]
+
+        link = TcpLink(socks, redial, events, self._pace, self._stall_timeout, self._links.discard)
+        self._links.add(link)
+        return link
+
+    async def _dial(self, answer: LinkAttributes, wanted: int) -> list[socket.socket]:
+        """Return the connections that the remote side agreed to. Raises NodeUnreachable."""
         socks: list[socket.socket] = []
         try:
             async with asyncio.timeout(self._handshake_timeout):
-                await self._dial(answer, rails, socks)
-            link = TcpLink(socks, events, self._pace, self._stall_timeout, self._links.discard)
+                await self._fill(socks, answer, wanted)
         except BaseException as error:
             for sock in socks:
                 sock.close()
             if isinstance(error, (OSError, ValueError)):
                 raise _unreachable(answer.address, error) from error
             raise
-        self._links.add(link)
-        return link
+        return socks
 
-    async def _dial(self, answer: LinkAttributes, wanted: int, socks: list[socket.socket]) -> None:
-        """Fill `socks` with the connections that the remote side agreed to."""
+    async def _fill(self, socks: list[socket.socket], answer: LinkAttributes, wanted: int) -> None:
         if answer.fabric is not FabricKind.TCP or not 1 <= answer.rails <= wanted:
             raise ValueError(f"it answered with {answer.rails} rails over {answer.fabric.value}")
         host, port = split_address(answer.address)
@@ -171,7 +182,11 @@ class TcpFabric(NicLess):
                 "Offer tcp and at least one rail."
             )
         rails = min(offer.rails, MAX_RAILS)
-        link_id, secret = self._target.accept(rails)
+        if offer.link_id:
+            link_id = offer.link_id
+            rails, secret = self._target.accept_again(link_id, rails)
+        else:
+            link_id, secret = self._target.accept(rails)
         host, port = self._advertise
         address = join_address(host, port or self._port)
         return LinkAttributes(FabricKind.TCP, rails, link_id, address, secret)

@@ -4,26 +4,32 @@ Rules of this file:
 
 * Responses come in the order of the requests of their rail; anything else breaks the link.
 * A WRITE is answered when its payload has gone out, not earlier, so a completed request's memory is free.
-* When one rail breaks the link goes down: all its requests are flushed, then `down` is called, once.
+* When a rail breaks its requests are flushed, and the link goes on with the others. The rail is brought up again after
+  a pause, which grows while it keeps breaking. When the last one breaks the link goes down: `down` is called, once.
+* A rail on which nothing moves for the stall timeout, while it has work, is broken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from peermem.core.errors import MalformedMessage
+from peermem.core.errors import LinkNotFound, MalformedMessage, PeermemError, StaleEpoch
+from peermem.core.failpoints import chosen, reach
+from peermem.core.retries import RailHealth
 from peermem.fabric import frames
 from peermem.fabric.base import Completion, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
 from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
-from peermem.fabric.tcp_stream import Pace, Stream, prepare
+from peermem.fabric.tcp_stream import LITTLE, Pace, Stream, prepare
 
 
 async def dial(host: str, port: int, hello: bytes) -> socket.socket:
     """Return a connection whose hello was welcomed. Raises OSError."""
+    await reach("tcp.dial")
     loop = asyncio.get_running_loop()
     failure: OSError = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -61,24 +67,37 @@ class TcpLink:
     def __init__(
         self,
         socks: list[socket.socket],
+        redial: Callable[[], Awaitable[socket.socket]],
         events: LinkEvents,
         pace: Pace,
         stall_timeout: float,
         on_end: Callable[[TcpLink], None],
     ) -> None:
+        """`redial` connects one more rail of this link; it raises OSError and PeermemError."""
         self._loop = asyncio.get_running_loop()
+        self._redial = redial
         self._events = events
+        self._pace = pace
         self._on_end = on_end
         self._stall_timeout = stall_timeout
         self._watchdog: asyncio.TimerHandle | None = None
         self._finished: list[Completion] = []
-        self._rails = [_Rail(self, sock, pace) for sock in socks]
+        self._rails: list[_Rail] = []
+        self._resting: dict[RailHealth, asyncio.Task[None]] = {}
+        """Rails that are down, and what brings them up again."""
         self._closed = False
+        for sock in socks:
+            self._begin(sock, RailHealth())
 
     @property
     def packet(self) -> int:
         """See Link."""
         return 0
+
+    @property
+    def rails_down(self) -> int:
+        """See Link."""
+        return len(self._resting)
 
     def post(self, request: WorkRequest) -> None:
         """See Link. Raises ValueError for what no frame can carry, such as more than `frames.MAX_TOTAL` bytes."""
@@ -89,7 +108,10 @@ class TcpLink:
             self.finish(Completion(request.wr_id, Status.LOC_PROT_ERR))
             self._loop.call_soon(self.report)
             return
-        min(self._rails, key=_load).post(request)
+        rails = self._rails
+        if ranges.total > LITTLE and self._pace.is_short and len(rails) > 1:
+            rails = rails[:-1]  # the last one is kept free for what is little
+        min(rails, key=_load).post(request)
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(self._stall_timeout, self._look)
 
@@ -108,50 +130,88 @@ class TcpLink:
             finished, self._finished = self._finished, []
             self._events.completed(finished)
 
-    def go_down(self, end: LinkEnd, cause: str) -> None:
-        """End the link, because it can't go on."""
-        if not self._closed:
-            self._end()
-            self._events.down(end, cause)
+    def rail_lost(self, rail: _Rail, end: LinkEnd, cause: str) -> None:
+        """A rail can't go on; nor can the link, if it was the last one."""
+        if self._closed:
+            return
+        if self._rails == [rail]:
+            self._go_down(end, cause)
+            return
+        self._rails.remove(rail)
+        rail.flush()
+        self.report()
+        self._rest(rail.health, cause)
+
+    def _go_down(self, end: LinkEnd, cause: str) -> None:
+        self._end()
+        self._events.down(end, cause)
 
     def _end(self) -> None:
         self._closed = True
         self._on_end(self)
         if self._watchdog is not None:
             self._watchdog.cancel()
+        resting, self._resting = self._resting, {}
+        for task in resting.values():
+            task.cancel()
         for rail in self._rails:
             rail.flush()
         self.report()
 
-    def _look(self) -> None:
-        """Find a rail on which nothing has moved for too long, while it has work."""
-        busy = [rail.stream.moved_at for rail in self._rails if rail.load]
-        oldest = min(busy, default=None)
-        self._watchdog = None
-        if oldest is None:
-            return
-        left = oldest + self._stall_timeout - self._loop.time()
-        if left <= 0:
-            self.go_down(LinkEnd.STALLED, f"nothing moved for {self._stall_timeout:g} s")
+    def _begin(self, sock: socket.socket, health: RailHealth) -> None:
+        health.came_up(self._loop.time())
+        self._rails.append(_Rail(self, sock, self._pace, health))
+
+    def _rest(self, health: RailHealth, cause: str) -> None:
+        """Leave a rail alone for its pause, then bring it up again."""
+        pause = health.failed(self._loop.time(), random.random())
+        self._events.rail_down(cause, pause)
+        self._resting[health] = self._loop.create_task(self._bring_up(health, pause))
+
+    async def _bring_up(self, health: RailHealth, pause: float) -> None:
+        await asyncio.sleep(pause)
+        try:
+            sock = await self._redial()
+        except (LinkNotFound, StaleEpoch):
+            del self._resting[health]
+            self._go_down(LinkEnd.REMOTE_CLOSED, "the remote node does not have the link any more")
+        except (OSError, PeermemError) as error:
+            self._rest(health, f"it could not be brought up again: {error}")
         else:
-            self._watchdog = self._loop.call_later(left, self._look)
+            del self._resting[health]
+            self._begin(sock, health)
+            self._events.rail_up()
+
+    def _look(self) -> None:
+        """Find rails on which nothing has moved for too long, while they have work."""
+        self._watchdog = None
+        now = self._loop.time()
+        for rail in [rail for rail in self._rails if rail.load]:
+            if rail.stream.moved_at + self._stall_timeout <= now:
+                self.rail_lost(rail, LinkEnd.STALLED, f"nothing moved for {self._stall_timeout:g} s")
+        busy = [rail.stream.moved_at for rail in self._rails if rail.load]
+        if busy and not self._closed:
+            self._watchdog = self._loop.call_later(min(busy) + self._stall_timeout - now, self._look)
 
 
 class _Rail:
     """One connection of a link; a `StreamOwner`."""
 
-    def __init__(self, link: TcpLink, sock: socket.socket, pace: Pace) -> None:
+    def __init__(self, link: TcpLink, sock: socket.socket, pace: Pace, health: RailHealth) -> None:
+        self.health = health
         self.load = 0
         """Bytes of requests that have not ended."""
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[WorkRequest, Payload]] = deque()
+        self._pace = pace
         self._response = Block(bytearray(frames.RESPONSE_SIZE))
         self._receiving_data = False
         self.stream = Stream(sock, self, pace, self._response)
 
     def post(self, request: WorkRequest) -> None:
         ranges = request.ranges
+        self._pace.request(ranges.total)
         head = frames.RequestHead(request.opcode, len(ranges.lengths), request.wr_id, request.key.rkey, ranges.total)
         frame = Block(frames.encode_request(head, ranges.remote, ranges.lengths))
         reading = request.opcode is Opcode.READ
@@ -195,6 +255,8 @@ class _Rail:
         self._pending.popleft()
         self.load -= request.ranges.total
         status = response.status if payload.status is Status.SUCCESS else payload.status
+        if request.opcode is Opcode.READ and chosen("tcp.corrupt"):
+            payload.spoil()
         self._link.finish(Completion(request.wr_id, status))
         return self._response
 
@@ -204,7 +266,7 @@ class _Rail:
 
     def lost(self, end: LinkEnd, cause: str) -> None:
         """See StreamOwner."""
-        self._link.go_down(end, cause)
+        self._link.rail_lost(self, end, cause)
 
 
 def _load(rail: _Rail) -> int:

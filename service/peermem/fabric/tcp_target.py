@@ -7,7 +7,8 @@ Rules of this file:
 * A request is checked against its grant before its payload is touched, and its grant is asked again before
   every system call: so revocation needs no waiting, and a process that was stopped past a grant's expiry
   moves nothing late.
-* A link of which one rail ends is over, with its grants.
+* A link of which the last rail ends is over, with its grants. One that lost a rail may be asked to take another; the
+  one on which nothing has moved for longest gives way, since this side may not know yet which one broke.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from peermem.core.errors import MalformedMessage
+from peermem.core.errors import LinkNotFound, MalformedMessage
+from peermem.core.failpoints import chosen
 from peermem.core.types import Rights
 from peermem.fabric import frames
 from peermem.fabric.base import LinkEnd, Opcode, Status
@@ -39,10 +41,16 @@ _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
 class _AcceptedLink:
     link_id: bytes = field(repr=False)
     secret: bytes = field(repr=False)
+    rail_limit: int
     wanted: int
     """Rails that may still connect."""
     timer: asyncio.TimerHandle
+    """Until when they have to."""
     rails: list[_Rail] = field(default_factory=list)
+
+    def want_no_more(self) -> None:
+        """What was to connect did not come in time."""
+        self.wanted = 0
 
 
 class Target:
@@ -74,9 +82,21 @@ class Target:
         """Make ready for a link; return its id and the secret that each of its rails has to show."""
         link_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
         timer = asyncio.get_running_loop().call_later(_CONNECT_TIME * self._handshake_timeout, self._lose, link_id)
-        self._links[link_id] = _AcceptedLink(link_id, secret, rails, timer)
+        self._links[link_id] = _AcceptedLink(link_id, secret, rails, rails, timer)
         self._grants.open_link(link_id)
         return link_id, secret
+
+    def accept_again(self, link_id: bytes, rails: int) -> tuple[int, bytes]:
+        """Make ready for more rails of a link, instead of broken ones; return how many, and the secret that each has
+        to show. Raises LinkNotFound."""
+        link = self._links.get(link_id)
+        if link is None or not link.rails:
+            raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
+        link.timer.cancel()
+        link.timer = asyncio.get_running_loop().call_later(_CONNECT_TIME * self._handshake_timeout, link.want_no_more)
+        link.wanted = min(rails, link.rail_limit)
+        link.secret = secrets.token_bytes(32)
+        return link.wanted, link.secret
 
     def hang_up(self, link_id: bytes) -> None:
         """End a link, its grants and its rails. Unknown ids are no error."""
@@ -113,6 +133,10 @@ class Target:
         if not hmac.compare_digest(hello.secret, secret) or link is None or link.wanted == 0:
             return None
         self._pending.pop(rail).cancel()
+        if len(link.rails) == link.rail_limit:
+            oldest = min(link.rails, key=_moved_at)
+            link.rails.remove(oldest)
+            oldest.close()
         link.rails.append(rail)
         link.wanted -= 1
         if link.wanted == 0:
@@ -123,8 +147,12 @@ class Target:
         """A connection ended by itself."""
         if rail.link_id is None:
             self._reject(rail)
-        else:
-            self._lose(rail.link_id)
+            return
+        link = self._links.get(rail.link_id)
+        if link is not None and rail in link.rails:
+            link.rails.remove(rail)
+            if not link.rails:
+                self._lose(rail.link_id)
 
     def _reject(self, rail: _Rail) -> None:
         self.rejected += 1
@@ -150,7 +178,13 @@ class _Rail:
         self._block = Block(bytearray(frames.HELLO_SIZE))
         self._head = Block(bytearray(frames.HEAD_SIZE))
         self._next: Callable[[], Bytes] = self._on_hello
+        self._pace = pace
         self._stream = Stream(sock, self, pace, self._block, _MAX_BACKLOG)
+
+    @property
+    def moved_at(self) -> float:
+        """When a byte moved last, by the loop's clock."""
+        return self._stream.moved_at
 
     def close(self) -> None:
         self._stream.close()
@@ -179,6 +213,7 @@ class _Rail:
 
     def _on_head(self) -> Bytes:
         head = frames.decode_head(self._head.data)
+        self._pace.request(head.total)
         first = frames.first_range(self._head.data)
         if head.count == 1:
             return self._serve(head, first)
@@ -223,8 +258,14 @@ class _Rail:
 
     def _receive(self, head: frames.RequestHead, payload: Payload) -> Bytes:
         def received() -> Bytes:
+            if chosen("tcp.corrupt"):
+                payload.spoil()
             self._stream.send(Block(frames.encode_ack(head.wr_id, payload.status)))
             return self._await_head()
 
         self._next = received
         return payload if payload.left else received()
+
+
+def _moved_at(rail: _Rail) -> float:
+    return rail.moved_at

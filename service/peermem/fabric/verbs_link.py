@@ -146,6 +146,11 @@ class VerbsLink:
         """Return the rails that are so."""
         return list(filter(rails_of, self._rails))
 
+    @property
+    def rails_down(self) -> int:
+        """See Link."""
+        return sum(not rail.up for rail in self._rails)
+
     def post(self, request: WorkRequest) -> None:
         """See Link."""
         if self._closed:

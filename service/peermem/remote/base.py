@@ -5,7 +5,7 @@ Keys and secrets cross here and nowhere else; what holds them hides them from re
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,8 +74,8 @@ class RemoteNode(GrantSource, Protocol):
     async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """Have it run a transfer for `subject`. Raises what its CreateTransfer raises."""
 
-    def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
-        """Iterate over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
+    def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
+        """Iterate for `subject` over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
 
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """Cancel for `subject`; returns when the fence is up. Raises TransferNotFound, AccessDenied."""

@@ -11,7 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -165,11 +165,12 @@ class GrpcRemoteNode:
         with self._faults():
             return transfer_from_proto(answer)
 
-    async def watch_transfer(self, name: ChildName) -> AsyncIterator[TransferFacts]:
+    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         """See RemoteNode."""
+        request = transfer_pb2.WatchTransferRequest(name=str(name))
         with self._faults():
             async with self._door.use() as to:
-                call = to.transfers.WatchTransfer(transfer_pb2.WatchTransferRequest(name=str(name)))
+                call = to.transfers.WatchTransfer(request, metadata=self._metadata(subject))
                 try:
                     async for message in call:
                         yield transfer_from_proto(message)
@@ -244,6 +245,7 @@ class GrpcRemoteNode:
             node=self._node,
             address=self.address,
             code=code,
+            listens="no" if "onnection refused" in cause else "unknown",
         )
 
     def _on_behalf(self, subject: Subject) -> str:

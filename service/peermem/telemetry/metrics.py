@@ -1,4 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`): names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
+names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -39,7 +40,9 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.nics import NicUse, nic_metrics
+from peermem.telemetry.policy import PolicyMetrics
 
 DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
 """10 us to 500 s."""
@@ -100,6 +103,8 @@ class Snapshot:
     grants_held: int
     """Grants that this node holds on regions of remote nodes."""
     attach_sessions: int
+    rails_down: Mapping[FabricKind, int]
+    """Rails of links to remote nodes that broke and are set aside."""
     rejected_connections: Mapping[FabricKind, int]
     """Connections to a fabric's port that were dropped since the start, because they showed no good secret."""
     verbs_objects: Mapping[str, int] = field(default_factory=dict)
@@ -132,9 +137,11 @@ class Metrics:
         self._nics: Callable[[], Sequence[NicUse]] | None = None
         self._refreshing = asyncio.Lock()
         self._registry.register(self._state)
+        self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
         self._declare_storage()
         self._declare_others()
+        self.policy = PolicyMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version()})
         ProcessCollector(registry=self._registry)
@@ -330,6 +337,8 @@ class _StateCollector(Collector):
         grants = [(("given",), now.grants_given), (("held",), now.grants_held)]
         yield _gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
         yield _gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
+        rails = [((fabric.value,), count) for fabric, count in now.rails_down.items()]
+        yield _gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
         yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
             "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)

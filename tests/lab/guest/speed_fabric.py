@@ -112,6 +112,13 @@ class FabricEnd:
         assert self._work
         self._work.completed(completions)
 
+    def rail_down(self, cause: str, pause: float) -> None:
+        """See LinkEvents."""
+        raise AssertionError(f"a rail went down: {cause}")
+
+    def rail_up(self) -> None:
+        """See LinkEvents."""
+
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         sys.exit(f"the link went down: {end}, {cause}")

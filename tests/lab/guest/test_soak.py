@@ -146,6 +146,13 @@ class Soak:
         assert [each.status for each in completions] == [Status.SUCCESS]
         self._news.set()
 
+    def rail_down(self, cause: str, pause: float) -> None:
+        """See LinkEvents."""
+        raise AssertionError(f"a rail went down: {cause}")
+
+    def rail_up(self) -> None:
+        """See LinkEvents."""
+
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         raise AssertionError(f"the link went down: {end}, {cause}")
