@@ -13,6 +13,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -177,7 +178,7 @@ async def look(address: str, pair: Pair) -> Shown:
     except ssl.SSLError as error:
         raise NotThatNode(f"no handshake: {error.reason or error}") from None
     except OSError as error:
-        raise NotThatNode(error.strerror or str(error), absent=True) from None
+        raise NotThatNode(os.strerror(error.errno) if error.errno else str(error), absent=True) from None
     connection = writer.get_extra_info("ssl_object")
     writer.transport.abort()
     return shown_by(connection)
