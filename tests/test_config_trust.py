@@ -55,3 +55,9 @@ def test_tokens(tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     file = write(tmp_path, text)
     assert any(found.startswith(f"{file}: {problem}") for found in problems(file))
+
+
+@pytest.mark.parametrize(("address", "is_open"), [("127.0.0.1:7473", True), ("10.0.0.1:7473", False)])
+def test_a_door_for_tokens_that_other_hosts_reach_needs_a_policy(tmp_path: Path, address: str, is_open: bool) -> None:
+    text = f'grpc.address = "127.0.0.1:7470"\ngrpc.token_address = "{address}"\n{TLS}{KUBERNETES}'
+    assert load(write(tmp_path, text), {}).is_open_without_policy is is_open

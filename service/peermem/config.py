@@ -57,7 +57,7 @@ from peermem.strict_toml import Contradiction
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
 CLIENT_VARIABLES = frozenset(
-    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN", "SERVER"))}
+    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN_FILE", "SERVER"))}
 )
 """Variables of the client library, which a daemon's environment may hold as well."""
 
@@ -279,8 +279,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_open_without_policy(self) -> bool:
         """Whether everybody may use every region as long as there is no policy file."""
-        address = self.grpc.address
-        here_only = address is None or address.is_loopback
+        addresses = (self.grpc.address, self.grpc.token_address)
+        here_only = all(address is None or address.is_loopback for address in addresses)
         return self.policy.without_file == "open" or (self.policy.without_file == "auto" and here_only)
 
 

@@ -74,7 +74,7 @@ async def quiet_node(folder: Path) -> AsyncIterator[Node]:
     memory = await MemfdDevice("bar0", 1 << 20).allocate(LENGTH)
     yield Node(folder / "attach.sock", memory)
     memory.close()
-    await until(lambda: open_files() == before)
+    await until(lambda: open_files() <= before)  # fewer where another test's connection has closed meanwhile
 
 
 class Raw:

@@ -47,7 +47,7 @@ async def test_it_ends_with_its_process_although_a_child_keeps_the_connection(se
     assert job.stdin is not None
     job.stdin.close()  # the child lived up to here
     await job.wait()
-    await until(lambda: open_files() == before)
+    await until(lambda: open_files() <= before)  # fewer where another test's connection has closed meanwhile
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may choose its groups")

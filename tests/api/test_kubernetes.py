@@ -257,11 +257,15 @@ class TestDaemon:
         async with grpc.aio.insecure_channel(a.target) as channel:
             assert await owner(channel, f"Bearer {good}") == "kubernetes:training/loader"
 
-    async def test_health_is_told_to_everybody(self, node: tuple[Node, str]) -> None:
+    async def test_health_is_told_to_everybody(self, node: tuple[Node, str], request: pytest.FixtureRequest) -> None:
         async with caller(node[0], None, node[1]) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             answer = await health.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            if "anonymous" not in request.node.callspec.id:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await anext(aiter(health.Watch(health_pb2.HealthCheckRequest())))
+                assert isinstance(fault(caught.value), errors.Unauthenticated), "who watches takes a place"
 
     async def test_who_shows_nothing_is_let_in_only_where_the_configuration_says_so(
         self, node: tuple[Node, str], request: pytest.FixtureRequest

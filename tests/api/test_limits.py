@@ -8,16 +8,17 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from peermem import errors
-from peermem.config_values import Wait
+from peermem.config_values import ListenAddress, Wait
 from peermem.credentials.trial import context_of
 from peermem.v1 import node_pb2, node_pb2_grpc, region_pb2, region_pb2_grpc
 from tests.certificates import Authority
-from tests.trusting import Node, caller, fault, nodes
+from tests.trusting import Node, caller, fault, free_ports, nodes
 
 AUTHORITY = Authority()
 JOB = AUTHORITY.issue("spiffe://example.org/job/7")
@@ -164,3 +165,34 @@ async def ask_on(stub: node_pb2_grpc.NodeServiceAsyncStub) -> None:
     async with asyncio.timeout(20):
         while True:
             await stub.GetNode(node_pb2.GetNodeRequest(), timeout=10)
+
+
+async def test_who_has_shown_nothing_fills_up_only_the_door_for_tokens(tmp_path: Path) -> None:
+    calls, door = 8, f"127.0.0.1:{free_ports(1)[0]}"
+    limits = {"max_concurrent_calls": calls}
+    async with (
+        nodes(tmp_path, ("a",), AUTHORITY, limits=limits, token_address=ListenAddress(door)) as (a,),
+        caller(a, None, door) as channel,
+    ):
+        method: Any = channel.stream_unary("/peermem.v1.NodeService/GetNode", request_serializer=bytes)
+        held = [method() for _ in range(calls)]  # none of them ever says what it asks for
+        for each in held:
+            await each.wait_for_connection()
+        stub: node_pb2_grpc.NodeServiceAsyncStub = node_pb2_grpc.NodeServiceStub(channel)
+        told: list[errors.PeermemError] = []
+        async with asyncio.timeout(20):
+            while not told or not isinstance(told[-1], errors.LimitReached):
+                told.append(await refused(stub))
+        assert {type(each) for each in told[:-1]} <= {errors.Unauthenticated}, "as long as there was room"
+        await answers(a, count=3)
+        async with grpc.aio.insecure_channel(a.target) as local:
+            nodes_here: node_pb2_grpc.NodeServiceAsyncStub = node_pb2_grpc.NodeServiceStub(local)
+            await nodes_here.GetNode(node_pb2.GetNodeRequest(), timeout=10)
+        for each in held:
+            each.cancel()
+
+
+async def refused(stub: node_pb2_grpc.NodeServiceAsyncStub) -> errors.PeermemError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetNode(node_pb2.GetNodeRequest(), timeout=10)
+    return fault(caught.value)

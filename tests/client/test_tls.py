@@ -79,10 +79,10 @@ async def test_a_program_is_who_its_certificate_or_token_says(
     own = tmp_path / "token"
     own.write_text(api_server.knows(token()) + "\n")
     assert await owner(node.address, files(job)) == "spiffe://example.org/job/7"
-    with_token = peermem.Tls(ca=job / "ca.pem", token=own, server="peermem.test")
+    with_token = peermem.Tls(ca=job / "ca.pem", token_file=own, server="peermem.test")
     assert await owner(tokens, with_token) == "kubernetes:training/loader"
-    assert await owner(node.target, peermem.Tls(token=own)) == "kubernetes:training/loader"
-    for name, value in (("CA", job / "ca.pem"), ("TOKEN", own), ("SERVER", "peermem.test")):
+    assert await owner(node.target, peermem.Tls(token_file=own)) == "kubernetes:training/loader"
+    for name, value in (("CA", job / "ca.pem"), ("TOKEN_FILE", own), ("SERVER", "peermem.test")):
         monkeypatch.setenv(f"PEERMEM_CLIENT_{name}", str(value))
     assert await owner(tokens, None) == "kubernetes:training/loader"
 
@@ -95,7 +95,7 @@ async def test_who_proves_nothing_or_is_proved_nothing_to_is_told_so(
     job = JOB.write(tmp_path / "job")
     (tmp_path / "token").write_text(token(ends_in=-1))
     nothing = peermem.Tls(ca=job / "ca.pem", server="peermem.test")
-    expired = replace(nothing, token=tmp_path / "token")
+    expired = replace(nothing, token_file=tmp_path / "token")
     another = Authority("another authority").issue("spiffe://example.org/job/7").write(tmp_path / "another")
     for target, tls, fault in (
         (tokens, nothing, errors.Unauthenticated),
@@ -109,7 +109,7 @@ async def test_who_proves_nothing_or_is_proved_nothing_to_is_told_so(
         (node.address, files(job, key=None), errors.InvalidField),
         (node.address, files(job, certificate=None), errors.InvalidField),
         (node.address, files(tmp_path / "none"), errors.InvalidField),
-        (node.target, peermem.Tls(token=tmp_path / "none"), errors.InvalidField),
+        (node.target, peermem.Tls(token_file=tmp_path / "none"), errors.InvalidField),
     ):
         with pytest.raises(fault):
             await owner(target, tls)
@@ -122,7 +122,7 @@ async def test_files_that_are_renewed_are_read_again(
     job = JOB.write(tmp_path / "job")
     own = tmp_path / "token"
     own.write_text(api_server.knows(token(jti="1")))
-    with_token = peermem.Tls(token=own)
+    with_token = peermem.Tls(token_file=own)
     async with (
         await peermem.aio.connect(node.target, attach=False, tls=with_token) as local,
         await peermem.aio.connect(node.address, tls=files(job)) as remote,
@@ -171,4 +171,7 @@ async def test_the_tool_shows_what_variables_name(daemon: tuple[Node, str], tmp_
 
 def test_nothing_of_a_token_or_key_is_shown(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
-    assert "secret" not in repr(peermem.Tls(token=tmp_path / "token"))
+    assert "secret" not in repr(peermem.Tls(token_file=tmp_path / "token"))
+    with pytest.raises(errors.InvalidField) as caught:
+        peermem.connect(f"unix://{tmp_path}/none.sock", attach=False, tls=peermem.Tls(token_file="the.token.itself"))
+    assert "the.token.itself" not in str(caught.value)

@@ -268,7 +268,7 @@ async def test_a_node_that_is_back_with_another_certificate_is_reached_at_once(t
         await b.app.stop()
         with pytest.raises(errors.NodeUnreachable) as caught:
             await others.get("b").node_facts()
-        assert caught.value.metadata["code"] == "UNAVAILABLE"
+        assert (caught.value.metadata["code"], caught.value.metadata["listens"]) == ("UNAVAILABLE", "no")
         AUTHORITY.node("b").write(b.files)
         again = App(config)
         await again.start()

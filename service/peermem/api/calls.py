@@ -32,8 +32,8 @@ log = structlog.get_logger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in grpc's stubs only
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Admit: TypeAlias = Callable[[str, Context], Awaitable[None]]
-"""Is given a call's service; raises PeermemError where the caller may not even ask."""
+Admit: TypeAlias = Callable[[str, str, Context], Awaitable[None]]
+"""Is given a call's service and method; raises PeermemError where the caller may not even ask."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -87,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         began = time.perf_counter()
         code = "OK"
         try:
-            await self._admit(service, context)
+            await self._admit(service, method, context)
             yield
         except PeermemError as error:
             code = error.code.name

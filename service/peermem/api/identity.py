@@ -31,8 +31,8 @@ ON_BEHALF_KEY = "peermem-on-behalf-of"
 TOKEN_KEY = "authorization"
 _KEYS = frozenset({SESSION_KEY, ON_BEHALF_KEY, TOKEN_KEY})
 _TOKEN_PREFIX = "bearer "
-_FOR_ALL = frozenset({"grpc.health.v1.Health"})
-"""Services that need no identity: they tell whether the daemon serves, and nothing else."""
+_FOR_ALL = frozenset({("grpc.health.v1.Health", "Check")})
+"""Calls that need no identity: they tell at once whether the daemon serves, and nothing else."""
 
 ReviewToken = Callable[[str], Awaitable[Subject]]
 """Returns whose token it is. Raises Unauthenticated, AuthorityUnreachable, LimitReached."""
@@ -57,9 +57,10 @@ class Identity:
         self._sessions = sessions
         self._trust = trust
 
-    async def admit(self, service: str, context: Context) -> None:
-        """Return where the caller may ask something of a service at all. Raises as `subject`."""
-        if self._trust.credentials is not None and service not in _FOR_ALL and not _is_local(context):
+    async def admit(self, service: str, method: str, context: Context) -> None:
+        """Return where the caller may ask this at all. Raises as `subject`."""
+        open_to_all = self._trust.credentials is None or (service, method) in _FOR_ALL or _is_local(context)
+        if not open_to_all:
             await self.subject(context)
 
     def session(self, context: Context) -> Session | None:

@@ -7,11 +7,13 @@ Rules of this file:
 * Bounds on messages and on concurrent calls hold before a handler sees a byte; those on connections and handshakes
   before anybody has shown who it is.
 * With credentials, a TCP port is TLS and nothing else. gRPC for Python can either insist on a certificate or ask for
-  none, so that who shows a token has a port of its own.
+  none, so that who shows a token has a port of its own, and a server of its own: whoever can connect there without
+  having shown anything fills up that one only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket as sockets
 from collections.abc import Iterator
@@ -89,9 +91,19 @@ class GrpcServer:
         reflection_on: bool,
     ) -> None:
         """`admit` is asked before each call; without `credentials` TCP is plain."""
+        self._services = services
+        self._interceptor = CallInterceptor(metrics, admit)
         self._credentials = credentials
-        self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admit)],
+        self._limits = limits
+        self._reflection_on = reflection_on
+        self._health = health_aio.HealthServicer()
+        self._servers: list[grpc.aio.Server] = []
+
+    def _door(self) -> grpc.aio.Server:
+        """Return a server with limits of its own: who fills it up keeps nobody out of another one."""
+        limits = self._limits
+        server = grpc.aio.server(
+            interceptors=[self._interceptor],
             maximum_concurrent_rpcs=limits.calls,
             options=(
                 ("grpc.max_receive_message_length", limits.message),
@@ -103,17 +115,18 @@ class GrpcServer:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_connection_idle_ms", _IDLE * 1000),
-                *([("grpc.max_connection_age_ms", int(_AGE * 1000))] if credentials is not None else []),
+                *([("grpc.max_connection_age_ms", int(_AGE * 1000))] if self._credentials is not None else []),
             ),
         )
-        self._health = health_aio.HealthServicer()
-        node_pb2_grpc.add_NodeServiceServicer_to_server(services.node, self._server)
-        region_pb2_grpc.add_RegionServiceServicer_to_server(services.region, self._server)
-        transfer_pb2_grpc.add_TransferServiceServicer_to_server(services.transfer, self._server)
-        link_pb2_grpc.add_LinkServiceServicer_to_server(services.link, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if reflection_on:
-            reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._server)
+        node_pb2_grpc.add_NodeServiceServicer_to_server(self._services.node, server)
+        region_pb2_grpc.add_RegionServiceServicer_to_server(self._services.region, server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(self._services.transfer, server)
+        link_pb2_grpc.add_LinkServiceServicer_to_server(self._services.link, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._reflection_on:
+            reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), server)
+        self._servers.append(server)
+        return server
 
     async def start(self, socket: str | None, address: str | None, token_address: str | None = None) -> list[str]:
         """Listen on a unix socket's path, on a host:port, and on one for callers without a certificate; return the two
@@ -121,10 +134,14 @@ class GrpcServer:
 
         Raises OSError.
         """
+        known = self._door()
         if socket:
-            self._listen_unix(socket)
-        real = [self._listen_tcp(address, asks=True), self._listen_tcp(token_address, asks=False)]
-        await self._server.start()
+            _listen_unix(known, socket)
+        real = [self._listen_tcp(known, address, asks=True), ""]
+        if token_address:
+            real[1] = self._listen_tcp(self._door(), token_address, asks=False)
+        for server in self._servers:
+            await server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return real
@@ -135,31 +152,31 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Take no more calls, let running ones end within `grace` seconds, then break them."""
-        await self._server.stop(grace)
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
 
-    def _listen_unix(self, path: str) -> None:
-        free_socket_path(Path(path), sockets.SOCK_STREAM)
-        before = os.umask(0)  # whoever may enter the folder may connect; who may do what is the policy's business
-        try:
-            self._listen(f"unix:{path}")
-        finally:
-            os.umask(before)
-
-    def _listen_tcp(self, address: str | None, *, asks: bool) -> str:
+    def _listen_tcp(self, server: grpc.aio.Server, address: str | None, *, asks: bool) -> str:
         if not address:
             return ""
         credentials = server_credentials(self._credentials, asks=asks) if self._credentials else None
-        return f"{address.rpartition(':')[0]}:{self._listen(address, credentials)}"
+        return f"{address.rpartition(':')[0]}:{_listen(server, address, credentials)}"
 
-    def _listen(self, target: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        try:
-            if credentials is not None:
-                port = self._server.add_secure_port(target, credentials)
-            else:
-                port = self._server.add_insecure_port(target)
-        except RuntimeError as error:
-            raise OSError(f"gRPC can't listen on {target}: is it in use by another daemon? ({error})") from error
-        return int(port)
+
+def _listen_unix(server: grpc.aio.Server, path: str) -> None:
+    free_socket_path(Path(path), sockets.SOCK_STREAM)
+    before = os.umask(0)  # whoever may enter the folder may connect; who may do what is the policy's business
+    try:
+        _listen(server, f"unix:{path}")
+    finally:
+        os.umask(before)
+
+
+def _listen(server: grpc.aio.Server, target: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    try:
+        if credentials is not None:
+            return server.add_secure_port(target, credentials)
+        return server.add_insecure_port(target)
+    except RuntimeError as error:
+        raise OSError(f"gRPC can't listen on {target}: is it in use by another daemon? ({error})") from error
 
 
 def grpc_methods() -> Iterator[GrpcMethod]:

@@ -71,8 +71,8 @@ def tool(settings: Settings) -> None:
     """Look at and work with a node of peermem: its devices, regions and transfers.
 
     Sizes are written as 64MiB, durations as 30s. The options stand before or after a command's name. For a daemon
-    that is reached over TLS, PEERMEM_CLIENT_CA, _CERTIFICATE, _KEY and _TOKEN name files, and _SERVER a name in the
-    daemon's certificate.
+    that is reached over TLS, PEERMEM_CLIENT_CA, _CERTIFICATE, _KEY and _TOKEN_FILE name files, and _SERVER a name in
+    the daemon's certificate.
     """
 
 

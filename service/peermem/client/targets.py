@@ -19,7 +19,7 @@ TLS_VARIABLES = {
     "ca": "PEERMEM_CLIENT_CA",
     "certificate": "PEERMEM_CLIENT_CERTIFICATE",
     "key": "PEERMEM_CLIENT_KEY",
-    "token": "PEERMEM_CLIENT_TOKEN",
+    "token_file": "PEERMEM_CLIENT_TOKEN_FILE",
     "server": "PEERMEM_CLIENT_SERVER",
 }
 """For each field of Tls."""

@@ -33,7 +33,7 @@ class Tls:
     """PEM: this program's certificate; with its key."""
     key: File | None = None
     """PEM."""
-    token: File | None = None
+    token_file: File | None = None
     """A service account's token, for a daemon's grpc.token_address or unix socket."""
     server: str = ""
     """A name in the daemon's certificate; empty for the host that is connected to."""
@@ -62,7 +62,7 @@ class Access:
             tls.check(target)
         self._session: Metadata = (("peermem-session", session),) if session else ()
         self._lock = threading.Lock()
-        self._token = _Files([tls.token] if tls and tls.token else [], "tls.token")
+        self._token = _Files([tls.token_file] if tls and tls.token_file else [], "tls.token_file")
         encrypting = tls if tls is not None and not target.startswith("unix:") else Tls()
         pair = (encrypting.ca, encrypting.certificate, encrypting.key)
         self._pair = _Files([file for file in pair if file], "tls")
@@ -101,7 +101,8 @@ class _Files:
         try:
             self.contents = self._read()
         except OSError as error:
-            raise InvalidField(f"{field}: {error.filename} can't be read: {error.strerror}.", field=field) from None
+            # without its name: who takes the token itself for the file's name must not find it in an error
+            raise InvalidField(f"A file that {field} names can't be read: {error.strerror}.", field=field) from None
 
     def refresh(self) -> bool:
         """Read them again if one has changed; return whether there is something new."""

@@ -169,9 +169,8 @@ class GrpcRemoteNode:
         """See RemoteNode."""
         request = transfer_pb2.WatchTransferRequest(name=str(name))
         with self._faults():
-            connection = await self._door.connection()
-            with connection.used():
-                call = connection.transfers.WatchTransfer(request, metadata=self._metadata(subject))
+            async with self._door.use() as to:
+                call = to.transfers.WatchTransfer(request, metadata=self._metadata(subject))
                 try:
                     async for message in call:
                         yield transfer_from_proto(message)
@@ -203,17 +202,15 @@ class GrpcRemoteNode:
 
     async def _call(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         with self._faults():
-            connection = await self._door.connection()
             try:
-                with connection.used():
-                    return await call(connection)
+                async with self._door.use() as to:
+                    return await call(to)
             except grpc.aio.AioRpcError as error:
                 if not _never_sent(error):
                     raise
             # the daemon may have come back meanwhile, with another certificate
-            connection = await self._door.connection()
-            with connection.used():
-                return await call(connection)
+            async with self._door.use() as to:
+                return await call(to)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

@@ -13,9 +13,10 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 
@@ -108,8 +109,16 @@ class Door:
         self._old: set[Connection] = set()
         self._opening: asyncio.Task[Connection] | None = None
 
-    async def connection(self) -> Connection:
-        """Return the connection to make a call on. Raises NotThatNode."""
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Connection]:
+        """Give the connection to make a call on, which stays open for it. Raises NotThatNode."""
+        connection = await self._connection()
+        while connection.closing is not None:  # retired while this waited for its turn
+            connection = await self._connection()
+        with connection.used():
+            yield connection
+
+    async def _connection(self) -> Connection:
         now = self._credentials.now if self._credentials is not None else None
         if self._current is not None and self._current.fit(now):
             return self._current
@@ -169,7 +178,7 @@ async def look(address: str, pair: Pair) -> Shown:
     except ssl.SSLError as error:
         raise NotThatNode(f"no handshake: {error.reason or error}") from None
     except OSError as error:
-        raise NotThatNode(error.strerror or str(error), absent=True) from None
+        raise NotThatNode(os.strerror(error.errno) if error.errno else str(error), absent=True) from None
     connection = writer.get_extra_info("ssl_object")
     writer.transport.abort()
     return shown_by(connection)
