@@ -150,7 +150,7 @@ def _inputs(fuzz: Report | None) -> str:
         return "Not counted: `FUZZ_REPORT=REPORT make fuzz`."
     return "\n\n".join(
         (
-            _commands(["make fuzz"]),
+            _commands([fuzz["command"]]),
             "Each was answered in time, for a reason of the contract or by its connection's end; no defect was met.",
             _table(("parser", "inputs tried"), [(name, f"{count:,}") for name, count in fuzz["inputs"].items()]),
         )
