@@ -127,6 +127,7 @@ class Job:
 
     def _leave(self, home: Home) -> None:
         for held in home.held:
+            self._see(held.key, held.memory)
             self._record.add(Gone, region=held.key)
         home.held.clear()
         del self._homes[home.name]
@@ -167,6 +168,7 @@ class Job:
         source, sink = self._region(source_home, is_sink=False), self._region(sink_home, is_sink=True)
         flights = []
         for first, count in self._ranges():
+            self._see(sink.key, sink.memory, first, count)  # the last look at what was there
             value = self._write(source, first, count)
             op = f"{self._number}-{self._count()}"
             nodes = (source_home.name, sink_home.name, asked.name)
