@@ -31,7 +31,7 @@ size = "1GiB"
 [region]
 max_regions = {LIMIT}
 [transfer]
-grant_ttl = "2s"
+grant_ttl = "6s"
 retry_for = "3s"
 link_idle = "1s"
 [shutdown]
