@@ -23,7 +23,7 @@ from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
-from peermem.core.policy import OwnerPolicy
+from peermem.core.policy import OPEN, Rules
 from peermem.core.topology import Machine, Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, Path, RemoteKey, Rights
@@ -40,6 +40,7 @@ from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.storage.base import Storage
 from peermem.storage.files import LocalStorage
 from peermem.telemetry.metrics import Metrics
+from tests.policies import guard
 from tests.settings import broker_settings
 
 MIB = 1 << 20
@@ -82,13 +83,10 @@ class FragileDevice(MemfdDevice):
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
         self.vanished = False
-        self.gone = False
-        """Whether it is not on the node any more."""
+        self.gone = False  # from the node
         self.mappable = True
-        self.slow: threading.Event | None = None
-        """Threads that touch memory wait for it."""
-        self.touched = threading.Event()
-        """A thread waits."""
+        self.slow: threading.Event | None = None  # threads that touch memory wait for it
+        self.touched = threading.Event()  # a thread waits
 
     async def allocate(self, length: int) -> DeviceMemory:
         return FragileMemory(await super().allocate(length), self)
@@ -305,10 +303,10 @@ class DirectRemote:
         await self.cues.pass_through("create_transfer")
         return (await self._broker.create_transfer(subject.vouched_for(self._here), request, relayed=True)).facts
 
-    async def watch_transfer(self, name: ChildName) -> AsyncGenerator[TransferFacts, None]:
+    async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
-        yield self._broker.transfer(name)
+        yield self._broker.seen_transfer(subject.vouched_for(self._here), name)
         if running is not None:
             await running.ended.wait()
             yield running.facts
@@ -316,6 +314,10 @@ class DirectRemote:
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         await self.cues.pass_through("cancel_transfer")
         await self._broker.cancel_transfer(subject.vouched_for(self._here), name)
+
+    async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
+        await self.cues.pass_through("confirm_relay")
+        self._broker.vouching.check_relayed(node, subject, region, right)
 
     async def node_facts(self) -> NodeFacts:
         await self.cues.pass_through("node_facts")
@@ -353,6 +355,7 @@ class Host:
         verbs: Fabric | None = None,
         devices: Mapping[str, Device] | None = None,
         storage: Storage | None = None,
+        rules: Rules = OPEN,
     ) -> None:
         """`verbs` and `devices` are there besides tcp, local, bar0 and adopted memory."""
         self.node = node
@@ -375,7 +378,7 @@ class Host:
             self._fabrics,
             DirectRemotes(node, brokers, self.cues),
             self.directory,
-            OwnerPolicy(),
+            guard(node, rules, self.metrics),
             self.sessions,
             self.metrics,
             lambda: Topology(Machine(), {}, {"nic0/1": NicPort("nic0/1", "ACTIVE", "Ethernet", 0, -1)}),

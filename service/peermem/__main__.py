@@ -1,5 +1,7 @@
-"""peermemd: run until SIGTERM or SIGINT. Exit codes: 0 stopped in order, 1 could not start, 2 wrong usage
-or configuration, 130 ended at once by a second signal."""
+"""peermemd: run until SIGTERM or SIGINT; SIGHUP has the policy file read again.
+
+Exit codes: 0 stopped in order, 1 could not start, 2 wrong usage or configuration, 130 ended at once by a second signal.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from peermem.app import App
+from peermem import policy_file
 from peermem.config import DEFAULT_PATH, Config, load
 from peermem.core.version import VERSION
 from peermem.strict_toml import ConfigError
@@ -32,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load(options.config)
+        if config.policy.file:
+            policy_file.read(Path(config.policy.file))
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201  # before logs are set up, for whoever started it
         return 2
@@ -39,16 +43,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logs.set_up(config.log.level, config.log.format, sys.stderr)
     _raise_file_limit()
-    return asyncio.run(run(config))
+    try:
+        return asyncio.run(run(config))
+    except ConfigError as error:  # the policy file has changed since it was read above
+        log.error("start_failed", cause=str(error))
+        return 2
 
 
 async def run(config: Config) -> int:
     """Run one daemon until a signal; a second signal ends the process at once."""
+    # gRPC's core would write lines of its own form, one for each handshake of a stranger that fails; what concerns us
+    # it raises. It reads this when it is imported, so that it is set before.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - set here, not read
+    from peermem.app import App
+
     app = App(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _signalled, stop)
+    loop.add_signal_handler(signal.SIGHUP, app.reload)
     try:
         await app.start()
     except OSError as error:

@@ -16,13 +16,14 @@ from peermem.core import errors
 from peermem.core.errors import PeermemError
 from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import Action
+from peermem.core.policy import OPEN
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.storage.files import LocalStorage
 from peermem.storage.places import Place
 from tests.broker.support import content, eventually, region
 from tests.descriptors import open_files
 from tests.doubles import MIB, PATIENCE, Host
+from tests.policies import policy, rule
 from tests.reach_doubles import StagedDevice
 from tests.storage.support import BLOCK, DATA, SIZE, best_way
 
@@ -138,27 +139,25 @@ async def test_what_can_not_begin(host: StorageHost, tmp_path: Path) -> None:
         await outcome(host, wanted(Order.LOAD, made.name, tmp_path / "x"))
 
 
-class Refusing:
-    """A policy that forbids one thing."""
-
-    def __init__(self, action: Action) -> None:
-        self._action = action
-
-    def check(self, subject: Subject, action: Action, name: ChildName, owner: str) -> None:
-        if action is self._action:
-            raise errors.AccessDenied("No.")
-
-
-@pytest.mark.parametrize(("order", "action"), [(Order.LOAD, Action.WRITE), (Order.STORE, Action.READ)])
-async def test_the_policy_is_asked_about_the_region(
-    host: StorageHost, tmp_path: Path, order: Order, action: Action
+@pytest.mark.parametrize(("order", "needed"), [(Order.LOAD, "write load"), (Order.STORE, "read store")])
+async def test_the_policy_is_asked_about_the_region_and_the_file(
+    host: StorageHost, tmp_path: Path, order: Order, needed: str
 ) -> None:
     made = await region(host, 2 * MIB)
-    host.broker.storage._policy = Refusing(action)
-    with pytest.raises(errors.AccessDenied):
+    files = f'files = ["{tmp_path}"]'
+    everything = "read write manage load store"
+    for missing in needed.split():
+        rights = everything.replace(missing, "")
+        await host.broker.go_by(policy(rule("r", "anonymous", rights, files)))
+        with pytest.raises(errors.AccessDenied, match=f"may not {missing} "):
+            await outcome(host, wanted(order, made.name, tmp_path / "x"))
+    await host.broker.go_by(policy(rule("r", "anonymous", needed, f'files = ["{tmp_path}/y"]')))
+    with pytest.raises(errors.AccessDenied, match="Have the operator of nodes/a"):
         await outcome(host, wanted(order, made.name, tmp_path / "x"))
-    host.broker.storage._policy = Refusing(Action.MANAGE)
+    assert host.sample("peermem_authorization_denials_total", reason="file") == 2
+    await host.broker.go_by(policy(rule("r", "anonymous", needed, files)))
     await outcome(host, wanted(order, made.name, tmp_path / "x"))
+    await host.broker.go_by(OPEN)
 
 
 async def held_back(host: StorageHost, run: StorageRun, stack: ExitStack) -> asyncio.Event:

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 import peermem
 from peermem.cli import tool
 from tests.client.processes import Cluster, eventually
+from tests.policies import rule
 
 Run = Callable[..., Result]
 
@@ -192,6 +193,15 @@ def test_bench_between_given_regions(run: Run, region: str) -> None:
     run(*words, "--sizes", "1GiB", code=2)
     run("bench", "nodes/b/devices/none", code=4)
     run("bench", "a/b/c", code=2)
+
+
+def test_which_rule_of_a_policy_decides_about_a_region(run: Run, region: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(rule("boxes", "uid:7", "read", "devices = ['bar0']"))
+    done = facts(run("policy", "explain", "uid:7", "read", region, "--file", str(policy), "--json"))
+    assert (done["allowed"], done["rule"], done["tenant"]) == (True, "boxes", "uid:7")
+    run("policy", "explain", "uid:8", "read", region, "--file", str(policy), code=5)
+    run("policy", "explain", "uid:8", "read", "nodes/a/regions/none", "--file", str(policy), code=4)
 
 
 def test_completion_offers_regions_and_devices(cluster: Cluster, region: str) -> None:

@@ -121,7 +121,7 @@ async def test_transfers_are_started_watched_and_cancelled_for_their_client(othe
     with pytest.raises(errors.TransferNotFound):
         await b.cancel_transfer(missing, Subject("uid:7"))
     with pytest.raises(errors.TransferNotFound):
-        await anext(aiter(b.watch_transfer(missing)))
+        await anext(aiter(b.watch_transfer(missing, Subject("uid:7"))))
 
 
 async def test_a_node_that_is_down_is_unreachable_at_once_and_reachable_when_it_is_back(

@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* Whoever may not even ask is refused before the handler sees the call.
 * A handler raises PeermemError; here it becomes a status with ErrorInfo. Anything else is a defect: it
   is logged with an id, and the caller gets INTERNAL with that id and nothing of the inside.
 * Every call is counted under its code, also one that the client broke off.
@@ -24,19 +25,23 @@ from google.protobuf.message import DecodeError
 
 from peermem.api.status import to_grpc
 from peermem.core.errors import Internal, MalformedMessage, PeermemError
+from peermem.telemetry import audit
 from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in grpc's stubs only
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Admit: TypeAlias = Callable[[str, Context], Awaitable[None]]
+"""Is given a call's service; raises PeermemError where the caller may not even ask."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handler of every call."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, admit: Admit) -> None:
         self._metrics = metrics
+        self._admit = admit
 
     async def intercept_service(
         self,
@@ -63,6 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
             async def stream(request: object, context: Context) -> AsyncIterator[object]:
                 async with self._guard(service, method, context):
+                    _note(request, method, context)
                     async for response in inner(request, context):
                         yield response
 
@@ -70,6 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: object, context: Context) -> object:
             async with self._guard(service, method, context):
+                _note(request, method, context)
                 return await inner(request, context)
             raise AssertionError("the guard never swallows an error")
 
@@ -80,6 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         began = time.perf_counter()
         code = "OK"
         try:
+            await self._admit(service, context)
             yield
         except PeermemError as error:
             code = error.code.name
@@ -98,6 +106,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(to_grpc(Internal(text, error_id=error_id)))
         finally:
             self._metrics.grpc_handled(service, method, code, time.perf_counter() - began)
+
+
+def _note(request: object, method: str, context: Context) -> None:
+    """Note for the audit log who calls, and with which request_id. Raises MalformedMessage."""
+    audit.called(context.peer(), method, getattr(request, "request_id", ""))
 
 
 class _Malformed:

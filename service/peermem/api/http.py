@@ -40,6 +40,8 @@ class Health:
     ready: bool
     reasons: tuple[str, ...] = ()
     """Why not: one sentence for each condition that fails."""
+    notes: tuple[str, ...] = ()
+    """What is wrong without keeping it from work, in sentences."""
 
 
 class HttpServer:
@@ -103,7 +105,8 @@ class HttpServer:
             case "/readyz":
                 health = self._health()
                 lines = ["ready"] if health.ready else ["not ready", *health.reasons]
-                return web.Response(status=200 if health.ready else 503, text="\n".join(lines) + "\n")
+                text = "\n".join((*lines, *health.notes))
+                return web.Response(status=200 if health.ready else 503, text=text + "\n")
             case "/metrics":
                 await self._metrics.refresh()
                 body, content_type = self._metrics.render(request.headers.get("Accept", ""))

@@ -1,11 +1,17 @@
-"""LinkService: other daemons open links and ask for grants. The only service where keys travel."""
+"""LinkService: other daemons open links and ask for grants. The only service where keys travel.
+
+Rules of this file:
+
+* Only a node's daemon gets in. Over TLS it is the node that its certificate says, and a link is that node's only.
+"""
 
 from __future__ import annotations
 
 from peermem.api.calls import Context
-from peermem.api.identity import spoken_subject
+from peermem.api.identity import Identity, spoken_subject
 from peermem.broker.serving import Serving
-from peermem.core.errors import FabricUnavailable, InvalidField
+from peermem.broker.vouching import Vouching
+from peermem.core.errors import AccessDenied, FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.v1 import link_pb2, link_pb2_grpc
@@ -15,18 +21,21 @@ from peermem.wire_links import grant_to_proto, opened_to_proto, queue_pairs_from
 _MAX_RELEASED = 1000
 _MAX_COPIED = 4096
 """Pieces of one copy between a region and its staging buffer."""
-_RIGHTS = {link_pb2.RIGHT_READ: Rights.READ, link_pb2.RIGHT_WRITE: Rights.WRITE}
+_RIGHTS: dict[int, Rights] = {link_pb2.RIGHT_READ: Rights.READ, link_pb2.RIGHT_WRITE: Rights.WRITE}
 
 
 class LinkService(link_pb2_grpc.LinkServiceServicer):
     """See protos/peermem/v1/link.proto."""
 
-    def __init__(self, serving: Serving, max_rails: int) -> None:
+    def __init__(self, serving: Serving, vouching: Vouching, identity: Identity, max_rails: int) -> None:
         self._serving = serving
+        self._vouching = vouching
+        self._identity = identity
         self._max_rails = max_rails
 
     async def OpenLink(self, request: link_pb2.OpenLinkRequest, context: Context) -> link_pb2.OpenLinkResponse:
         """See the contract."""
+        node = self._caller(parse_node(request.node, "node"), context)
         fabric = fabric_from_proto(request.fabric)
         if fabric in (None, FabricKind.LOCAL):
             raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
@@ -35,32 +44,40 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         ends = queue_pairs_from_proto(request.queue_pairs)
         rails = request.rails if ends else min(request.rails, self._max_rails)
         offer = LinkAttributes(fabric, rails, request.link_id, queue_pairs=ends)
-        opened = self._serving.open_link(parse_node(request.node, "node"), offer)
+        opened = self._serving.open_link(node, offer)
         return opened_to_proto(opened.attributes, opened.epoch)
 
     async def CloseLink(self, request: link_pb2.CloseLinkRequest, context: Context) -> link_pb2.CloseLinkResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         await self._serving.close_link(request.link_id)
         return link_pb2.CloseLinkResponse()
 
     async def AcquireGrant(self, request: link_pb2.AcquireGrantRequest, context: Context) -> link_pb2.Grant:
         """See the contract."""
-        if request.right not in _RIGHTS:
-            raise InvalidField("right must be READ or WRITE.", field="right")
+        self._check_link(request.link_id, context)
+        region, right = parse_region(request.region, "region"), _right(request.right)
+        node = self._serving.node_of(request.link_id, request.epoch)
+        subject = await self._vouching.confirmed(node, spoken_subject(request.subject, "subject"), region, right)
         granted = await self._serving.acquire(
-            request.link_id,
-            request.epoch,
-            parse_region(request.region, "region"),
-            _RIGHTS[request.right],
-            spoken_subject(request.subject, "subject"),
-            staged=request.staged,
+            request.link_id, request.epoch, region, right, subject, staged=request.staged
         )
         return grant_to_proto(granted)
+
+    async def ConfirmRelay(
+        self, request: link_pb2.ConfirmRelayRequest, context: Context
+    ) -> link_pb2.ConfirmRelayResponse:
+        """See the contract."""
+        self._identity.node(context)
+        node, region = parse_node(request.node, "node"), parse_region(request.region, "region")
+        self._vouching.check_relayed(node, spoken_subject(request.subject, "subject"), region, _right(request.right))
+        return link_pb2.ConfirmRelayResponse()
 
     async def ReleaseGrants(
         self, request: link_pb2.ReleaseGrantsRequest, context: Context
     ) -> link_pb2.ReleaseGrantsResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         if len(request.grant_ids) > _MAX_RELEASED:
             raise InvalidField(f"grant_ids must hold at most {_MAX_RELEASED}.", field="grant_ids")
         await self._serving.release(request.link_id, request.grant_ids)
@@ -68,6 +85,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
 
     async def CopyStaged(self, request: link_pb2.CopyStagedRequest, context: Context) -> link_pb2.CopyStagedResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         columns = (request.region_offsets, request.buffer_offsets, request.lengths)
         if len(set(map(len, columns))) != 1 or not 1 <= len(request.lengths) <= _MAX_COPIED:
             raise InvalidField(
@@ -80,12 +98,38 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
 
     async def Flush(self, request: link_pb2.FlushRequest, context: Context) -> link_pb2.FlushResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         await self._serving.flush(request.link_id, request.grant_id)
         return link_pb2.FlushResponse()
 
     async def Checksum(self, request: link_pb2.ChecksumRequest, context: Context) -> link_pb2.ChecksumResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         value = await self._serving.checksum(
             request.link_id, request.grant_id, request.offsets, request.lengths, request.initial
         )
         return link_pb2.ChecksumResponse(crc32c=value)
+
+    def _caller(self, claimed: str, context: Context) -> str:
+        """Return the node that calls, which says that it is `claimed`. Raises AccessDenied, Unauthenticated."""
+        node = self._identity.node(context)
+        if node and node != claimed:
+            raise AccessDenied(
+                f"The caller says that it is nodes/{claimed}, and its certificate that it is nodes/{node}. Correct its "
+                "configuration.",
+                node=node,
+            )
+        return claimed
+
+    def _check_link(self, link_id: bytes, context: Context) -> None:
+        """Return where the caller may use a link, or there is no such link. Raises AccessDenied, Unauthenticated."""
+        node = self._identity.node(context)
+        if node:
+            self._serving.check_node(link_id, node)
+
+
+def _right(right: int) -> Rights:
+    """Raises InvalidField."""
+    if right not in _RIGHTS:
+        raise InvalidField("right must be READ or WRITE.", field="right")
+    return _RIGHTS[right]

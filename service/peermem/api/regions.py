@@ -93,14 +93,16 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
 
     async def GetRegion(self, request: region_pb2.GetRegionRequest, context: Context) -> region_pb2.Region:
         """See the contract."""
-        return region_to_proto(self._broker.region(parse_region(request.name)).facts)
+        subject = await self._identity.subject(context)
+        return region_to_proto(self._broker.seen_region(subject, parse_region(request.name)).facts)
 
     async def ListRegions(
         self, request: region_pb2.ListRegionsRequest, context: Context
     ) -> region_pb2.ListRegionsResponse:
         """See the contract."""
         size = page_size(request.page_size)
-        found = self._broker.regions.page(request.page_token, size + 1, request.labels)
+        seen = self._broker.eyes(await self._identity.subject(context))
+        found = self._broker.regions.page(request.page_token, size + 1, request.labels, seen)
         token = found[size - 1].name.id if len(found) > size else ""
         return region_pb2.ListRegionsResponse(
             regions=[region_to_proto(region.facts) for region in found[:size]], next_page_token=token
@@ -142,7 +144,9 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         subject = await self._identity.subject(context)
         with self._stream(), self._broker.use_region(subject, name, Action.READ, request.offset, length) as use:
             for done in range(0, length, _CHUNK):
-                data = await use.read(request.offset + done, min(_CHUNK, length - done))
+                size = min(_CHUNK, length - done)
+                await self._broker.tenants.pace(subject, size)
+                data = await use.read(request.offset + done, size)
                 yield region_pb2.ReadRegionResponse(data=data)
 
     async def WriteRegion(
@@ -160,6 +164,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
                 if len(data) > _MAX_CHUNK:
                     raise InvalidField(f"data has {len(data)} bytes; a chunk has at most {_MAX_CHUNK}.", field="data")
                 use.check_inside(offset, len(data))
+                await self._broker.tenants.pace(subject, len(data))
                 await use.write(offset, data)
                 offset += len(data)
                 message = await anext(requests, None)

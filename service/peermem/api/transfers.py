@@ -23,10 +23,10 @@ from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.runs import Transfer
 from peermem.core.errors import Internal, InvalidField, PeermemError, TransferCancelled
-from peermem.core.identity import Subject
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName, parse_transfer
-from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts
+from peermem.telemetry import audit
 from peermem.v1 import transfer_pb2, transfer_pb2_grpc
 from peermem.wire import duration_from_proto, error_to_proto, transfer_request_from_proto, transfer_to_proto
 
@@ -63,7 +63,8 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
 
     async def GetTransfer(self, request: transfer_pb2.GetTransferRequest, context: Context) -> transfer_pb2.Transfer:
         """See the contract."""
-        return transfer_to_proto(self._broker.transfer(parse_transfer(request.name)))
+        subject = await self._identity.subject(context)
+        return transfer_to_proto(self._broker.seen_transfer(subject, parse_transfer(request.name)))
 
     async def ListTransfers(
         self, request: transfer_pb2.ListTransfersRequest, context: Context
@@ -71,16 +72,17 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """See the contract."""
         size = page_size(request.page_size)
         page: list[TransferFacts] = []
-        seen = not request.page_token
-        for facts in self._broker.transfers.newest(running_only=request.running):
-            if seen and len(page) == size:
+        is_shown = self._broker.policy.sees_transfer(await self._identity.subject(context))
+        reached = not request.page_token
+        for facts in filter(is_shown, self._broker.transfers.newest(running_only=request.running)):
+            if reached and len(page) == size:
                 return transfer_pb2.ListTransfersResponse(
                     transfers=[transfer_to_proto(entry) for entry in page], next_page_token=page[-1].name.id
                 )
-            if seen:
+            if reached:
                 page.append(facts)
-            seen = seen or facts.name.id == request.page_token
-        if not seen:
+            reached = reached or facts.name.id == request.page_token
+        if not reached:
             raise InvalidField("page_token is of a transfer that is forgotten by now: start anew.", field="page_token")
         return transfer_pb2.ListTransfersResponse(transfers=[transfer_to_proto(entry) for entry in page])
 
@@ -96,7 +98,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
     ) -> AsyncIterator[transfer_pb2.Transfer]:
         """See the contract."""
         name = parse_transfer(request.name)
-        facts = self._broker.transfer(name)
+        facts = self._broker.seen_transfer(await self._identity.subject(context), name)
         yield transfer_to_proto(facts)
         running = self._broker.transfers.find_running(name)
         while running is not None and not facts.state.ended:
@@ -109,12 +111,13 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         self, requests: object, context: Context
     ) -> None:
         """See the contract."""
-        await Pipeline(self, self._broker, await self._identity.subject(context), context).serve()
+        await Pipeline(self, self._broker, self._identity, context).serve()
 
     async def start(
         self, subject: Subject, request: transfer_pb2.CreateTransferRequest, *, relayed: bool = False
     ) -> Transfer:
         """Start the transfer, or return the one that this request started before. Raises PeermemError."""
+        audit.asked(request.request_id)  # a pipeline has many in one call
         wanted = transfer_request_from_proto(request, self._max_segments)
         if not request.request_id:
             return await self._broker.create_transfer(subject, wanted, relayed=relayed)
@@ -128,11 +131,12 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
 class Pipeline:
     """One PipelineTransfers call."""
 
-    def __init__(self, service: TransferService, broker: Broker, subject: Subject, context: Context) -> None:
+    def __init__(self, service: TransferService, broker: Broker, identity: Identity, context: Context) -> None:
         self._service = service
         self._broker = broker
-        self._subject = subject
+        self._identity = identity
         self._context = context
+        self._subject = ANONYMOUS
         self._running: dict[int, Transfer] = {}
         self._starting: dict[int, bool] = {}
         """Tags whose transfer is about to start, and whether it has been cancelled already."""
@@ -142,6 +146,7 @@ class Pipeline:
 
     async def serve(self) -> None:
         """Read commands until the caller has no more, then let the transfers end and be reported."""
+        self._subject = await self._identity.subject(self._context)
         try:
             while True:
                 message = await self._context.read()
@@ -182,6 +187,8 @@ class Pipeline:
 
     async def _carry(self, tag: int, request: transfer_pb2.CreateTransferRequest) -> None:
         try:
+            # asked again for each: a session, token or certificate may have ended since the pipeline began
+            self._subject = await self._identity.subject(self._context)
             transfer = await self._service.start(self._subject, request)
         except PeermemError as error:
             await self._refuse(tag, error)
@@ -221,7 +228,7 @@ class Pipeline:
             self._starting[tag] = True
         elif transfer is not None:
             name: ChildName = transfer.facts.name
-            self._broker.policy.check(self._subject, Action.MANAGE, name, transfer.owner)
+            self._broker.policy.check_transfer(self._subject, transfer.facts)
             transfer.fail(TransferCancelled(f"{name} was cancelled by {self._subject}.", transfer=name))
 
 

@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* The policy is asked before bytes of a region are touched and before anything is managed; names and facts of
-  regions and transfers are for whoever reaches the daemon.
+* The policy is asked before anything of a region or transfer is told, touched or managed; what it hides is answered
+  as if it did not exist.
+* A tenant's limits are asked before something begins, never before something ends.
 * Draining refuses new work, lets the running work end within its grace, then fails it.
 """
 
@@ -12,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 
 import structlog
 
+from peermem.broker import facts
 from peermem.broker.access import Use
+from peermem.broker.admission import local_regions
+from peermem.broker.guard import Guard
 from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.maker import RegionMaker
@@ -31,7 +34,9 @@ from peermem.broker.serving import OwnNode, Serving
 from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun, StorageRuns
+from peermem.broker.tenants import Share, Tenants
 from peermem.broker.transfers import TransferTable
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
     RegionDeleted,
@@ -45,12 +50,12 @@ from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
-from peermem.core.policy import Action, Policy
+from peermem.core.policy import Action, Rules
+from peermem.core.quota import Hold, Resource
 from peermem.core.region import RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
-from peermem.core.version import VERSION
 from peermem.device.base import Device, DeviceMemory
 from peermem.directory.base import Directory
 from peermem.fabric.base import Fabric
@@ -75,7 +80,7 @@ class Broker:
         fabrics: Mapping[FabricKind, Fabric],
         remotes: Remotes,
         directory: Directory,
-        policy: Policy,
+        policy: Guard,
         sessions: SessionTable,
         metrics: Metrics,
         topology: Callable[[], Topology],
@@ -92,6 +97,7 @@ class Broker:
         self.directory = directory
         self._remotes = remotes
         self.policy = policy
+        self.tenants = Tenants(policy.rules, metrics.policy)
         self._metrics = metrics
         self._draining = False
         self._grant_ttl = settings.grant_ttl
@@ -106,9 +112,10 @@ class Broker:
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
-        self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry)
+        self.vouching = Vouching(settings.node, remotes)
+        self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
-        self.storage = StorageRuns(storage, self._open_region, policy, metrics)
+        self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
         self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)
 
@@ -117,6 +124,7 @@ class Broker:
     async def create_region(self, subject: Subject, session: Session | None, request: RegionRequest) -> Region:
         """Make a region. Raises as RegionService.CreateRegion."""
         self._check_open()
+        self.tenants.request(subject)
         region = await self._maker.make(subject, session, request)
         await reach("region.made")
         if self._draining:
@@ -128,14 +136,24 @@ class Broker:
         return region
 
     def region(self, name: ChildName) -> Region:
-        """Return a region of this node. Raises RegionNotFound, WrongNode."""
+        """Return a region of this node, whoever may see it. Raises RegionNotFound, WrongNode."""
         self._check_here(name)
         return self.regions.find(name)
+
+    def seen_region(self, subject: Subject, name: ChildName) -> Region:
+        """Return a region that `subject` sees. Raises RegionNotFound, QuotaExceeded, WrongNode."""
+        self.tenants.request(subject)
+        return self.policy.seen_region(subject, self.region(name))
+
+    def eyes(self, subject: Subject) -> Callable[[Region], bool]:
+        """Return what tells which regions `subject` sees. Raises QuotaExceeded."""
+        self.tenants.request(subject)
+        return self.policy.sees_region(subject)
 
     async def delete_region(self, subject: Subject, name: ChildName, *, force: bool) -> None:
         """End a region. Raises RegionNotFound, RegionInUse, AccessDenied, WrongNode."""
         region = self.region(name)
-        self.policy.check(subject, Action.MANAGE, name, region.owner)
+        self.policy.check_region(subject, Action.MANAGE, region)
         if region.users and not force and region.end is None:
             raise RegionInUse(
                 f"{name} is used by {len(region.users)} transfers or streams. Wait, cancel them, or force it.",
@@ -149,7 +167,7 @@ class Broker:
         """Renew all or none. Raises RegionNotFound, LeaseNotRenewable, AccessDenied, WrongNode."""
         regions = [self.region(name) for name in names]
         for region in regions:
-            self.policy.check(subject, Action.MANAGE, region.name, region.owner)
+            self.policy.check_region(subject, Action.MANAGE, region)
             region.check_usable()
             if region.lease.kind is not LeaseKind.TTL:
                 raise LeaseNotRenewable(
@@ -161,19 +179,32 @@ class Broker:
         return regions
 
     def use_region(self, subject: Subject, name: ChildName, action: Action, offset: int, length: int) -> Use:
-        """Return a use of a range. Raises RegionNotFound, OutOfRange, AccessDenied, WrongNode."""
+        """Return a use of a range. Raises RegionNotFound, OutOfRange, AccessDenied, QuotaExceeded, WrongNode."""
+        self.tenants.request(subject)
         region = self.region(name)
-        self.policy.check(subject, action, name, region.owner)
+        self.policy.check_region(subject, action, region)
         use = Use(region)
         use.check_inside(offset, length)
         return use
 
     def map_region(self, name: ChildName, subject: Subject) -> DeviceMemory:
-        """Return the memory for a local job to map. Raises RegionNotFound, AccessDenied, WrongNode."""
+        """Return the memory for a local job to map. Raises RegionNotFound, AccessDenied, QuotaExceeded, WrongNode."""
+        self.tenants.request(subject)
         region = self.region(name)
+        self.policy.check_region(subject, Action.WRITE, region)  # what is mapped can be read, too
+        self.policy.check_region(subject, Action.READ, region)
         region.check_usable()
-        self.policy.check(subject, Action.WRITE, name, region.owner)
         return region.memory
+
+    async def go_by(self, rules: Rules) -> None:
+        """Have another policy in force: what it does not allow ends at once, limits are counted anew."""
+        self.policy.rules = rules
+        self.tenants.go_by(rules)
+        for each in self._running():
+            for action, region in each.uses:
+                if (error := self.policy.denial(each.subject, action, region)) is not None:
+                    each.fail(error)
+        await self.serving.revoke_denied()
 
     def _session_closed(self, session: Session) -> None:
         self._spawn(self.regions.end_session(session.token))
@@ -186,10 +217,9 @@ class Broker:
 
     async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
-
-        Raises as TransferService.CreateTransfer.
-        """
+        Raises as TransferService.CreateTransfer."""
         self._check_open()
+        self.tenants.request(subject)
         self.transfers.check_room(request.weight)
         plan = partial(plan_transfer, request.lists, self.node, self.fabrics.keys(), request.fabric)
         if request.weight > _BIG:
@@ -198,7 +228,7 @@ class Broker:
             self.transfers.check_room(request.weight)
         else:
             node, parts = plan()
-        regions = self._local_regions(subject, request)
+        regions = local_regions(request, subject, self.node, self.regions, self.policy, self._remotes)
         name = ChildName(self.node, "transfers", f"t-{secrets.token_hex(6)}")
         if node != self.node and relayed:
             raise WrongNode(
@@ -206,56 +236,45 @@ class Broker:
                 "of that node in the other one's directory.",
                 node=node,
             )
-        if node != self.node:
-            relay = Relay(name, node, self._remotes.get(node), request, subject)
-            self._begin(name, relay, request.weight, relay.drive())
-            return relay
-        run = TransferRun(name, request, parts, regions, subject, self._moved)
-        self._begin(name, run, request.weight, run.drive(self.links))
-        return run
+        hold = self.tenants.hold(subject, {Resource.TRANSFERS: 1, Resource.OUTSTANDING: request.total})
+        try:
+            if node != self.node:
+                relay = Relay(name, node, self._remotes.get(node), request, subject)
+                return self._begin(name, relay, request.weight, relay.drive(self.vouching), hold)
+            run = TransferRun(name, request, parts, regions, Share(self.tenants, subject), self._moved)
+            return self._begin(name, run, request.weight, run.drive(self.links), hold)
+        except BaseException:
+            self.tenants.release(hold)
+            raise
 
-    def _local_regions(self, subject: Subject, request: TransferRequest) -> dict[ChildName, Region]:
-        regions: dict[ChildName, Region] = {}
-        for entry in request.lists:
-            for name, action in ((entry.source, Action.READ), (entry.destination, Action.WRITE)):
-                if name.node == self.node:
-                    regions[name] = region = self.regions.find(name)
-                    region.check_usable()
-                    self.policy.check(subject, action, name, region.owner)
-                    entry.check_inside(name, region.memory.length)
-                else:
-                    self._remotes.get(name.node)  # an unknown node is refused at once
-        return regions
-
-    def _begin(self, name: ChildName, transfer: Transfer, weight: int, drive: Coroutine[None, None, None]) -> None:
+    def _begin(
+        self, name: ChildName, transfer: Transfer, weight: int, drive: Coroutine[None, None, None], hold: Hold
+    ) -> Transfer:
         self.transfers.add(name, transfer, weight)
-        self._spawn(self._drive(name, drive))
+        self._spawn(self._drive(name, drive, hold))
+        return transfer
 
-    async def _drive(self, name: ChildName, drive: Coroutine[None, None, None]) -> None:
+    async def _drive(self, name: ChildName, drive: Coroutine[None, None, None], hold: Hold) -> None:
         await drive
-        facts = self.transfers.ended(name)
-        self._metrics.transfer_ended(
-            outcome=facts.state,
-            reason=facts.error.reason if facts.error else None,
-            direction=facts.direction,
-            fabric=facts.fabric if facts.path else None,
-            path=facts.path,
-            size=facts.bytes_total,
-            seconds=facts.duration or 0.0,
-        )
+        self.tenants.release(hold)
+        facts.count_ended(self._metrics, self.transfers.ended(name))
 
     def _moved(self, run: LegRun, size: int) -> None:
         self._metrics.transfer_bytes(run.leg.direction, run.fabric, run.path, size)
 
     def transfer(self, name: ChildName) -> TransferFacts:
-        """Return a transfer of this node. Raises TransferNotFound, WrongNode."""
+        """Return a transfer of this node, whoever may see it. Raises TransferNotFound, WrongNode."""
         self._check_here(name)
         return self.transfers.facts(name)
+
+    def seen_transfer(self, subject: Subject, name: ChildName) -> TransferFacts:
+        """Return a transfer that `subject` sees. Raises TransferNotFound, WrongNode."""
+        return self.policy.seen_transfer(subject, self.transfer(name))
 
     async def cancel_transfer(self, subject: Subject, name: ChildName) -> TransferFacts:
         """Cancel and wait for the fence. Raises TransferNotFound, AccessDenied, WrongNode."""
         facts = self.transfer(name)
-        self.policy.check(subject, Action.MANAGE, name, facts.owner)
+        self.policy.check_transfer(subject, facts)
         running = self.transfers.find_running(name)
         if running is None:
             return facts
@@ -267,21 +286,7 @@ class Broker:
 
     def node_facts(self) -> NodeFacts:
         """Return this node as told to others."""
-        entry = self.directory.nodes().get(self.node)
-        links = sum(self.links.counts().values()) + sum(self.serving.link_counts().values())
-        return NodeFacts(
-            node=self.node,
-            address=entry.address if entry else "",
-            epoch=self.epoch,
-            version=VERSION,
-            fabrics=tuple(kind for kind, fabric in self.fabrics.items() if fabric.unavailable is None),
-            started_at=self.started_at,
-            region_count=len(self.regions),
-            region_bytes=sum(region.memory.length for region in self.regions),
-            running_transfer_count=self.transfers.running_count,
-            link_count=links,
-            grant_count=self.serving.grant_count,
-        )
+        return facts.node_facts(self)
 
     async def find_node(self, node: str) -> NodeFacts:
         """Return a node: this one, or what another one answers. Raises NodeNotFound, NodeUnreachable."""
@@ -289,11 +294,7 @@ class Broker:
 
     def device_facts(self) -> list[DeviceFacts]:
         """Return this node's devices in order of their names."""
-        counts = Counter(region.device.name for region in self.regions)
-        return [
-            DeviceFacts(name, device.kind, device.size, device.available, device.path, counts[name])
-            for name, device in sorted(self.devices.items())
-        ]
+        return facts.device_facts(self)
 
     # life
 

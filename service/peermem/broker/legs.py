@@ -29,6 +29,7 @@ from peermem.broker.regions import Region
 from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
+from peermem.broker.tenants import Share
 from peermem.broker.ways import candidates, instead, staged_ends
 from peermem.core.errors import (
     FabricUnavailable,
@@ -41,8 +42,8 @@ from peermem.core.errors import (
     StaleEpoch,
 )
 from peermem.core.failpoints import hit
-from peermem.core.identity import Subject
 from peermem.core.plan import Direction, Leg, slices
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -58,7 +59,7 @@ _WAYS = {True: (Opcode.READ, Rights.READ), False: (Opcode.WRITE, Rights.WRITE)}
 class LegHost(Protocol):
     """The transfer that a leg belongs to."""
 
-    subject: Subject
+    share: Share
     machine: TransferMachine
     clock: Callable[[], float]
 
@@ -90,10 +91,11 @@ class LegRun:
         self.why = ""
         """Why this one, in words."""
         self._host = host
+        self.share = host.share
         self._index = index
         self._region = region
         self._opcode, right = _WAYS[leg.direction is Direction.PULL]
-        self._wanted = Wanted(leg.other, right, host.subject, staged=False)
+        self._wanted = Wanted(leg.other, right, host.share.subject, staged=False)
         self._used: list[HeldGrant] = []
         self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
         self._kept = False
@@ -110,6 +112,11 @@ class LegRun:
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+
+    @property
+    def use(self) -> tuple[Action, Region]:
+        """What it does with the region here."""
+        return Action.READ if self._opcode is Opcode.WRITE else Action.WRITE, self._region
 
     @property
     def path(self) -> Path:
@@ -218,8 +225,7 @@ class LegRun:
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
         if self._host.machine.error is not None:
-            if self._stager is not None:
-                self._stager.drop()
+            self.give_up()
             self._host.check_drained()
             return None
         now = self._host.clock()
@@ -232,6 +238,11 @@ class LegRun:
             return self._stager.next_request(wr_id)
         piece = self.take()
         return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
+
+    def give_up(self) -> None:
+        """The transfer failed: what is ready for the wire is not posted any more."""
+        if self._stager is not None:
+            self._stager.drop()
 
     def take(self) -> Ranges | None:
         """See StagedLeg."""
@@ -312,9 +323,7 @@ class LegRun:
         return self._refused and not self._renewal.running and key is self.held.key and not self.held.released
 
     def _landed(self, key: RemoteKey) -> None:
-        held = self.held
-        if key is not held.key:
-            held = next((used for used in self._used if used.key is key), held)
+        held = next((used for used in self._used if used.key is key), self.held)
         self._refused = False
         self._renewal.moved()
         self._landed_in = held.region_uid

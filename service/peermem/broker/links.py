@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one. At
-  most the fabric's window is outstanding.
+* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
+  share it by bytes (`turns`). At most the fabric's window is outstanding.
 * Grants are kept with the link and reused until half their time has passed.
 * A link that goes down completes all it had. One whose rail broke goes on with its other rails.
 * A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -22,6 +21,8 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from peermem.broker.slots import SLOT, Slots
+from peermem.broker.tenants import Share
+from peermem.broker.turns import Line, Turns
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.failpoints import chosen, reach
 from peermem.core.identity import Subject
@@ -84,6 +85,10 @@ class HeldGrant:
 class Worker(Protocol):
     """One transfer's part on a link."""
 
+    @property
+    def share(self) -> Share:
+        """For whom."""
+
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """Return the next slice to post, or None when there is none now."""
 
@@ -111,10 +116,11 @@ class OutboundLink:
         self._epoch = ""
         self._grants: dict[Wanted, HeldGrant] = {}
         self._acquiring: dict[Wanted, asyncio.Task[HeldGrant]] = {}
-        self._turns: deque[Worker] = deque()
-        self._queued: set[Worker] = set()
-        self._outstanding: dict[int, tuple[Worker, WorkRequest]] = {}
-        self._load = 0
+        size, window = fabric.limits.slice_bytes, fabric.limits.window_bytes
+        self._turns = Turns[Worker](size, window, min(window, _SHARED_SLICES * size), clock)
+        self._resuming: asyncio.TimerHandle | None = None
+        """Set while a tenant's bytes wait for time to pass."""
+        self._outstanding: dict[int, tuple[Worker, WorkRequest, Line[Worker]]] = {}
         self._checksums = 0
         """Being computed at the far end."""
         self._next_id = 0
@@ -249,33 +255,33 @@ class OutboundLink:
 
     def want(self, worker: Worker) -> None:
         """Give `worker` turns until it has no request."""
-        self._queue(worker)
+        self._turns.add(worker)
         self._fill()
-
-    def _queue(self, worker: Worker) -> None:
-        if worker not in self._queued:
-            self._queued.add(worker)
-            self._turns.append(worker)
 
     def _fill(self) -> None:
         link = self._link
-        window = self.fabric.limits.window_bytes
-        while self._turns and self._load < window:
-            worker = self._turns.popleft()
-            self._queued.discard(worker)
+        while (turn := self._turns.take(hurry=self.down_cause is not None)) is not None:
+            line, worker = turn
             self._next_id += 1
             request = worker.next_request(self._next_id)
             if request is None:
                 continue
-            self._queue(worker)
-            self._outstanding[request.wr_id] = (worker, request)
-            self._load += _cost(request)
+            self._turns.add(worker)
+            self._outstanding[request.wr_id] = (worker, request, line)
+            self._turns.posted(line, _cost(request))
+            worker.share.spend(request.ranges.total)
             try:
                 if link is None or self.down_cause is not None or chosen("slice.post"):
                     raise LinkClosed
                 link.post(request)
             except LinkClosed:
                 asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
+        if self._turns and self._resuming is None and (pause := self._turns.pause()):
+            self._resuming = asyncio.get_running_loop().call_later(pause, self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._fill()
 
     def completed(self, completions: list[Completion]) -> None:
         """See LinkEvents. What was flushed is passed on when the link has said why (`down`)."""
@@ -288,8 +294,8 @@ class OutboundLink:
     def _pass_on(self, completions: list[Completion]) -> None:
         self.used_at = self._clock()
         for completion in completions:
-            worker, request = self._outstanding.pop(completion.wr_id)
-            self._load -= _cost(request)
+            worker, request, line = self._outstanding.pop(completion.wr_id)
+            self._turns.ended(line, _cost(request))
             worker.completed(request, completion.status)
         self._fill()
 
@@ -309,6 +315,7 @@ class OutboundLink:
         """See LinkEvents."""
         self.down_cause = (end, cause)
         self.on_down()
+        self._fill()
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""
@@ -323,6 +330,8 @@ class OutboundLink:
                 pass  # the far end ends the link itself when its connections close
 
 
+_SHARED_SLICES = 2
+"""Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
 _FENCE_PAUSE = 0.05
 """Seconds between the first two attempts to raise a fence."""

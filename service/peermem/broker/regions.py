@@ -84,6 +84,8 @@ class Region:
         self.is_out_of_reach = False
         """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
         that its exporter has taken back (Linux 7.3)."""
+        self.on_gone: Callable[[], None] = lambda: None
+        """Called once, when nothing holds its memory any more."""
 
     def advance(self, event: Event) -> None:
         """Follow the table of the core; an absent pair is a defect."""
@@ -137,6 +139,11 @@ class Region:
         )
 
 
+def region_not_found(name: ChildName, node: str) -> RegionNotFound:
+    """Return what is told of a region that is not on a node, or that the caller may not see."""
+    return RegionNotFound(f"{name} does not exist on nodes/{node}.", region=name)
+
+
 class RegionTable:
     """All regions of this node by the last part of their names."""
 
@@ -185,15 +192,17 @@ class RegionTable:
         """Return a region in whatever state. Raises RegionNotFound."""
         region = self._regions.get(name.id)
         if region is None or name.node != self._node:
-            raise RegionNotFound(f"{name} does not exist on nodes/{self._node}.", region=name)
+            raise region_not_found(name, self._node)
         return region
 
-    def page(self, after: str, size: int, labels: Mapping[str, str]) -> list[Region]:
-        """Return up to `size` regions behind the id `after`, in order, that carry all `labels`."""
+    def page(
+        self, after: str, size: int, labels: Mapping[str, str], seen: Callable[[Region], bool] = lambda region: True
+    ) -> list[Region]:
+        """Return up to `size` regions behind the id `after`, in order, that carry all `labels` and are `seen`."""
         wanted = labels.items()
         ids = sorted(key for key in self._regions if key > after)
         found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
-        return [region for region, _ in zip(found, range(size), strict=False)]
+        return [region for region, _ in zip(filter(seen, found), range(size), strict=False)]
 
     def vanished(self) -> list[Region]:
         """Return the regions whose device or memory is not there any more."""
@@ -266,6 +275,7 @@ class RegionTable:
         await self._take_back(region, error)
         region.advance(Event.DRAINED)
         del self._regions[region.name.id]
+        region.on_gone()
         if region.session:
             self._by_session.get(region.session, set()).discard(region)
 

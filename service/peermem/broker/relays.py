@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* The client's identity and the request_id travel along, so that asking twice starts it once.
+* The client's identity and the request_id travel along, so that asking twice starts it once. While it lasts, this node
+  confirms to others that the node that runs it does so for that client.
 * Contact that breaks is sought again for a while. If it stays lost, the transfer fails here and says
   that it may go on there: only the node that runs it can raise the fence.
 * A report that is silent for a while is asked for anew: it begins with the transfer as it stands, so a daemon that
@@ -13,17 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import structlog
 
+from peermem.broker.regions import Region
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
+from peermem.core.policy import Action
 from peermem.core.transfer import State, TransferFacts, TransferRequest
 from peermem.remote.base import RemoteNode
 
@@ -62,14 +66,23 @@ class Relay:
         self._node = node
         self._remote = remote
         self._request = request
-        self._subject = subject
+        self.subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._began = time.monotonic()
 
-    async def drive(self) -> None:
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer: the nodes that own the regions decide."""
+        return ()
+
+    async def drive(self, vouching: Vouching) -> None:
         """Carry the transfer to its end; never raises."""
+        with vouching.relaying(self._node, self.subject, self._request):
+            await self._drive()
+
+    async def _drive(self) -> None:
         try:
             facts = await self._create()
             self._there = facts.name
@@ -109,7 +122,7 @@ class Relay:
         while True:
             try:
                 await reach("relay.create")
-                return await self._remote.create_transfer(self._request, self.facts.name.id, self._subject)
+                return await self._remote.create_transfer(self._request, self.facts.name.id, self.subject)
             except NodeUnreachable as error:
                 if error.metadata.get("code") != "DEADLINE_EXCEEDED" and lost is None:
                     raise
@@ -136,7 +149,7 @@ class Relay:
             cause = NodeUnreachable(f"nodes/{self._node} broke off its report.", node=self._node)
             try:
                 await reach("relay.follow")
-                async with aclosing(self._remote.watch_transfer(name)) as report:
+                async with aclosing(self._remote.watch_transfer(name, self.subject)) as report:
                     while (facts := await _next(report)) is not None:
                         lost_at = None
                         self._take(facts)
@@ -175,7 +188,7 @@ class Relay:
 
     async def _cancel(self, name: ChildName) -> None:
         with suppress(PeermemError):  # asked again by _follow; the outcome, or the loss of contact, is seen there
-            await self._remote.cancel_transfer(name, self._subject)
+            await self._remote.cancel_transfer(name, self.subject)
 
 
 async def _next(report: AsyncGenerator[TransferFacts, None]) -> TransferFacts | None:

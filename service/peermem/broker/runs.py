@@ -20,11 +20,13 @@ import structlog
 from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
+from peermem.broker.tenants import Share
 from peermem.core.errors import Internal, PeermemError, Timeout
 from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
+from peermem.core.policy import Action
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
 
 log = structlog.get_logger(__name__)
@@ -34,12 +36,17 @@ class Transfer(Protocol):
     """A transfer in the broker's table, run here or relayed."""
 
     owner: str
+    subject: Subject
     ended: asyncio.Event
     """Set when it has ended and its fence is up."""
 
     @property
     def facts(self) -> TransferFacts:
         """The transfer as it stands."""
+
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """What it does itself with regions of this node; what it has grants for is not among it."""
 
     def fail(self, error: PeermemError) -> None:
         """End it for this reason; `ended` follows."""
@@ -54,16 +61,17 @@ class TransferRun:
         request: TransferRequest,
         legs: Sequence[Leg],
         regions: dict[ChildName, Region],
-        subject: Subject,
+        share: Share,
         moved: Callable[[LegRun, int], None],
     ) -> None:
-        """`regions` are all local ones, `subject` is who asked for it; `moved` is told of bytes in place.
+        """`regions` are all local ones, `share` is that of whoever asked for it; `moved` is told of bytes in place.
 
         Raises RegionDeleted or RegionRevoked when a region is not usable.
         """
         self.name = name
-        self.subject = subject
-        self.owner = str(subject)
+        self.share = share
+        self.subject = share.subject
+        self.owner = str(share.subject)
         self.clock = time.monotonic
         self.moved = moved
         self.ended = asyncio.Event()
@@ -107,6 +115,11 @@ class TransferRun:
             fabric_why=first.why,
         )
 
+    @property
+    def uses(self) -> Sequence[tuple[Action, Region]]:
+        """See Transfer."""
+        return [leg.use for leg in self._legs]
+
     async def drive(self, links: LinkTable) -> None:
         """Carry the transfer to its end; never raises."""
         timer = None
@@ -132,6 +145,8 @@ class TransferRun:
         self.machine.fail(error)
         if self._waiting is not None:
             self._waiting.cancel()
+        for leg in self._legs:  # whose tenant's bytes may have to wait for long
+            leg.give_up()
         self.check_drained()
 
     def check_drained(self) -> None:

@@ -21,9 +21,11 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from peermem.broker.access import Use, checksum
+from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
 from peermem.broker.slots import StagingBuffer, spoil
 from peermem.core.errors import (
+    AccessDenied,
     FabricUnavailable,
     GrantRefused,
     LimitReached,
@@ -37,7 +39,7 @@ from peermem.core.errors import (
 from peermem.core.failpoints import hit, reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import Action, Policy
+from peermem.core.policy import Action
 from peermem.core.region import State
 from peermem.core.segments import check_count
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey, Rights
@@ -46,6 +48,7 @@ from peermem.remote.base import GrantSource, OpenedLink
 
 MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
 """Bounds of what remote nodes may open here, and of the ranges of one checksum."""
+_ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
 _AT_ONCE = 256
 """Grants that are ended in one turn of the loop."""
 
@@ -55,6 +58,7 @@ class _Grant:
     grant_id: int
     region: Region
     rights: Rights
+    subject: Subject
     link_id: bytes = field(repr=False)
     key: RemoteKey = field(repr=False)
     fabric: Fabric
@@ -80,7 +84,7 @@ class Serving:
         epoch: str,
         fabrics: Mapping[FabricKind, Fabric],
         find: Callable[[ChildName], Region],
-        policy: Policy,
+        policy: Guard,
         grant_ttl: float,
         taken_back: Callable[[Region], None],
     ) -> None:
@@ -133,6 +137,16 @@ class Serving:
         self._links[attributes.link_id] = _AcceptedLink(fabric, node)
         return OpenedLink(attributes, self.epoch)
 
+    def node_of(self, link_id: bytes, epoch: str) -> str:
+        """Return the node that opened a link. Raises LinkNotFound, StaleEpoch."""
+        return self._link(link_id, epoch).node
+
+    def check_node(self, link_id: bytes, node: str) -> None:
+        """Return where a link is unknown or of `node`. Raises AccessDenied."""
+        link = self._links.get(link_id)
+        if link is not None and link.node != node:
+            raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
+
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
         link = self._links.pop(link_id, None)
@@ -155,25 +169,25 @@ class Serving:
         """
         link = self._link(link_id, epoch)
         region = self._find(region_name)
+        self._policy.check_region(subject, _ACTIONS[right], region, under=link_id)
         region.check_usable()
-        action = Action.WRITE if right is Rights.WRITE else Action.READ
-        self._policy.check(subject, action, region.name, region.owner)
         if len(link.grants) >= MAX_GRANTS_OF_LINK:
             raise LimitReached(
                 f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
             )
         if link.fabric.kind not in region.fabrics:
             raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
-        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right, staged))
+        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right, subject, staged))
         self._making.setdefault(region, set()).add(making)
         making.add_done_callback(lambda task: self._made(region, task))
         return await asyncio.shield(making)
 
     async def _make(
-        self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, staged: bool
+        self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, subject: Subject, staged: bool
     ) -> GrantedKey:
         await reach("grant.make")
-        grant = await self._grant(link_id, link.fabric, region, right, staged or region.reach.stages(link.fabric.kind))
+        staged = staged or region.reach.stages(link.fabric.kind)
+        grant = await self._grant(link_id, link.fabric, region, right, subject, staged)
         if self._links.get(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()
@@ -200,7 +214,9 @@ class Serving:
         if not making.cancelled() and isinstance(making.exception(), RegionRevoked):
             self._taken_back(region)
 
-    async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, staged: bool) -> _Grant:
+    async def _grant(
+        self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, subject: Subject, staged: bool
+    ) -> _Grant:
         staging = await StagingBuffer.open([fabric], region.reach.way.nics) if staged else None
         opened = region.memory if staging is None else staging.memory
         try:
@@ -209,7 +225,7 @@ class Serving:
             if staging is not None:
                 await staging.close()
             raise
-        return _Grant(secrets.randbits(63) | 1, region, right, link_id, key, fabric, staging)
+        return _Grant(secrets.randbits(63) | 1, region, right, subject, link_id, key, fabric, staging)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
@@ -225,6 +241,14 @@ class Serving:
         grants = [self._grants[grant_id] for grant_id in self._by_region.get(region, ())]
         for index, grant in enumerate(grants):
             await self._end(grant)
+            if index % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+
+    async def revoke_denied(self) -> None:
+        """End the grants that the policy of now does not allow; afterwards no byte moves under them."""
+        for index, grant in enumerate(list(self._grants.values())):
+            if self._policy.denial(grant.subject, _ACTIONS[grant.rights], grant.region) is not None:
+                await self._end(grant)
             if index % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
 
@@ -308,8 +332,7 @@ class Serving:
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:
-        grant = self._grants.get(grant_id)
-        if grant is not None:
+        if (grant := self._grants.get(grant_id)) is not None:
             self._spawn(self._end(grant))
 
     def _drop(self, grant_id: int) -> None:
@@ -322,8 +345,7 @@ class Serving:
         held.discard(grant_id)
         if not held:
             del self._by_region[grant.region]
-        link = self._links.get(grant.link_id)
-        if link is not None:
+        if (link := self._links.get(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

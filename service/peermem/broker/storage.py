@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* The policy is asked for the region: a load writes it, a store reads it. Which files may be used is the storage's
-  business.
+* The policy is asked for the region, which a load writes and a store reads, and for the file. Which files anybody at
+  all may use is the storage's business.
+* A tenant's bytes are counted as they move; while it moves more than its limit, nothing new of it begins.
 * A load or store uses its region like a transfer: a region that is to end makes it fail first, and waits for it.
 * It lasts as long as somebody watches it. When the last watcher is gone it ends; blocks that are under way still land.
 * It is reported complete when all bytes are in place, and for a store on the disk under the file's name.
@@ -20,7 +21,9 @@ from contextlib import contextmanager
 import structlog
 
 from peermem.broker.access import checksum
+from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
+from peermem.broker.tenants import Tenants
 from peermem.core.errors import (
     ChecksumMismatch,
     Internal,
@@ -31,7 +34,8 @@ from peermem.core.errors import (
 )
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
-from peermem.core.policy import Action, Policy
+from peermem.core.policy import Action
+from peermem.core.quota import Hold, Resource
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.storage.base import Movement, OpenFile, Storage
 from peermem.telemetry.metrics import Metrics
@@ -40,6 +44,10 @@ log = structlog.get_logger(__name__)
 
 _TICK = 0.1
 """Seconds between two counts of what moved."""
+
+
+REGION_ACTIONS = {Order.LOAD: Action.WRITE, Order.STORE: Action.READ}
+"""What a load and a store do with their region."""
 
 
 class StorageRun:
@@ -60,7 +68,13 @@ class StorageRun:
         self._counting = threading.Lock()
         self._crc32c: int | None = None
         self._movement: Movement | None = None
+        self._region: Region | None = None
         self._last: StorageFacts | None = None
+
+    @property
+    def uses(self) -> list[tuple[Action, Region]]:
+        """What it does with its region, while it does."""
+        return [(REGION_ACTIONS[self.request.order], self._region)] if self._region is not None else []
 
     @property
     def facts(self) -> StorageFacts:
@@ -99,6 +113,7 @@ class StorageRun:
     async def drive(self, region: Region, storage: Storage) -> None:
         """Carry it to its end; never raises."""
         self._began = time.monotonic()
+        self._region = region
         try:
             await self._work(region, storage)
             self.error = None  # what came too late
@@ -111,7 +126,7 @@ class StorageRun:
         finally:
             self._duration = time.monotonic() - self._began
             region.users.discard(self)
-            self._last, self._movement = self.facts, None  # who remembers it needs its facts only
+            self._last, self._movement, self._region = self.facts, None, None  # who remembers it needs its facts only
             self.ended.set()
 
     async def _work(self, region: Region, storage: Storage) -> None:
@@ -182,11 +197,19 @@ def _check_room(region: Region, request: StorageRequest, length: int) -> None:
 class StorageRuns:
     """The loads and stores of this node."""
 
-    def __init__(self, storage: Storage, find: Callable[[ChildName], Region], policy: Policy, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        find: Callable[[ChildName], Region],
+        policy: Guard,
+        tenants: Tenants,
+        metrics: Metrics,
+    ) -> None:
         """`find` returns a region of this node, as long as the node takes new work."""
         self._storage = storage
         self._find = find
         self._policy = policy
+        self._tenants = tenants
         self._metrics = metrics
         self._running: set[StorageRun] = set()
 
@@ -195,7 +218,7 @@ class StorageRuns:
         """Watch a load or store, which begins with its first watcher and fails when it has none any more.
 
         Raises RegionNotFound, AccessDenied, OutOfRange, WrongNode, RegionDeleted, RegionRevoked, LimitReached,
-        ShuttingDown.
+        QuotaExceeded, ShuttingDown.
         """
         run.watchers += 1
         try:
@@ -213,9 +236,10 @@ class StorageRuns:
 
     def _begin(self, run: StorageRun) -> None:
         request = run.request
+        self._tenants.request(run.subject)
         region = self._find(request.region)
-        action = Action.WRITE if request.order is Order.LOAD else Action.READ
-        self._policy.check(run.subject, action, region.name, region.owner)
+        self._policy.check_region(run.subject, REGION_ACTIONS[request.order], region)
+        self._policy.check_file(run.subject, request.order, request.path)
         region.check_usable()
         _check_room(region, request, max(1, request.length))
         if len(self._running) >= self._storage.limit:
@@ -224,13 +248,17 @@ class StorageRuns:
                 "storage.max_running.",
                 limit=self._storage.limit,
             )
+        self._tenants.check_pace(run.subject)
+        length = request.length or region.memory.length - request.region_offset  # of a whole file: at most this
+        hold = self._tenants.hold(run.subject, {Resource.TRANSFERS: 1, Resource.OUTSTANDING: length})
         region.users.add(run)
         self._running.add(run)
-        run.task = asyncio.get_running_loop().create_task(self._drive(run, region))
+        run.task = asyncio.get_running_loop().create_task(self._drive(run, region, hold))
 
-    async def _drive(self, run: StorageRun, region: Region) -> None:
+    async def _drive(self, run: StorageRun, region: Region, hold: Hold) -> None:
         counting = asyncio.get_running_loop().create_task(self._count(run))
         await run.drive(region, self._storage)
+        self._tenants.release(hold)
         self._running.discard(run)
         self._metrics.storage_ended(run.request.order, run.facts, run.error)
         await counting
@@ -244,4 +272,5 @@ class StorageRuns:
             facts = run.facts
             if facts.way is not None and facts.bytes_done > counted:
                 self._metrics.storage_bytes(run.request.order, facts.way, facts.bytes_done - counted)
+                self._tenants.spend(run.subject, facts.bytes_done - counted)
                 counted = facts.bytes_done

@@ -15,6 +15,13 @@ from peermem.core.names import ChildName
 from peermem.core.transfer import TransferFacts
 
 
+def transfer_not_found(name: ChildName, node: str) -> TransferNotFound:
+    """Return what is told of a transfer that is not on a node, or that the caller may not see."""
+    return TransferNotFound(
+        f"{name} does not exist on nodes/{node}, or ended too long ago to be remembered.", transfer=name
+    )
+
+
 class TransferTable:
     """All transfers of this node by the last part of their names."""
 
@@ -90,9 +97,7 @@ class TransferTable:
             return transfer.facts
         known = self._ended.get(name.id) if name.node == self._node else None
         if known is None or known[0] < self._clock() - self._keep_for:
-            raise TransferNotFound(
-                f"{name} does not exist on nodes/{self._node}, or ended too long ago to be remembered.", transfer=name
-            )
+            raise transfer_not_found(name, self._node)
         return known[1]
 
     def newest(self, *, running_only: bool) -> Iterator[TransferFacts]:

@@ -74,11 +74,17 @@ class RemoteNode(GrantSource, Protocol):
     async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """Have it run a transfer for `subject`. Raises what its CreateTransfer raises."""
 
-    def watch_transfer(self, name: ChildName) -> AsyncGenerator[TransferFacts, None]:
-        """Iterate over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
+    def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
+        """Iterate for `subject` over the transfer as it stands, up to its outcome. Raises TransferNotFound."""
 
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """Cancel for `subject`; returns when the fence is up. Raises TransferNotFound, AccessDenied."""
+
+    async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
+        """Return where it has `node` run a transfer for its client `subject` that needs a right to a region.
+
+        Raises AccessDenied.
+        """
 
     async def node_facts(self) -> NodeFacts:
         """Return what it says of itself."""

@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`) and of faults (`faults.py`): names, labels, buckets, a
-method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
+names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -42,6 +42,7 @@ from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.nics import NicUse, nic_metrics
+from peermem.telemetry.policy import PolicyMetrics
 
 DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
 """10 us to 500 s."""
@@ -140,6 +141,7 @@ class Metrics:
         self._declare_transfers()
         self._declare_storage()
         self._declare_others()
+        self.policy = PolicyMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version()})
         ProcessCollector(registry=self._registry)

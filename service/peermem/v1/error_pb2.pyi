@@ -153,6 +153,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
     ERROR_REASON_STORAGE_FAILED: _ErrorReason.ValueType  # 61
     """DATA_LOSS: the storage failed to read or write."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 70
+    """RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
+    where waiting helps, a google.rpc.RetryInfo.
+    """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 80
+    """UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
+    ERROR_REASON_AUTHORITY_UNREACHABLE: _ErrorReason.ValueType  # 81
+    """UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -287,6 +295,14 @@ ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 60
 """RESOURCE_EXHAUSTED: the file can't grow: the disk, a quota or the limit of a file's size is reached."""
 ERROR_REASON_STORAGE_FAILED: ErrorReason.ValueType  # 61
 """DATA_LOSS: the storage failed to read or write."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 70
+"""RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
+where waiting helps, a google.rpc.RetryInfo.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 80
+"""UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
+ERROR_REASON_AUTHORITY_UNREACHABLE: ErrorReason.ValueType  # 81
+"""UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -36,6 +36,8 @@ IVSHMEM, NVME = "0x1110", "0x0010"
 BAR_BYTES = 8 * MIB
 BAR_OFFSETS = {"a": 0, "b": 8 * MIB}
 _PCI = Path("/sys/bus/pci/devices")
+OPEN = 'insecure_network = true\npolicy.without_file = "open"\n'
+"""For daemons that meet over a network of their own, where nobody proves who it is."""
 HOST_DEVICE = f'[[device]]\nname = "{HOST}"\nsize = "256MiB"\n'
 
 
@@ -189,7 +191,7 @@ def lab(folder: Path, config: str = "", places: Mapping[str, Place] | None = Non
     where = {node: place(node) for node in HOSTS} | dict(places or {})
     with ExitStack() as stack:
         stack.enter_context(control_network())
-        running = stack.enter_context(daemons(folder, tuple(where), f"insecure_network = true\n{config}", places=where))
+        running = stack.enter_context(daemons(folder, tuple(where), f"{OPEN}{config}", places=where))
         nodes: dict[str, peermem.Node] = {}
         stack.callback(_close, nodes)
         for name, daemon in running.items():

@@ -20,7 +20,7 @@ from tests.lab.guest.nodes import HOST, MIB, PATIENCE, noise
 
 pytestmark = pytest.mark.timeout(300)
 
-_CONFIG = f"insecure_network = true\np2pmem = true\n{nodes.HOST_DEVICE}"
+_CONFIG = f"{nodes.OPEN}p2pmem = true\n{nodes.HOST_DEVICE}"
 _SOURCE = Path(peermem.__file__).parents[1]
 _NO_PYVERBS = Path("/tmp/no-pyverbs")
 _NO_GID = 9
