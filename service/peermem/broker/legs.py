@@ -306,10 +306,8 @@ class LegRun:
 
     def _lose(self, ranges: Ranges, cause: PeermemError) -> None:
         """Have a slice posted again when the break is mended."""
-        if self._opcode is Opcode.WRITE:
-            self._host.machine.lost(self._index, ranges)
-        else:
-            self._host.machine.refused(self._index, ranges)
+        machine = self._host.machine
+        (machine.lost if self._opcode is Opcode.WRITE else machine.refused)(self._index, ranges)
         self._links.faults.broke(self.fabric, Broken.SLICE)
         self._renewal.broke(cause)
         self._renew()
