@@ -3,7 +3,8 @@
 Rules of this file:
 
 * Every daemon reaches every other one only over wires: one for each pair's gRPC, one for each node's tcp fabric.
-* Times are short, so that what is given up is given up within a run; nothing else differs from a real daemon.
+* Times are short, and little is remembered of what ended, so that what is given up is given up within a run, and what
+  grows is seen; nothing else differs from a real daemon.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ max_regions = {LIMIT}
 grant_ttl = "6s"
 retry_for = "3s"
 link_idle = "1s"
+keep_ended = 200
 [shutdown]
 grace = "2s"
 """
