@@ -140,7 +140,8 @@ def _growth(soak: Report | None) -> str:
     text = (
         f"{soak['seconds']:.0f} s with {faults} faults, in which no daemon was ended; {transfers:,} transfers, "
         f"{soak['bytes_verified']:,} bytes verified, {soak['wrong_or_lost'] + soak['late']} wrong, lost or late, "
-        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, and when everybody is gone:"
+        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, and when everybody is gone; "
+        "what is remembered of ended transfers (`transfer.keep_ended`) is part of it:"
     )
     return "\n\n".join((_commands([soak["command"]]), text, _table(head, rows)))
 
@@ -150,7 +151,7 @@ def _inputs(fuzz: Report | None) -> str:
         return "Not counted: `FUZZ_REPORT=REPORT make fuzz`."
     return "\n\n".join(
         (
-            _commands(["make fuzz"]),
+            _commands([fuzz["command"]]),
             "Each was answered in time, for a reason of the contract or by its connection's end; no defect was met.",
             _table(("parser", "inputs tried"), [(name, f"{count:,}") for name, count in fuzz["inputs"].items()]),
         )

@@ -39,4 +39,5 @@ def report() -> None:
     """Write the counts, where that is asked for."""
     path = os.environ.get("FUZZ_REPORT")
     if path:
-        Path(path).write_text(json.dumps({"inputs": dict(sorted(_tried.items()))}, indent=1) + "\n")
+        command = f"make fuzz EXAMPLES={os.environ.get('FUZZ_EXAMPLES', '')}"
+        Path(path).write_text(json.dumps({"command": command, "inputs": dict(sorted(_tried.items()))}, indent=1) + "\n")

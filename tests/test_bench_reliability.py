@@ -32,7 +32,7 @@ def outcome(seed: int) -> Outcome:
 
 def test_the_page_adds_up_what_the_reports_tell() -> None:
     reports = [outcome(1).as_json(), outcome(2).as_json()]
-    told = page(reports, reports[0], {"inputs": {"tcp hello": 1200}})
+    told = page(reports, reports[0], {"command": "make fuzz EXAMPLES=300", "inputs": {"tcp hello": 1200}})
     for line in (
         "$ python -m tests.chaos --seed 2 --seconds 60",
         "| daemon killed | 6 |",
@@ -43,6 +43,7 @@ def test_the_page_adds_up_what_the_reports_tell() -> None:
         "| denied attempts refused | 8 |",
         "| links reset | 4 | 0.25 s | 0.40 s |",
         "| a | 50.0 MiB | 51.0 MiB | 40 | 40 |",
+        "$ make fuzz EXAMPLES=300",
         "| tcp hello | 1,200 |",
     ):
         assert line in told.splitlines()

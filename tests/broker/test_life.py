@@ -199,6 +199,12 @@ async def test_a_relay_seeks_lost_contact_again(monkeypatch: pytest.MonkeyPatch)
         c.cues.faults["create_transfer"] = errors.NodeUnreachable("It did not answer.", code="DEADLINE_EXCEEDED")
         assert "may go on there" in (await failure(await start(c, whole(source, sink)))).message
         c.cues.faults["create_transfer"] = errors.LimitReached("Too many.")
+        c.cues.once["create_transfer"] = errors.NodeUnreachable("It did not answer.", code="DEADLINE_EXCEEDED")
+        monkeypatch.setattr("peermem.broker.relays._PATIENCE", 5.0)
+        error = await failure(await start(c, whole(source, sink)))
+        assert type(error) is errors.NodeUnreachable, "the first request may have been taken by a run that died"
+        assert "may go on there" in error.message
+        assert "Too many." in error.message
         assert type(await failure(await start(c, whole(source, sink)))) is errors.LimitReached
         assert isinstance(transfer, Relay)
 

@@ -84,15 +84,38 @@ async def test_calls_that_get_no_answer_are_made_again(pair: list[Host]) -> None
     a, b = pair
     source, sink = await region(a, MIB, data=DATA[:MIB]), await region(b, MIB)
     await outcome(await start(a, whole(source, sink)))
-    for call, fault in (
-        ("acquire_grant", GONE),
-        ("acquire_grant", errors.StaleEpoch("Another run.")),
-        ("checksum", GONE),
+    for call, fault, links in (
+        ("acquire_grant", GONE, 0),
+        ("acquire_grant", errors.StaleEpoch("Another run."), 1),
+        ("acquire_grant", errors.LinkNotFound("Not here."), 1),
+        ("checksum", GONE, 0),
     ):
+        opened = a.cues.calls.count("open_link")
         a.tcp.statuses = [Status.WR_FLUSH_ERR]
         a.cues.once[call] = fault
         facts = await outcome(await start(a, whole(source, sink), checksum=True))
         assert (facts.state, facts.error) == (State.SUCCEEDED, None)
+        assert a.cues.calls.count("open_link") == opened + links
+
+
+async def test_a_break_while_a_grant_is_renewed_is_fenced_as_well() -> None:
+    async with hosts("a", "b", grant_ttl=0.3) as (a, b):
+        source, sink = await region(a, 32 * MIB), await region(b, 32 * MIB)
+        a.tcp.hold = True
+        transfer = await start(a, whole(source, sink))
+        await eventually(lambda: a.tcp.held == 16)
+        a.cues.gates["acquire_grant"] = gate = asyncio.Event()
+        await asyncio.sleep(0.2)  # the grant grows old: it is the time that is tested
+        a.cues.calls.clear()
+        a.tcp.links[0].let_go(1)
+        await eventually(lambda: a.cues.calls == ["acquire_grant"])
+        a.tcp.statuses = [Status.WR_FLUSH_ERR]
+        a.tcp.let_go()
+        await eventually(lambda: count(a, "slice") == 1)
+        gate.set()
+        assert (await outcome(transfer)).state is State.SUCCEEDED
+        assert "release_grants" in a.cues.calls
+        assert "acquire_grant" in a.cues.calls[a.cues.calls.index("release_grants") :]
 
 
 @pytest.mark.parametrize("retry_for", [0.0, 0.1])

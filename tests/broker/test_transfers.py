@@ -151,7 +151,7 @@ async def test_a_timeout_and_a_cancel_hold_for_requests_that_are_on_the_way(pair
     a, b = pair
     source, sink = await region(a, 4 * MIB, data=noise(4 * MIB)), await region(b, 4 * MIB)
     a.tcp.hold = True
-    transfer = await start(a, whole(source, sink), timeout=0.02)
+    transfer = await start(a, whole(source, sink), timeout=0.25)
     await eventually(lambda: transfer.facts.state is State.FENCING)
     assert not transfer.ended.is_set()
     a.tcp.let_go()

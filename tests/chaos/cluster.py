@@ -3,7 +3,8 @@
 Rules of this file:
 
 * Every daemon reaches every other one only over wires: one for each pair's gRPC, one for each node's tcp fabric.
-* Times are short, so that what is given up is given up within a run; nothing else differs from a real daemon.
+* Times are short, and little is remembered of what ended, so that what is given up is given up within a run, and what
+  grows is seen; nothing else differs from a real daemon.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ size = "1GiB"
 [region]
 max_regions = {LIMIT}
 [transfer]
-grant_ttl = "2s"
+grant_ttl = "6s"
 retry_for = "3s"
 link_idle = "1s"
+keep_ended = 200
 [shutdown]
 grace = "2s"
 """

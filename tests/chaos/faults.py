@@ -122,7 +122,7 @@ class Injector:
             self._revive()
 
     def _break(self, kind: str, node: str) -> None:
-        cluster, pause = self._cluster, self._random.choice((0.05, 0.3, 0.8, 2.5))
+        cluster, pause = self._cluster, self._random.choice((0.05, 0.3, 0.8, 1.5, 2.5))
         if kind == "daemon killed":
             self._kill(node, pause)
         elif kind == "daemon stopped":

@@ -20,13 +20,13 @@ from tests.e2e.conftest import DEVICE, check_log
 from tests.e2e.support import MIB, eventually, holdings, moving
 
 BIG = 384 * MIB
-STALL, GRANT, RETRY = 0.5, 2.0, 1.0
+STALL, GRANT, RETRY = 0.5, 2.0, 0.2
 BOUND = STALL + GRANT + RETRY + 4.0
 """Seconds until a remote node that stands still is given up, fence and slack of clocks included."""
 ENVIRON = {
     "PEERMEM_TCP_STALL_TIMEOUT": "500ms",
     "PEERMEM_TRANSFER_GRANT_TTL": "2s",
-    "PEERMEM_TRANSFER_RETRY_FOR": "1s",
+    "PEERMEM_TRANSFER_RETRY_FOR": "200ms",
     "PEERMEM_SHUTDOWN_GRACE": "1s",
 }
 

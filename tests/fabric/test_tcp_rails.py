@@ -111,7 +111,8 @@ async def test_a_rail_that_breaks_again_and_again_is_set_aside_for_longer_each_t
         await link.close()
 
 
-async def test_a_link_that_the_far_end_forgot_goes_down(fabric: TcpFabric) -> None:
+@pytest.mark.parametrize("answer", ["none", "another link"])
+async def test_a_link_that_the_far_end_forgot_goes_down(fabric: TcpFabric, answer: str) -> None:
     met = 0
 
     async def first_stays(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -120,9 +121,14 @@ async def test_a_link_that_the_far_end_forgot_goes_down(fabric: TcpFabric) -> No
         if met == 1:
             await reader.read()
 
+    async def another(offer: LinkAttributes) -> LinkAttributes:
+        link_id = b"j" * 16 if offer.link_id else b"i" * 16
+        return LinkAttributes(FabricKind.TCP, offer.rails, link_id, address, b"s" * 32)
+
     async with impostor(first_stays) as address:
         events = Recorder()
-        await fabric.connect(answering(address, 2, LinkNotFound("Not here.")), events, 2)
+        exchange = answering(address, 2, LinkNotFound("Not here.")) if answer == "none" else another
+        await fabric.connect(exchange, events, 2)
         await eventually(lambda: events.ends == [LinkEnd.REMOTE_CLOSED])
 
 

@@ -272,7 +272,7 @@ class LegRun:
     def broke(self, ranges: Ranges, error: PeermemError) -> None:
         """See StagedLeg."""
         if isinstance(error, BREAKS) and self._host.machine.error is None:
-            self._lose(ranges, error, written=self._opcode is Opcode.WRITE)
+            self._lose(ranges, error)
         else:
             # a call without an answer may still be carried out at the far end
             late = isinstance(error, NodeUnreachable) and self._opcode is Opcode.WRITE
@@ -296,8 +296,7 @@ class LegRun:
             self._renew()
             self._refused = True
         elif flushed and machine.error is None:
-            cause = cause_of(status, self.leg, self.fabric, self.link)
-            self._lose(ranges, cause, written=self._opcode is Opcode.WRITE)
+            self._lose(ranges, cause_of(status, self.leg, self.fabric, self.link))
         else:
             if status is Status.LOC_PROT_ERR and self._region.path is Path.DMABUF:
                 self._region.is_out_of_reach = True
@@ -305,12 +304,10 @@ class LegRun:
             machine.broken(self._index, error, flushed=flushed and self._opcode is Opcode.WRITE)
         self._came_back()
 
-    def _lose(self, ranges: Ranges, cause: PeermemError, *, written: bool) -> None:
+    def _lose(self, ranges: Ranges, cause: PeermemError) -> None:
         """Have a slice posted again when the break is mended."""
-        if written:
-            self._host.machine.lost(self._index, ranges)
-        else:
-            self._host.machine.refused(self._index, ranges)
+        machine = self._host.machine
+        (machine.lost if self._opcode is Opcode.WRITE else machine.refused)(self._index, ranges)
         self._links.faults.broke(self.fabric, Broken.SLICE)
         self._renewal.broke(cause)
         self._renew()
@@ -358,6 +355,10 @@ class LegRun:
     async def reconnect(self) -> None:
         """See SuppliedLeg."""
         self.link = await self._links.get(self.leg.other.node, self.fabric)
+
+    def disconnect(self) -> None:
+        """See SuppliedLeg."""
+        self._links.discard(self.link)
 
     def vanished(self, error: RegionNotFound) -> PeermemError:
         """See SuppliedLeg."""

@@ -115,22 +115,30 @@ class Relay:
                 self._cancel_there(self._there)
 
     async def _create(self) -> TransferFacts:
-        """Start it there. Asked again it is the same transfer, so a request without an answer is repeated."""
+        """Start it there. Asked again it is the same transfer, so a request without an answer is repeated; what is
+        refused then, an earlier run of that daemon may have begun."""
         began = time.monotonic()
+        lost: NodeUnreachable | None = None
         while True:
             try:
                 await reach("relay.create")
                 return await self._remote.create_transfer(self._request, self.facts.name.id, self.subject)
             except NodeUnreachable as error:
-                if error.metadata.get("code") != "DEADLINE_EXCEEDED":
+                if error.metadata.get("code") != "DEADLINE_EXCEEDED" and lost is None:
                     raise
+                lost = error
                 if self._wish is not None or time.monotonic() - began > _PATIENCE:
                     raise self._lost(error) from error
+                await asyncio.sleep(_RETRY)
+            except PeermemError as error:
+                raise self._lost(lost, error) if lost is not None else error from None
 
-    def _lost(self, error: NodeUnreachable) -> NodeUnreachable:
+    def _lost(self, error: NodeUnreachable, refusal: PeermemError | None = None) -> NodeUnreachable:
         there = f"{self._there}" if self._there else "the transfer that it was asked for"
+        again = f" Asked again it refused: {refusal.message}" if refusal is not None else ""
         return NodeUnreachable(
-            f"Contact to nodes/{self._node} is lost: {error.message} If that daemon lives, {there} may go on there.",
+            f"Contact to nodes/{self._node} is lost: {error.message}{again} If that daemon lives, {there} may go on "
+            "there.",
             node=self._node,
             executed_by=self._there or "",
         )

@@ -56,6 +56,9 @@ class SuppliedLeg(Protocol):
     async def reconnect(self) -> None:
         """Have a link that is up. Raises as LinkTable.get."""
 
+    def disconnect(self) -> None:
+        """Have another link next time: the far end does not know this one."""
+
     async def acquire(self) -> None:
         """Have a fresh grant. Raises as OutboundLink.grant, RegionDeleted, OutOfRange."""
 
@@ -138,6 +141,8 @@ class Renewal:
                 return self._leg.vanished(error)
             except BREAKS as error:
                 last = error
+                if not isinstance(error, NodeUnreachable):
+                    self._leg.disconnect()
             except PeermemError as error:
                 return error
             self.broke(last)
@@ -151,11 +156,13 @@ class Renewal:
         return self._patience.left(asyncio.get_running_loop().time()) if self._cause is not None else None
 
     async def _attempt(self) -> None:
-        if self.is_broken:
+        if not self.is_broken:
+            await self._leg.acquire()
+        if self.is_broken:  # since before, or since a grant was asked for
             await reach("slice.mend")
             await self._leg.settle()
             await self._leg.reconnect()
-        await self._leg.acquire()
+            await self._leg.acquire()
         self.is_broken = self.is_due = False
         self._refused_at = None
         self._leg.go_on()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peermem.core.errors import FabricUnavailable, NodeUnreachable, NotSupported, PeermemError
+from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable, NotSupported, PeermemError
 from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.fabric import frames
 from peermem.fabric.base import Exchange, FabricLimits, LinkEvents, Proof
@@ -142,6 +142,8 @@ class TcpFabric(NicLess):
         async def redial() -> socket.socket:
             async with one_at_a_time:
                 anew = await exchange(LinkAttributes(FabricKind.TCP, 1, answer.link_id))
+                if anew.link_id != answer.link_id:
+                    raise LinkNotFound("The remote node answered with another link than the one to rebuild.")
                 return (await self._dial(anew, 1))[0]
 
         link = TcpLink(socks, redial, events, self._pace, self._stall_timeout, self._links.discard)
