@@ -21,6 +21,7 @@ from peermem.broker.broker import Broker
 from peermem.broker.guard import Guard
 from peermem.broker.sessions import SessionTable
 from peermem.core.errors import NodeNotFound, NotMappable, PeermemError
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import ADOPTED, NicPort, NodeFacts
@@ -275,13 +276,10 @@ class DirectRemote:
         await self.cues.pass_through("close_link")
         await self._broker.serving.close_link(link_id)
 
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
+    async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         await self.cues.pass_through("acquire_grant")
-        return await self._broker.serving.acquire(
-            link_id, epoch, region, right, subject.vouched_for(self._here), staged=staged
-        )
+        wanted = wanted._replace(subject=wanted.subject.vouched_for(self._here))
+        return await self._broker.serving.acquire(link_id, epoch, wanted)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         await self.cues.pass_through("release_grants")

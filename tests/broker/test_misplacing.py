@@ -42,7 +42,7 @@ async def moved(
     for read, write, length in zip(*lists, strict=True):
         expected[write : write + length] = DATA[read : read + length]
     segments: SegmentList = columns(source.name, sink.name, *lists)
-    for _ in range(2):  # the second one finds the grants and buffers of the first
+    for _ in range(2):  # the second one finds the link and the buffers of the first
         facts = await outcome(await start(asked, segments, checksum=True))
         assert (facts.state, facts.error, facts.fabric) == (State.SUCCEEDED, None, FabricKind.VERBS)
     assert await content(sink_host, sink) == expected

@@ -18,7 +18,8 @@ def links(channel: grpc.Channel) -> link_pb2_grpc.LinkServiceStub:
 
 def grant(opened: link_pb2.OpenLinkResponse, name: str, **changes: object) -> link_pb2.AcquireGrantRequest:
     fields = {"link_id": opened.link_id, "epoch": opened.epoch, "region": name, "right": link_pb2.RIGHT_READ}
-    return link_pb2.AcquireGrantRequest(**{**fields, "subject": "anonymous@b", **changes})  # type: ignore[arg-type]
+    fields |= {"subject": "anonymous@b", "offset": 10, "length": 20}
+    return link_pb2.AcquireGrantRequest(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_link_calls_with_wrong_ids_epochs_and_rights(
@@ -36,6 +37,10 @@ def test_link_calls_with_wrong_ids_epochs_and_rights(
         ({"region": "x"}, errors.InvalidField),
         ({"subject": "uid:0"}, errors.InvalidField),
         ({"subject": ""}, errors.InvalidField),
+        ({"length": 0}, errors.InvalidField),
+        ({"offset": x.length, "length": 1}, errors.OutOfRange),
+        ({"offset": 0, "length": x.length + 1}, errors.OutOfRange),
+        ({"offset": 2**64 - 1, "length": 2**64 - 1}, errors.OutOfRange),
     ):
         with pytest.raises(grpc.RpcError) as caught:
             links.AcquireGrant(grant(opened, x.name, **change))
@@ -52,6 +57,10 @@ def test_link_calls_with_wrong_ids_epochs_and_rights(
             link_pb2.ChecksumRequest(
                 link_id=opened.link_id, grant_id=granted.grant_id, offsets=[2**64 - 1], lengths=[2]
             ),
+            errors.OutOfRange,
+        ),
+        (
+            link_pb2.ChecksumRequest(link_id=opened.link_id, grant_id=granted.grant_id, offsets=[0], lengths=[21]),
             errors.OutOfRange,
         ),
         (

@@ -11,6 +11,7 @@ import pytest
 from peermem.app import App
 from peermem.config import Attach, Config, DeviceSize, Grpc, Http, ListenAddress, Memfd, Name, SocketPath, Tcp
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
 from peermem.core.segments import columns
@@ -92,12 +93,12 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
     assert (opened.epoch, link.rails, len(link.link_id), len(link.secret)) == (facts.epoch, 2, 16, 32)
     assert (await b.node_facts()).link_count == 1
     with pytest.raises(errors.RegionNotFound) as caught:
-        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, Subject("uid:7"), staged=False)
+        await b.acquire_grant(link.link_id, opened.epoch, Wanted(NOWHERE, Rights.READ, Subject("uid:7"), 0, 1))
     assert caught.value.metadata["region"] == str(NOWHERE)
     with pytest.raises(errors.StaleEpoch):
-        await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS, staged=False)
+        await b.acquire_grant(link.link_id, "old", Wanted(NOWHERE, Rights.WRITE, ANONYMOUS, 0, 1))
     with pytest.raises(errors.LinkNotFound):
-        await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS, staged=True)
+        await b.acquire_grant(b"x" * 16, opened.epoch, Wanted(NOWHERE, Rights.READ, ANONYMOUS, 0, 1, staged=True))
     with pytest.raises(errors.GrantRefused):
         await b.checksum(link.link_id, 1, [0], [1], 0)
     with pytest.raises(errors.GrantRefused):

@@ -6,6 +6,7 @@ from peermem.api.calls import Context
 from peermem.api.identity import spoken_subject
 from peermem.broker.serving import Serving
 from peermem.core.errors import FabricUnavailable, InvalidField
+from peermem.core.grant import Wanted
 from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.v1 import link_pb2, link_pb2_grpc
@@ -47,15 +48,17 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         """See the contract."""
         if request.right not in _RIGHTS:
             raise InvalidField("right must be READ or WRITE.", field="right")
-        granted = await self._serving.acquire(
-            request.link_id,
-            request.epoch,
+        if not request.length:
+            raise InvalidField("length must be at least 1 byte.", field="length")
+        wanted = Wanted(
             parse_region(request.region, "region"),
             _RIGHTS[request.right],
             spoken_subject(request.subject, "subject"),
-            staged=request.staged,
+            request.offset,
+            request.length,
+            request.staged,
         )
-        return grant_to_proto(granted)
+        return grant_to_proto(await self._serving.acquire(request.link_id, request.epoch, wanted))
 
     async def ReleaseGrants(
         self, request: link_pb2.ReleaseGrantsRequest, context: Context

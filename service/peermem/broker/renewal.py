@@ -58,8 +58,8 @@ class SuppliedLeg(Protocol):
     async def acquire(self) -> None:
         """Have a fresh grant. Raises as OutboundLink.grant, RegionDeleted, OutOfRange."""
 
-    def vanished(self, error: RegionNotFound) -> PeermemError:
-        """Return why the transfer fails when the region is not there."""
+    def vanished(self) -> PeermemError:
+        """Return why the transfer fails when the region is not there any more."""
 
     def go_on(self) -> None:
         """Post slices again."""
@@ -130,8 +130,8 @@ class Renewal:
                     return None
             except TimeoutError:
                 return self._given_up(last)
-            except RegionNotFound as error:
-                return self._leg.vanished(error)
+            except RegionNotFound:
+                return self._leg.vanished()
             except BREAKS as error:
                 last = error
             except PeermemError as error:

@@ -9,11 +9,12 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import GrantedKey, LinkAttributes, Rights
+from peermem.core.types import GrantedKey, LinkAttributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,11 @@ class GrantSource(Protocol):
     async def close_link(self, link_id: bytes) -> None:
         """End a link and its grants. Unknown ids are no error."""
 
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
-        """Get the right to a whole region, `staged` by way of a staging buffer whatever its path is.
+    async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
+        """Get the right to a range of a region.
 
-        Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, FabricUnavailable, LinkNotFound, StaleEpoch,
-        LimitReached.
+        Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, OutOfRange, FabricUnavailable, LinkNotFound,
+        StaleEpoch, LimitReached.
         """
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
@@ -54,8 +53,8 @@ class GrantSource(Protocol):
     ) -> None:
         """Copy between the staging buffer of a grant and its region.
 
-        `pieces` are (offset in the region, offset in the buffer, length). Raises GrantRefused, OutOfRange,
-        RegionDeleted, RegionRevoked.
+        `pieces` are (offset in the region from the grant's first byte, offset in the buffer, length). Raises
+        GrantRefused, OutOfRange, RegionDeleted, RegionRevoked.
         """
 
     async def flush(self, link_id: bytes, grant_id: int) -> None:
@@ -65,7 +64,10 @@ class GrantSource(Protocol):
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:
-        """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange."""
+        """Return the CRC32C of ranges under a grant, on top of `initial`. `offsets` are from the grant's first byte.
+
+        Raises GrantRefused, OutOfRange.
+        """
 
 
 class RemoteNode(GrantSource, Protocol):

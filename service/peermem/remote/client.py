@@ -23,6 +23,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
@@ -140,17 +141,17 @@ class GrpcRemoteNode:
         """See GrantSource."""
         await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
 
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
+    async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """See GrantSource."""
         request = link_pb2.AcquireGrantRequest(
             link_id=link_id,
             epoch=epoch,
-            region=str(region),
-            right=link_pb2.RIGHT_WRITE if right is Rights.WRITE else link_pb2.RIGHT_READ,
-            subject=self._on_behalf(subject),
-            staged=staged,
+            region=str(wanted.region),
+            right=link_pb2.RIGHT_WRITE if wanted.right is Rights.WRITE else link_pb2.RIGHT_READ,
+            subject=self._on_behalf(wanted.subject),
+            offset=wanted.offset,
+            length=wanted.length,
+            staged=wanted.staged,
         )
         grant = await self._call(self._now.links.AcquireGrant(request, timeout=_DEADLINE))
         with self._faults():

@@ -232,6 +232,8 @@ class AcquireGrantRequest(_message.Message):
     RIGHT_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """From OpenLinkResponse."""
     epoch: _builtins.str
@@ -246,6 +248,10 @@ class AcquireGrantRequest(_message.Message):
     """
     staged: _builtins.bool
     """Asks for a staging buffer instead of the region's memory itself."""
+    offset: _builtins.int
+    """The first byte to open, from the region's start, bytes."""
+    length: _builtins.int
+    """How much to open, bytes; at least 1."""
     def __init__(
         self,
         *,
@@ -255,10 +261,12 @@ class AcquireGrantRequest(_message.Message):
         right: Global___Right.ValueType = ...,
         subject: _builtins.str = ...,
         staged: _builtins.bool = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "link_id", b"link_id", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "length", b"length", "link_id", b"link_id", "offset", b"offset", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -266,7 +274,7 @@ Global___AcquireGrantRequest: _TypeAlias = AcquireGrantRequest  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """A time-limited right to a region. Holds a key: never logged or passed on."""
+    """A time-limited right to a range of a region. Holds a key: never logged or passed on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -277,7 +285,6 @@ class Grant(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     REGION_UID_FIELD_NUMBER: _builtins.int
     RAILS_FIELD_NUMBER: _builtins.int
-    REGION_LENGTH_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
     ALIGNMENT_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
@@ -286,15 +293,13 @@ class Grant(_message.Message):
     rkey: _builtins.int
     """What a work request presents to the fabric."""
     address: _builtins.int
-    """Address of the region's first byte as the fabric counts it."""
+    """Address of the first byte that the key opens, as the fabric counts it."""
     length: _builtins.int
-    """Bytes."""
+    """Bytes that the key opens: those asked for, or those of a staging buffer."""
     region_uid: _builtins.int
     """Tells the region from others that had or will have its name: a transfer's bytes go to one of them."""
-    region_length: _builtins.int
-    """Bytes of the region. `length` is less where the key opens a staging buffer instead."""
     staged: _builtins.bool
-    """Whether the key opens a staging buffer, between which and the region CopyStaged copies."""
+    """Whether the key opens a staging buffer, between which and the range CopyStaged copies."""
     alignment: _builtins.int
     """Bytes at whose multiples packets have to begin in the region for the NIC to place them right; 0
     stands for 1. What begins elsewhere needs a staging buffer.
@@ -321,14 +326,13 @@ class Grant(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         region_uid: _builtins.int = ...,
         rails: _abc.Iterable[Global___RailKey] | None = ...,
-        region_length: _builtins.int = ...,
         staged: _builtins.bool = ...,
         alignment: _builtins.int = ...,
         flush: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,7 +457,7 @@ class CopyStagedRequest(_message.Message):
     """Whether bytes go from the staging buffer into the region; else out of the region."""
     @_builtins.property
     def region_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Offsets in the region, bytes."""
+        """Offsets in the region from the grant's first byte, bytes."""
 
     @_builtins.property
     def buffer_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -92,8 +92,9 @@ class LinkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcquireGrant(self, request, context):
-        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
+        """Gives the link a time-limited right to a range of a region of this node, for one leg of one transfer.
+        Errors: REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND,
+        STALE_EPOCH, LIMIT_REACHED, FABRIC_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,7 +109,7 @@ class LinkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CopyStaged(self, request, context):
-        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
         Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

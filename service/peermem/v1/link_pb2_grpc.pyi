@@ -40,15 +40,16 @@ class LinkServiceStub:
     CloseLink: _grpc.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
     AcquireGrant: _grpc.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]
-    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
+    """Gives the link a time-limited right to a range of a region of this node, for one leg of one transfer.
+    Errors: REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND,
+    STALE_EPOCH, LIMIT_REACHED, FABRIC_UNAVAILABLE.
     """
     ReleaseGrants: _grpc.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
     fence. A grant that is gone already is no error.
     """
     CopyStaged: _grpc.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]
-    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Flush: _grpc.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]
@@ -73,15 +74,16 @@ class LinkServiceAsyncStub(LinkServiceStub):
     CloseLink: _aio.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]  # type: ignore[assignment]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
     AcquireGrant: _aio.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]  # type: ignore[assignment]
-    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
+    """Gives the link a time-limited right to a range of a region of this node, for one leg of one transfer.
+    Errors: REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND,
+    STALE_EPOCH, LIMIT_REACHED, FABRIC_UNAVAILABLE.
     """
     ReleaseGrants: _aio.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]  # type: ignore[assignment]
     """Ends grants. After the answer no byte is written or read under them any more: this is the
     fence. A grant that is gone already is no error.
     """
     CopyStaged: _aio.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]  # type: ignore[assignment]
-    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Flush: _aio.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]  # type: ignore[assignment]
@@ -121,8 +123,9 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.AcquireGrantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.Grant, _abc.Awaitable[_link_pb2.Grant]]:
-        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
+        """Gives the link a time-limited right to a range of a region of this node, for one leg of one transfer.
+        Errors: REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND,
+        STALE_EPOCH, LIMIT_REACHED, FABRIC_UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -141,7 +144,7 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.CopyStagedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.CopyStagedResponse, _abc.Awaitable[_link_pb2.CopyStagedResponse]]:
-        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
         Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
 
