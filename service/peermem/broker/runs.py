@@ -166,7 +166,7 @@ class TransferRun:
     async def _work(self, links: LinkTable) -> None:
         await reach("transfer.begin")
         if self.machine.error is None:
-            await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in self._legs)))
+            await self._prepare(links)
         await reach("transfer.prepared")
         if self.machine.error is None:
             self.machine.start([leg.slices() for leg in self._legs])
@@ -180,6 +180,14 @@ class TransferRun:
             await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
         if self._request.checksum and self.machine.error is None:
             await self._unless_failed(asyncio.ensure_future(self._verify()))
+
+    async def _prepare(self, links: LinkTable) -> None:
+        preparing = [asyncio.get_running_loop().create_task(leg.prepare(links)) for leg in self._legs]
+        try:
+            await self._unless_failed(asyncio.gather(*preparing))
+        finally:  # one leg that fails leaves the others nothing to do
+            for leg in preparing:
+                leg.cancel()
 
     async def _verify(self) -> None:
         value = 0
