@@ -285,6 +285,11 @@ class DirectRemote:
         await self.cues.pass_through("release_grants")
         await self._broker.serving.release(link_id, grant_ids)
 
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        self.cues.calls.append("give_back")
+        if "give_back" not in self.cues.faults:
+            self._broker.serving.release_soon(link_id, grant_id)
+
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
     ) -> None:

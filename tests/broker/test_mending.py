@@ -48,7 +48,8 @@ async def test_slices_that_came_back_are_posted_again_behind_a_fence(pair: list[
     assert count(a, "slice") == 3
     await eventually(lambda: b.broker.serving.grant_count == 0)
     calls = [call for call in a.cues.calls if call != "checksum"]
-    assert calls == ["open_link", *["acquire_grant", "release_grants"] * 2]
+    first = "release_grants" if way == "push" else "give_back"  # bytes that may land late are fenced
+    assert calls == ["open_link", "acquire_grant", first, "acquire_grant", "give_back"]
 
 
 async def test_a_transfer_goes_on_over_a_new_link(pair: list[Host]) -> None:

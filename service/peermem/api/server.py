@@ -70,6 +70,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ),
         )
+        self._link = services.link
         self._health = health_aio.HealthServicer()
         node_pb2_grpc.add_NodeServiceServicer_to_server(services.node, self._server)
         region_pb2_grpc.add_RegionServiceServicer_to_server(services.region, self._server)
@@ -99,6 +100,7 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Take no more calls, let running ones end within `grace` seconds, then break them."""
+        self._link.close()
         await self._server.stop(grace)
 
     def _listen_unix(self, path: str) -> None:

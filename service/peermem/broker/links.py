@@ -4,8 +4,7 @@ Rules of this file:
 
 * The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
   share it by bytes (`turns`). At most the fabric's window is outstanding.
-* A grant is for whoever asked for it, and is kept for nobody else. The far end is told when it is released, in one
-  call for all of a turn; when that fails, its time ends it.
+* A grant is for whoever asked for it, and is kept for nobody else.
 * A link that goes down completes all it had. One whose rail broke goes on with its other rails.
 * A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
   grant's time is over: silence proves nothing.
@@ -107,11 +106,8 @@ class OutboundLink:
         self._link_id = b""
         self._epoch = ""
         self._held: set[HeldGrant] = set()
-        self._acquiring: set[asyncio.Task[HeldGrant]] = set()
-        self._released: list[int] = []
-        """Grants, by their ids, of which the far end is to be told that they are released."""
-        self._releasing: asyncio.Task[None] | None = None
-        self._closed = False
+        self._acquiring = 0
+        """Grants that are on their way."""
         size, window = fabric.limits.slice_bytes, fabric.limits.window_bytes
         self._turns = Turns[Worker](size, window, min(window, _SHARED_SLICES * size), clock)
         self._resuming: asyncio.TimerHandle | None = None
@@ -151,24 +147,14 @@ class OutboundLink:
 
     async def grant(self, wanted: Wanted) -> HeldGrant:
         """Return a new grant, which is the caller's until `release` or `fence`. Raises as acquire_grant."""
-        task = asyncio.get_running_loop().create_task(self._acquire(wanted))
-        self._acquiring.add(task)
-        task.add_done_callback(self._acquiring.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._unwanted)
-            raise
-
-    def _unwanted(self, acquiring: asyncio.Task[HeldGrant]) -> None:
-        if not acquiring.cancelled() and acquiring.exception() is None:
-            self.release(acquiring.result())
-
-    async def _acquire(self, wanted: Wanted) -> HeldGrant:
         await reach("grant.acquire")
         before = self._clock()
-        granted = await self.source.acquire_grant(self._link_id, self._epoch, wanted)
-        self.used_at = self._clock()
+        self._acquiring += 1
+        try:
+            granted = await self.source.acquire_grant(self._link_id, self._epoch, wanted)
+        finally:
+            self._acquiring -= 1
+            self.used_at = self._clock()
         held = HeldGrant(
             self,
             granted.grant_id,
@@ -186,33 +172,14 @@ class OutboundLink:
 
     def release(self, held: HeldGrant) -> None:
         """Have a grant ended soon, under which nothing is under way; a second time is no error."""
-        if held not in self._held:
-            return
-        self._let_go(held)
-        if self._closed:  # and with it all of its grants
-            return
-        self._released.append(held.grant_id)
-        if self._releasing is None:
-            self._releasing = asyncio.get_running_loop().create_task(self._release())
+        if held in self._held:
+            self._let_go(held)
+            self.source.give_back(self._link_id, held.grant_id)
 
     def _let_go(self, held: HeldGrant) -> None:
         held.released = True
         self._held.discard(held)
         self.used_at = self._clock()
-
-    async def _release(self) -> None:
-        try:
-            while self._released:
-                told, self._released = self._released[:_TOLD_AT_ONCE], self._released[_TOLD_AT_ONCE:]
-                try:
-                    async with asyncio.timeout(_FENCE_TIMEOUT):
-                        await self.source.release_grants(self._link_id, told)
-                except (TimeoutError, PeermemError):
-                    pass  # the far end ends them when their time is over
-        except Exception:
-            log.exception("release_defect", node=self.node)
-        finally:
-            self._releasing = None
 
     async def fence(self, held: HeldGrant) -> None:
         """Return when no byte can move any more under a grant."""
@@ -321,10 +288,7 @@ class OutboundLink:
         self._fill()
 
     async def close(self) -> None:
-        """Close both ends, and end all grants. The far end being gone is no error."""
-        self._closed = True
-        if self._releasing is not None:
-            self._releasing.cancel()
+        """Close both ends. The far end being gone is no error."""
         if self._link is not None:
             await self._link.close()
         if self._link_id:
@@ -334,8 +298,6 @@ class OutboundLink:
                     await self.source.close_link(self._link_id)
             except (TimeoutError, PeermemError):
                 pass  # the far end ends the link itself when its connections close
-        if self._acquiring:
-            await asyncio.wait(list(self._acquiring))
 
 
 _SHARED_SLICES = 4
@@ -343,8 +305,6 @@ _SHARED_SLICES = 4
 _FENCE_TIMEOUT = 2.0
 _FENCE_PAUSE = 0.05
 """Seconds between the first two attempts to raise a fence."""
-_TOLD_AT_ONCE = 1000
-"""Grants that one call releases, at most."""
 _CLOCK_SLACK = 1.0
 """Seconds that two monotonic clocks may part by within a grant's time."""
 _RANGE_COST = 4096

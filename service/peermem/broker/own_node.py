@@ -34,6 +34,10 @@ class OwnNode:
         """See GrantSource."""
         await self._serving.release(link_id, grant_ids)
 
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        """See GrantSource."""
+        self._serving.release_soon(link_id, grant_id)
+
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
     ) -> None:

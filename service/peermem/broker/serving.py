@@ -95,7 +95,7 @@ class Serving:
         self._links: dict[bytes, _AcceptedLink] = {}
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
-        self._making: dict[Region, set[asyncio.Task[GrantedKey]]] = {}
+        self._making: dict[Region, set[asyncio.Future[None]]] = {}
         """Grants that a fabric is about to make, by region."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -160,10 +160,18 @@ class Serving:
             )
         if link.fabric.kind not in region.fabrics:
             raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
-        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, wanted))
-        self._making.setdefault(region, set()).add(making)
-        making.add_done_callback(lambda task: self._made(region, task))
-        return await asyncio.shield(making)
+        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._making.setdefault(region, set()).add(made)
+        try:
+            return await self._make(link_id, link, region, wanted)
+        except RegionRevoked:
+            self._taken_back(region)
+            raise
+        finally:
+            made.set_result(None)
+            self._making[region].discard(made)
+            if not self._making[region]:
+                del self._making[region]
 
     async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
         await reach("grant.make")
@@ -185,13 +193,6 @@ class Serving:
             region.reach.way.alignment,
             wanted.right is Rights.WRITE and grant.staging is None and region.memory.needs_flush,
         )
-
-    def _made(self, region: Region, making: asyncio.Task[GrantedKey]) -> None:
-        self._making[region].discard(making)
-        if not self._making[region]:
-            del self._making[region]
-        if not making.cancelled() and isinstance(making.exception(), RegionRevoked):
-            self._taken_back(region)
 
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, wanted: Wanted) -> _Grant:
         staging = None
@@ -216,6 +217,10 @@ class Serving:
             await ending[0]
         else:
             await asyncio.gather(*ending)  # they share the fences of their rails
+
+    def release_soon(self, link_id: bytes, grant_id: int) -> None:
+        """End a grant of a link, and wait for nothing."""
+        self._spawn(self.release(link_id, [grant_id]))
 
     async def revoke_region(self, region: Region) -> None:
         """End all grants on a region that ends; afterwards no byte of it moves under them."""

@@ -39,7 +39,7 @@ class GrantSource(Protocol):
         """End a link and its grants. Unknown ids are no error."""
 
     async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
-        """Get the right to a range of a region.
+        """Get the right to a range of a region. For a caller that is cancelled nothing stays granted.
 
         Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, OutOfRange, FabricUnavailable, LinkNotFound,
         StaleEpoch, LimitReached.
@@ -47,6 +47,9 @@ class GrantSource(Protocol):
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants; when this returns, no byte moves under them any more."""
+
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        """Have a grant ended soon, under which nothing is under way. Where that fails, its time ends it."""
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool

@@ -30,6 +30,7 @@ from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import GrantedKey, LinkAttributes, Rights
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
+from peermem.remote.grants import GrantExchange
 from peermem.v1 import link_pb2, link_pb2_grpc, node_pb2, node_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
 from peermem.wire_links import grant_from_proto, opened_from_proto, queue_pairs_to_proto
@@ -112,6 +113,9 @@ class GrpcRemoteNode:
         self._epoch = epoch
         self._closing: set[asyncio.Task[None]] = set()
         self._connection = _Connection(address)
+        self._links: set[bytes] = set()
+        """Open ones; the exchange of grants ends with the last."""
+        self._exchange: GrantExchange | None = None
 
     @property
     def _now(self) -> _Connection:
@@ -135,15 +139,40 @@ class GrpcRemoteNode:
         )
         answer = await self._call(self._now.links.OpenLink(request, timeout=_DEADLINE))
         with self._faults():
-            return OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
+            opened = OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
+        self._links.add(opened.attributes.link_id)
+        return opened
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
-        await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+        try:
+            await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+        finally:
+            self._links.discard(link_id)
+            if not self._links:
+                await self._end_exchange()
+
+    async def _end_exchange(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            await exchange.close()
+
+    @property
+    def _grants(self) -> GrantExchange:
+        """The call to ask for grants on."""
+        if self._exchange is None or self._exchange.is_over:
+            self._exchange = GrantExchange(self._now.links.ExchangeGrants(), self._broken)
+        return self._exchange
+
+    def _broken(self, cause: BaseException) -> PeermemError:
+        if isinstance(cause, grpc.aio.AioRpcError):
+            return self._fault(cause)
+        code = "DEADLINE_EXCEEDED" if isinstance(cause, TimeoutError) else "UNAVAILABLE"
+        return self._unreachable(code, str(cause) or "the connection was given up")
 
     async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """See GrantSource."""
-        request = link_pb2.AcquireGrantRequest(
+        question = link_pb2.AcquireGrant(
             link_id=link_id,
             epoch=epoch,
             region=str(wanted.region),
@@ -153,14 +182,18 @@ class GrpcRemoteNode:
             length=wanted.length,
             staged=wanted.staged,
         )
-        grant = await self._call(self._now.links.AcquireGrant(request, timeout=_DEADLINE))
+        grant = await self._grants.acquire(question, _DEADLINE)
         with self._faults():
             return grant_from_proto(grant)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
-        request = link_pb2.ReleaseGrantsRequest(link_id=link_id, grant_ids=grant_ids)
-        await self._call(self._now.links.ReleaseGrants(request, timeout=_DEADLINE))
+        await self._grants.release(link_id, grant_ids, _DEADLINE)
+
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        """See GrantSource."""
+        if self._exchange is not None and not self._exchange.is_over:  # else its link broke as well
+            self._exchange.give_back(link_id, [grant_id])
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
@@ -225,6 +258,7 @@ class GrpcRemoteNode:
 
     async def close(self) -> None:
         """See RemoteNode."""
+        await self._end_exchange()
         await asyncio.gather(self._connection.close(), *self._closing)
 
     async def _call(self, call: Awaitable[T]) -> T:

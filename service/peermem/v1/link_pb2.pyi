@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from peermem.v1 import error_pb2 as _error_pb2
 from peermem.v1 import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
 import sys
@@ -221,8 +222,131 @@ class CloseLinkResponse(_message.Message):
 Global___CloseLinkResponse: _TypeAlias = CloseLinkResponse  # noqa: Y015
 
 @_typing.final
-class AcquireGrantRequest(_message.Message):
-    """Request of AcquireGrant."""
+class ExchangeGrantsRequest(_message.Message):
+    """Request of ExchangeGrants: what the caller has to ask for now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantQuestion]:
+        """At most 1024."""
+
+    def __init__(
+        self,
+        *,
+        questions: _abc.Iterable[Global___GrantQuestion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeGrantsRequest: _TypeAlias = ExchangeGrantsRequest  # noqa: Y015
+
+@_typing.final
+class ExchangeGrantsResponse(_message.Message):
+    """Response of ExchangeGrants: what is known by now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantAnswer]:
+        """In any order."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___GrantAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeGrantsResponse: _TypeAlias = ExchangeGrantsResponse  # noqa: Y015
+
+@_typing.final
+class GrantQuestion(_message.Message):
+    """One request for grants, or for their end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ACQUIRE_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The caller's; the answer has the same. 0 wants no answer."""
+    @_builtins.property
+    def acquire(self) -> Global___AcquireGrant:
+        """Make one."""
+
+    @_builtins.property
+    def release(self) -> Global___ReleaseGrants:
+        """End some."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        acquire: Global___AcquireGrant | None = ...,
+        release: Global___ReleaseGrants | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "question", b"question", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "number", b"number", "question", b"question", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["acquire", "release"]  # noqa: Y015
+    _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
+
+Global___GrantQuestion: _TypeAlias = GrantQuestion  # noqa: Y015
+
+@_typing.final
+class GrantAnswer(_message.Message):
+    """The answer to one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the question."""
+    @_builtins.property
+    def grant(self) -> Global___Grant:
+        """What was acquired."""
+
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why not."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        grant: Global___Grant | None = ...,
+        error: _error_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "grant", b"grant", "outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "grant", b"grant", "number", b"number", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["grant", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___GrantAnswer: _TypeAlias = GrantAnswer  # noqa: Y015
+
+@_typing.final
+class AcquireGrant(_message.Message):
+    """Gives a link a time-limited right to a range of a region of the answering node, for one leg of one transfer. Errors:
+    REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND, STALE_EPOCH,
+    LIMIT_REACHED, FABRIC_UNAVAILABLE.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -270,7 +394,7 @@ class AcquireGrantRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AcquireGrantRequest: _TypeAlias = AcquireGrantRequest  # noqa: Y015
+Global___AcquireGrant: _TypeAlias = AcquireGrant  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
@@ -393,8 +517,10 @@ class KeyPart(_message.Message):
 Global___KeyPart: _TypeAlias = KeyPart  # noqa: Y015
 
 @_typing.final
-class ReleaseGrantsRequest(_message.Message):
-    """Request of ReleaseGrants."""
+class ReleaseGrants(_message.Message):
+    """Ends grants of a link. After the answer no byte is written or read under them any more: this is the fence. A grant
+    that is gone already is no error.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -418,24 +544,7 @@ class ReleaseGrantsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReleaseGrantsRequest: _TypeAlias = ReleaseGrantsRequest  # noqa: Y015
-
-@_typing.final
-class ReleaseGrantsResponse(_message.Message):
-    """Response of ReleaseGrants."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleaseGrantsResponse: _TypeAlias = ReleaseGrantsResponse  # noqa: Y015
+Global___ReleaseGrants: _TypeAlias = ReleaseGrants  # noqa: Y015
 
 @_typing.final
 class CopyStagedRequest(_message.Message):

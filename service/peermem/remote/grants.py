@@ -1,0 +1,131 @@
+"""The ExchangeGrants call: asks another daemon for grants, and for their end.
+
+Rules of this file:
+
+* What is asked for in one turn of the loop goes out in one message.
+* A caller that is gone gets no grant: one that comes for it nevertheless is given back.
+* When the call breaks every question fails with its cause; the next one has a new call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from peermem.core.errors import PeermemError
+from peermem.v1 import link_pb2
+from peermem.wire import error_from_proto
+
+Fault = Callable[[BaseException], PeermemError]
+"""Turns what gRPC raises into an error of the other daemon's."""
+
+
+class GrantExchange:
+    """One call."""
+
+    def __init__(self, call: Any, fault: Fault) -> None:
+        """`call` is the open call."""
+        self._call = call
+        self._fault = fault
+        self._loop = asyncio.get_running_loop()
+        self._last = 0
+        self._asked: dict[int, tuple[asyncio.Future[link_pb2.GrantAnswer], bytes]] = {}
+        """What waits for each answer, and of which link it is."""
+        self._questions: list[link_pb2.GrantQuestion] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._reader = self._loop.create_task(self._read())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the call broke or was closed."""
+        return self._reader.done()
+
+    async def acquire(self, question: link_pb2.AcquireGrant, timeout: float) -> link_pb2.Grant:
+        """Return a grant. Raises what the other daemon answers, and NodeUnreachable."""
+        answer = await self._ask(link_pb2.GrantQuestion(acquire=question), question.link_id, timeout)
+        return answer.grant
+
+    async def release(self, link_id: bytes, grant_ids: Sequence[int], timeout: float) -> None:
+        """Return when grants have ended. Raises as `acquire`."""
+        release = link_pb2.ReleaseGrants(link_id=link_id, grant_ids=grant_ids)
+        await self._ask(link_pb2.GrantQuestion(release=release), link_id, timeout)
+
+    def give_back(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
+        """Have grants ended; nobody waits for it."""
+        release = link_pb2.ReleaseGrants(link_id=link_id, grant_ids=grant_ids)
+        self._put(link_pb2.GrantQuestion(release=release))
+
+    async def _ask(self, question: link_pb2.GrantQuestion, link_id: bytes, timeout: float) -> link_pb2.GrantAnswer:
+        self._last += 1
+        question.number = self._last
+        asked: asyncio.Future[link_pb2.GrantAnswer] = self._loop.create_future()
+        self._asked[question.number] = asked, link_id
+        self._put(question)
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await asked
+        except TimeoutError:
+            raise self._fault(TimeoutError(f"no answer within {timeout:g} s")) from None
+        except asyncio.CancelledError:
+            if asked.done() and not asked.cancelled() and asked.exception() is None:
+                self._unwanted(asked.result(), link_id)
+            raise
+        if answer.HasField("error"):
+            raise error_from_proto(answer.error)
+        return answer
+
+    def _put(self, question: link_pb2.GrantQuestion) -> None:
+        self._questions.append(question)
+        if self._writer is None:
+            self._writer = self._loop.create_task(self._write())
+
+    async def _write(self) -> None:
+        """Send what is asked for; a call must not be cancelled while it writes, so that no caller does it itself."""
+        try:
+            while self._questions:
+                questions, self._questions = self._questions[:_AT_ONCE], self._questions[_AT_ONCE:]
+                await self._call.write(link_pb2.ExchangeGrantsRequest(questions=questions))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            self._questions = []  # the reader tells why
+        finally:
+            self._writer = None
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                for answer in message.answers:
+                    self._take(answer)
+            self._fail(EOFError("it ended the exchange of grants"))
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:  # cancelled by `close`, or with the connection
+            self._fail(error)
+
+    def _take(self, answer: link_pb2.GrantAnswer) -> None:
+        if answer.number not in self._asked:
+            return
+        asked, link_id = self._asked.pop(answer.number)
+        if asked.done():  # whoever waited for it is gone
+            self._unwanted(answer, link_id)
+        else:
+            asked.set_result(answer)
+
+    def _unwanted(self, answer: link_pb2.GrantAnswer, link_id: bytes) -> None:
+        if answer.HasField("grant"):
+            self.give_back(link_id, [answer.grant.grant_id])
+
+    def _fail(self, cause: BaseException) -> None:
+        asked, self._asked = self._asked, {}
+        for each, _ in asked.values():
+            if not each.done():
+                each.set_exception(self._fault(cause))
+
+    async def close(self) -> None:
+        """End the call; what was given back and is not sent yet ends with its link."""
+        self._call.cancel()
+        await asyncio.wait([task for task in (self._reader, self._writer) if task is not None])
+
+
+_AT_ONCE = 1024
+"""Questions of one message, at most."""
