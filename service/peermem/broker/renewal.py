@@ -114,12 +114,13 @@ class Renewal:
 
     async def _run(self) -> PeermemError | None:
         try:
-            return await self._get()
+            failure = await self._get()
         except Exception:
             log.exception("renewal_defect", region=str(self._region))
-            return Internal(f"Renewing the grant on {self._region} met a defect; the log has the details.")
-        finally:
+            failure = Internal(f"Renewing the grant on {self._region} met a defect; the log has the details.")
+        if failure is None:  # else the transfer is about to end, and what comes back until then starts nothing
             self._task = None
+        return failure
 
     async def _get(self) -> PeermemError | None:
         last: PeermemError | None = None
