@@ -3,7 +3,8 @@
 Rules of this file:
 
 * Questions are answered when their answers are known, all those of one turn in one message.
-* So many questions wait for their answers at most; then no more are read, and the caller is slowed down.
+* So many questions have no answer, or one that is not told yet, at most; then no more are read, and a caller that
+  asks too fast, or does not read, is slowed down.
 * What was asked for is done, also when the caller is gone by then. What is granted to nobody ends with its link, or
   when its time is over.
 """
@@ -105,19 +106,21 @@ class _Exchange:
             log.exception("exchange_defect")
             told = Internal("A question for grants met a defect of the daemon; its log has the details.")
             answer.error.CopyFrom(error_to_proto(told))
-        finally:
+        if not question.number:
             self._room.release()
-        if question.number:
-            self._answers.append(answer)
-            if not self._telling:
-                self._telling = True
-                await self._tell()
+            return
+        self._answers.append(answer)
+        if not self._telling:
+            self._telling = True
+            await self._tell()
 
     async def _tell(self) -> None:
         try:
             while self._answers:
                 answers, self._answers = self._answers, []
                 await self._context.write(link_pb2.ExchangeGrantsResponse(answers=answers))
+                for _ in answers:
+                    self._room.release()
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             self._answers = []  # the caller is gone
         finally:

@@ -184,7 +184,7 @@ class TransferRun:
     async def _prepare(self, links: LinkTable) -> None:
         preparing = [asyncio.get_running_loop().create_task(leg.prepare(links)) for leg in self._legs]
         try:
-            await self._unless_failed(asyncio.gather(*preparing))
+            await self._unless_failed(preparing[0] if len(preparing) == 1 else asyncio.gather(*preparing))
         finally:  # one leg that fails leaves the others nothing to do
             for leg in preparing:
                 leg.cancel()

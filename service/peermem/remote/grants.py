@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* What is asked for in one turn of the loop goes out in one message.
+* What is asked for in one turn of the loop goes out in one message. What is given back goes with the next question,
+  or a moment later, so that moving one thing after the other takes one message each.
 * A caller that is gone gets no grant: one that comes for it nevertheless is given back.
 * When the call breaks every question fails with its cause; the next one has a new call.
 """
@@ -36,6 +37,8 @@ class GrantExchange:
         """What waits for each answer, and of which link it is."""
         self._questions: list[link_pb2.GrantQuestion] = []
         self._writer: asyncio.Task[None] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+        """Set while something that is given back waits for company."""
         self._reader = self._loop.create_task(self._read())
 
     @property
@@ -56,14 +59,17 @@ class GrantExchange:
     def give_back(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """Have grants ended; nobody waits for it."""
         release = link_pb2.ReleaseGrants(link_id=link_id, grant_ids=grant_ids)
-        self._put(link_pb2.GrantQuestion(release=release))
+        self._questions.append(link_pb2.GrantQuestion(release=release))
+        if self._lingering is None and self._writer is None:
+            self._lingering = self._loop.call_later(_LINGER, self._write_soon)
 
     async def _ask(self, question: link_pb2.GrantQuestion, link_id: bytes, timeout: float) -> link_pb2.GrantAnswer:
         self._last += 1
         question.number = self._last
         asked: asyncio.Future[link_pb2.GrantAnswer] = self._loop.create_future()
         self._asked[question.number] = asked, link_id
-        self._put(question)
+        self._questions.append(question)
+        self._write_soon()
         try:
             async with asyncio.timeout(timeout):
                 answer = await asked
@@ -77,8 +83,10 @@ class GrantExchange:
             raise error_from_proto(answer.error)
         return answer
 
-    def _put(self, question: link_pb2.GrantQuestion) -> None:
-        self._questions.append(question)
+    def _write_soon(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
         if self._writer is None:
             self._writer = self._loop.create_task(self._write())
 
@@ -123,9 +131,13 @@ class GrantExchange:
 
     async def close(self) -> None:
         """End the call; what was given back and is not sent yet ends with its link."""
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._call.cancel()
         await asyncio.wait([task for task in (self._reader, self._writer) if task is not None])
 
 
+_LINGER = 0.001
+"""Seconds that what is given back waits for a question to go with."""
 _AT_ONCE = 1024
 """Questions of one message, at most."""
