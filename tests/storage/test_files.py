@@ -101,7 +101,7 @@ async def test_the_way_is_the_best_that_the_filesystem_allows(folder: Path) -> N
         movement = await move(storage(folder), Order.STORE, folder / "x", memory, length=MIB)
         assert movement.way is best_way(folder)
     assert sum(done) == SIZE
-    assert max(done) == BLOCK
+    assert max(done) == 2 * BLOCK  # of four under way, by one of two calls
 
 
 async def test_a_range_smaller_than_a_block_of_the_disk(folder: Path) -> None:

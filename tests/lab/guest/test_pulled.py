@@ -61,9 +61,13 @@ def comes_back(lab: Lab, kind: str) -> Iterator[None]:
         b.create_region(device=HOST, length=MIB) as there,
     ):
         here.write(noise(MIB))
-        info = a.transfer(here, there, checksum=True).wait(PATIENCE)
-        assert (info.fabric, info.path) == (FabricKind.VERBS, lab.kinds[kind].path)
-        assert there.read() == noise(MIB)
+
+        def goes_over_verbs() -> bool:
+            info = a.transfer(here, there, checksum=True).wait(PATIENCE)
+            assert there.read() == noise(MIB)
+            return (info.fabric, info.path) == (FabricKind.VERBS, lab.kinds[kind].path)
+
+        eventually(goes_over_verbs, "verbs again", 60)
 
 
 def revoked(lab: Lab, region: Region) -> bool:
@@ -83,7 +87,7 @@ def sees_the_end(lab: Lab, kind: str, here: Region, sound: Region, there: Region
     with pytest.raises(errors.DeviceLost):
         a.create_region(device=lab.kinds[kind].device, length=MIB)
     sound.write(noise(MIB))
-    assert a.transfer(sound, there[:MIB], checksum=True).wait(PATIENCE).fabric is FabricKind.VERBS
+    a.transfer(sound, there[:MIB], checksum=True).wait(PATIENCE)  # over tcp, while rails are rebuilt
     assert there.read(0, MIB) == noise(MIB)
 
 
