@@ -44,8 +44,7 @@ class Holdings:
         """A slice came back, however it ended; `late` when bytes of it may still be written."""
         held.under_way -= 1
         held.is_late |= late
-        if held is not self._grants[-1]:
-            self._give_back_old()
+        self._give_back_old()
         self._count -= 1
         if not self._count:
             self._empty.set()
