@@ -265,9 +265,6 @@ class DirectRemote:
         self._broker = broker
         self._here = here
 
-    def _spoken(self, subject: Subject) -> Subject:
-        return subject.vouched_for(self._here)
-
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         await self.cues.pass_through("open_link")
         return self._broker.serving.open_link(self._here, offer)
@@ -313,7 +310,7 @@ class DirectRemote:
     async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         await self.cues.pass_through("watch_transfer")
         running = self._broker.transfers.find_running(name)
-        yield self._broker.seen_transfer(self._spoken(subject), name)
+        yield self._broker.seen_transfer(subject.vouched_for(self._here), name)
         if running is not None:
             await running.ended.wait()
             yield running.facts
