@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test lab lab-soak bench check fix protos lock clean
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak bench check fix protos lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
@@ -40,6 +40,16 @@ lab: $(READY) ## Run the tests that need RDMA NICs and BARs, on a machine that i
 
 lab-soak: $(READY) ## Run the lab's soak whole: a quarter of an hour
 	$(BIN)/python -m tests.lab --soak --only soak $(ARGS)
+
+chaos: $(READY) ## Break real daemons and jobs at random and check every byte (ARGS="--seed N --seconds S")
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(READY) ## The same for half an hour without ending a daemon: do they grow?
+	$(BIN)/python -m tests.chaos --soak --seconds 1800 $(ARGS)
+
+fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a socket (EXAMPLES=N for each test)
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest --timeout 1800 $(ARGS) \
+		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/fabric/test_tcp_fuzz.py
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)

@@ -130,7 +130,7 @@ def daemons(
     `extra` is TOML for the top of each file; `environ` are settings as PEERMEM_... variables; a node without a place
     runs here.
     """
-    ports = iter(_free_ports(3 * len(nodes)))
+    ports = iter(free_ports(3 * len(nodes)))
     mine = {node: [next(ports) for _ in range(3)] for node in nodes}
     at = {node: places.get(node, HERE) for node in nodes}
     started = {}
@@ -148,7 +148,8 @@ def daemons(
             daemon.kill()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this host that nobody listens on now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.sections import with_section
 from peermem.core.units import format_duration, format_size
 
 HEADING = "## In the lab"
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     places = [Path(argument) for argument in arguments] or [_REPORT]
     reports = [json.loads(place.read_text()) for place in places]
     results = _HERE / "RESULTS.md"
-    results.write_text(with_section(results.read_text(), section(reports)))
+    results.write_text(with_section(results.read_text(), HEADING, section(reports)))
     return 0
 
 
@@ -70,17 +71,6 @@ def section(reports: Iterable[Mapping[str, Any]]) -> str:
         _soak(suites),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def with_section(text: str, section: str) -> str:
-    """Return the text of RESULTS.md with this section, at its end, in place of the one that it has."""
-    return f"{text.partition(HEADING)[0].rstrip()}\n" + (f"\n{section}" if section else "")
-
-
-def section_of(text: str) -> str:
-    """Return the section that a text has; empty where it has none."""
-    _, heading, rest = text.partition(HEADING)
-    return heading + rest
 
 
 def _bar(bar: Mapping[str, Any]) -> Sequence[str]:

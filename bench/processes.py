@@ -25,6 +25,9 @@ class EngineFailed(Exception):
     """An engine's program gave no figures; the text says why."""
 
 
+Process = subprocess.Popen[str]
+
+
 @contextmanager
 def module(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run `python -m name arguments`, with its standard output to be read; it is killed at the end."""

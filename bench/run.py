@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
 import tempfile
@@ -19,11 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench import health, lab, report, rounds, scale
+from bench import fairness, health, lab, report, rounds, scale
 from bench.bars import bars
 from bench.daemons import daemons
 from bench.figures import Series
+from bench.machine import machine
 from bench.progress import say
+from bench.sections import section_of, with_section
 
 PARTS = ("transfers", "health", "scale")
 _HERE = Path(__file__).parent
@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = _measured(effort, options.only or PARTS, engines)
     if not options.quick and not options.only:
         results = _HERE / "RESULTS.md"
-        results.write_text(lab.with_section(report.as_markdown(run), lab.section_of(results.read_text())))
+        text, before = report.as_markdown(run), results.read_text()
+        for heading in (fairness.HEADING, lab.HEADING):
+            text = with_section(text, heading, section_of(before, heading))
+        results.write_text(text)
         (_HERE / "results.json").write_text(json.dumps(report.as_json(run), indent=1) + "\n")
     print(json.dumps(report.as_json(run)) if options.json else report.as_text(run))
     return exit_code(run, no_fail=options.no_fail)
@@ -79,7 +82,7 @@ def _measured(effort: Effort, parts: Sequence[str], engines: dict[str, str]) -> 
         if "scale" in folders:
             with daemons(folders["scale"], ("a", "b"), _device(effort.scale.room)) as nodes:
                 grown = scale.measure(nodes, effort.scale)
-    return report.Run(_machine(), engines, effort.rounds, series, bars(series, checked, grown), failures)
+    return report.Run(machine(), engines, effort.rounds, series, bars(series, checked, grown), failures)
 
 
 def exit_code(run: report.Run, *, no_fail: bool) -> int:
@@ -91,13 +94,6 @@ def exit_code(run: report.Run, *, no_fail: bool) -> int:
 
 def _device(size: int) -> str:
     return f'[[device]]\nname = "bar0"\nsize = "{size >> 20}MiB"'
-
-
-def _machine() -> str:
-    """Return what the figures depend on, and nothing that names this machine."""
-    kernel = ".".join(platform.release().split(".")[:2])
-    processor = f"{os.cpu_count()} cores ({platform.machine()})"
-    return f"{processor}, {platform.system()} {kernel}, Python {platform.python_version()}"
 
 
 def _end_in_order(limit: int) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peermem import policy_file
+from peermem.broker.guard import Guard
 from peermem.core.policy import Rules
+from peermem.telemetry.audit import Audit
+from peermem.telemetry.metrics import Metrics
 
 
 def policy(text: str) -> Rules:
@@ -15,6 +18,11 @@ def policy(text: str) -> Rules:
         file = Path(folder) / "policy.toml"
         file.write_text(text)
         return policy_file.read(file)
+
+
+def guard(node: str, rules: Rules, metrics: Metrics) -> Guard:
+    """Return what decides by rules."""
+    return Guard(node, rules, Audit("denied"), metrics.policy)
 
 
 def rule(name: str, subjects: str, rights: str, more: str = "") -> str:

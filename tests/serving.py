@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from peermem.api.calls import CallInterceptor
+from peermem.api.identity import Identity, Trust
 from peermem.api.nodes import NodeService
 from peermem.broker.preflight import Preflight
 from peermem.core.gid import Gid
@@ -60,7 +61,7 @@ async def node_service(host: Host, folder: Path, facts: NodeFacts | None = None)
         known.read_host,
         broker.fabrics.get(FabricKind.VERBS),
     )
-    server = grpc.aio.server(interceptors=[CallInterceptor(Metrics("0"))])
+    server = grpc.aio.server(interceptors=[CallInterceptor(Metrics("0"), Identity(host.sessions, Trust()).admit)])
     node_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(broker, lambda: known.topology, preflight), server)
     target = f"unix://{folder}/peermem.sock"
     server.add_insecure_port(target)

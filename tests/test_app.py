@@ -12,6 +12,7 @@ import pytest
 from peermem.app import App
 from peermem.config import (
     Attach,
+    Audit,
     Config,
     DeviceSize,
     Grpc,
@@ -22,6 +23,7 @@ from peermem.config import (
     SocketPath,
     Tcp,
 )
+from peermem.config_values import FilePath
 from peermem.v1 import node_pb2, node_pb2_grpc
 
 
@@ -88,3 +90,18 @@ async def test_descriptors_return_to_their_number(tmp_path: Path) -> None:
         if count == 0:
             before = descriptors()
     assert descriptors() <= before
+
+
+async def test_an_audit_file_that_can_not_be_written_keeps_it_from_starting(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await App(config(tmp_path, audit=Audit(file=FilePath(f"{tmp_path}/none/audit.log")))).start()
+
+
+async def test_its_audit_file_is_given_back(tmp_path: Path) -> None:
+    before = descriptors()
+    app = App(config(tmp_path, audit=Audit(file=FilePath(f"{tmp_path}/audit.log"))))
+    await app.start()
+    await app.stop()
+    await asyncio.sleep(0)
+    assert descriptors() <= before
+    assert (tmp_path / "audit.log").exists()

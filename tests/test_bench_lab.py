@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import lab
+from bench.sections import section_of, with_section
 
 BAR = {
     "name": "verbs, WRITE, 1 MiB each",
@@ -55,9 +56,14 @@ def test_awake_and_a_later_report_of_the_soak() -> None:
     assert "NOT THE SAME AS before" in lab.section([report(soak={"soak": lost})])
 
 
-def test_the_section_is_replaced_and_kept() -> None:
-    first = lab.with_section("# Results\n\nAll.\n", "## In the lab\n\nOld.\n")
+def test_sections_are_replaced_and_kept() -> None:
+    lab_heading, other = lab.HEADING, "## Between tenants"
+    first = with_section("# Results\n\nAll.\n", lab_heading, f"{lab_heading}\n\nOld.\n")
     assert first == "# Results\n\nAll.\n\n## In the lab\n\nOld.\n"
-    assert lab.with_section(first, "## In the lab\n\nNew.\n") == "# Results\n\nAll.\n\n## In the lab\n\nNew.\n"
-    assert lab.with_section("# Made anew\n", lab.section_of(first)) == "# Made anew\n\n## In the lab\n\nOld.\n"
-    assert lab.with_section("# None\n", lab.section_of("# None\n")) == "# None\n"
+    both = with_section(first, other, f"{other}\n\nFair.\n")
+    assert both == f"{first}\n## Between tenants\n\nFair.\n"
+    new = with_section(both, lab_heading, f"{lab_heading}\n\nNew.\n")
+    assert new == "# Results\n\nAll.\n\n## In the lab\n\nNew.\n\n## Between tenants\n\nFair.\n"
+    assert section_of(new, lab_heading) == "## In the lab\n\nNew.\n"
+    assert section_of(new, other) == "## Between tenants\n\nFair.\n"
+    assert with_section("# None\n", other, section_of("# None\n", other)) == "# None\n"

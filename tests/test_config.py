@@ -82,6 +82,7 @@ def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
         {
             "PATH": "/bin",
             "PEERMEM_TARGET": "unix:///elsewhere",
+            "PEERMEM_CLIENT_CA": "/ca.pem",
             "PEERMEM_NODE": "b",
             "PEERMEM_GRPC_ADDRESS": "127.0.0.1:0",
             "PEERMEM_GRPC_REFLECTION": "true",
@@ -256,7 +257,7 @@ def test_an_address_that_strangers_reach_needs_insecure_network(tmp_path: Path, 
     file = write(tmp_path, f'{section}.address = "{address}"')
     (problem,) = problems(file)
     assert problem.startswith(f"{file}: {section}.address {address} can be reached from other hosts")
-    assert "no authentication on TCP yet" in problem
+    assert "without TLS whoever reaches it can read, write and delete everything" in problem
     assert "insecure_network = true" in problem
     load(file, {"PEERMEM_INSECURE_NETWORK": "true"})
 
@@ -323,3 +324,18 @@ def test_no_address(text: str) -> None:
 def test_the_parts_of_an_address() -> None:
     assert (Address("[fd00::2]:7470").host, Address("[fd00::2]:7470").port) == ("fd00::2", 7470)
     assert (Address("node-b.x:1").host, ListenAddress("127.0.0.1:0").port) == ("node-b.x", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [
+        ("", True),
+        ("policy.without_file = 'own'", False),
+        ("grpc.address = ''", True),
+        ("grpc.address = 'localhost:0'", True),
+        ("insecure_network = true\ngrpc.address = '10.0.0.1:7470'", False),
+        ("insecure_network = true\ngrpc.address = '10.0.0.1:7470'\npolicy.without_file = 'open'", True),
+    ],
+)
+def test_without_a_policy_only_who_is_not_reached_is_open(tmp_path: Path, text: str, is_open: bool) -> None:
+    assert load(write(tmp_path, text), {}).is_open_without_policy is is_open

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peermem.client.region import Region
     from peermem.client.segments import Slice, Strided
     from peermem.client.storage import StorageInfo, StorageWay
+    from peermem.client.tls import Tls
     from peermem.client.transfer import Transfer
     from peermem.core.errors import PeermemError
     from peermem.core.types import FabricKind, LeaseKind, Path
@@ -47,6 +48,7 @@ _HOMES = {
     "Strided": "peermem.client.segments",
     "StorageInfo": "peermem.client.storage",
     "StorageWay": "peermem.client.storage",
+    "Tls": "peermem.client.tls",
     "PeermemError": "peermem.core.errors",
     "FabricKind": "peermem.core.types",
     "LeaseKind": "peermem.core.types",
@@ -73,6 +75,7 @@ __all__ = [
     "StorageInfo",
     "StorageWay",
     "Strided",
+    "Tls",
     "Transfer",
     "TransferInfo",
     "TransferState",

@@ -17,7 +17,6 @@ from pathlib import Path
 import structlog
 
 from peermem import policy_file
-from peermem.app import App
 from peermem.config import DEFAULT_PATH, Config, load
 from peermem.core.version import VERSION
 from peermem.strict_toml import ConfigError
@@ -44,11 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logs.set_up(config.log.level, config.log.format, sys.stderr)
     _raise_file_limit()
-    return asyncio.run(run(config))
+    try:
+        return asyncio.run(run(config))
+    except ConfigError as error:  # the policy file has changed since it was read above
+        log.error("start_failed", cause=str(error))
+        return 2
 
 
 async def run(config: Config) -> int:
     """Run one daemon until a signal; a second signal ends the process at once."""
+    # gRPC's core would write lines of its own form, one for each handshake of a stranger that fails; what concerns us
+    # it raises. It reads this when it is imported, so that it is set before.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - set here, not read
+    from peermem.app import App
+
     app = App(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

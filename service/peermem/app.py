@@ -18,31 +18,30 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import structlog
 
 from peermem import failing
 from peermem.api.attach import AttachServer
 from peermem.api.http import Health, HttpServer
-from peermem.api.identity import Identity
+from peermem.api.identity import Identity, Trust
 from peermem.api.links import LinkService
 from peermem.api.nodes import NodeService
 from peermem.api.once import Once
 from peermem.api.regions import RegionService
-from peermem.api.server import GrpcServer, Services, grpc_methods
+from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_policy import open_guard, policy_source
+from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
-from peermem.broker.guard import Guard
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun
-from peermem.config import AnyDevice, Config, Cuda, Memfd, Rocm, Udmabuf, Verbs, Vfio
+from peermem.config import AnyDevice, Config, Cuda, Grpc, Memfd, Rocm, Udmabuf, Verbs, Vfio
 from peermem.core.errors import NodeNotFound
 from peermem.core.failpoints import FailOrder
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
-from peermem.core.policy import OPEN, OWN
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
@@ -66,11 +65,9 @@ from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Marks, Timing
 from peermem.fabric.verbs_types import Settings as VerbsSettings
-from peermem.policy_source import PolicySource
 from peermem.remote.client import GrpcRemotes
 from peermem.storage.files import LocalStorage
 from peermem.storage.places import Place
-from peermem.telemetry.audit import Audit, AuditFile
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
@@ -84,11 +81,10 @@ class App:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
         self.metrics = Metrics(VERSION)
-        self._policy = PolicySource(
-            config.policy.file, OPEN if config.is_open_without_policy else OWN, self.metrics.policy
-        )
+        self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
+        self._trust = Trust()
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -123,24 +119,29 @@ class App:
             if fabric.unavailable is not None:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
+        self._trust = trust = await open_trust(config, self._stack, self._spawn)
         self._stack.push_async_callback(parts.storage.close)
-        broker = self._broker(directory, parts, sessions)
+        broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: _snapshot(broker, sessions, parts))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
-        server = self._server(broker, sessions)
+        server = self._server(broker, Identity(sessions, trust), trust)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
-        real = await server.start(config.grpc.socket, config.grpc.address)
-        address = config.grpc.advertise or real
+        real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
+        addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
+        await self._join(broker, directory, server, config.grpc.advertise or real)
+        log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
+
+    async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
+        """Begin to take work; what is pushed here is the beginning of the end."""
         for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
             self._spawn(work)
-        self._stack.push_async_callback(broker.drain, config.shutdown.grace)
-        await directory.join(NodeEntry(config.node, address))
+        self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
+        await directory.join(NodeEntry(self.config.node, address))
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
-        log.info("ready", node=config.node, epoch=broker.epoch, grpc=address, **parts.addresses)
 
     def _break_on_purpose(self, texts: Sequence[str]) -> None:
         if self.config.break_on_purpose:
@@ -157,17 +158,11 @@ class App:
             log.info("http_listening", address=server.address)
 
     def _health(self) -> Health:
-        notes = (self._policy.problem,) if self._policy.problem else ()
-        return Health(not self._reasons, self._reasons, notes)
+        over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
+        reasons = (*self._reasons, *([over] if over else []))
+        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
 
-    def _audit(self) -> Audit:
-        """Return the audit log. Raises OSError where its file can't be written."""
-        if self.config.audit.file:
-            self._stack.callback(AuditFile(Path(self.config.audit.file)).close)
-        chosen = self.config.audit.decisions
-        return Audit(("all" if self.config.policy.file else "denied") if chosen == "auto" else chosen)
-
-    def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable) -> Broker:
+    def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
         settings = Settings(
             node=config.node,
@@ -182,7 +177,7 @@ class App:
             retry_for=config.transfer.retry_for,
         )
         epoch = secrets.token_hex(8)
-        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node))
+        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
         return Broker(
             settings,
             epoch,
@@ -190,7 +185,7 @@ class App:
             parts.fabrics,
             remotes,
             directory,
-            Guard(config.node, self._policy.rules, self._audit(), self.metrics.policy),
+            open_guard(config, self._policy, self.metrics.policy, self._stack),
             sessions,
             self.metrics,
             self._topology,
@@ -203,9 +198,8 @@ class App:
             await server.start()
             self._stack.push_async_callback(server.close)
 
-    def _server(self, broker: Broker, sessions: SessionTable) -> GrpcServer:
+    def _server(self, broker: Broker, identity: Identity, trust: Trust) -> GrpcServer:
         config = self.config
-        identity = Identity(sessions)
         keep = config.transfer.keep_ended
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
         services = Services(
@@ -219,15 +213,16 @@ class App:
                 Once(keep, self._replayed(Replayed.TRANSFER)),
                 config.transfer.max_segments,
             ),
-            link=LinkService(broker.serving, config.tcp.rails),
+            link=LinkService(broker.serving, broker.vouching, identity, config.tcp.rails),
         )
         self.metrics.serve_grpc(grpc_methods())
         return GrpcServer(
             services,
             self.metrics,
+            identity.admit,
+            trust.credentials,
+            limits=_limits(config.grpc),
             reflection_on=config.grpc.reflection,
-            max_message=config.grpc.max_message,
-            max_calls=config.grpc.max_concurrent_calls,
         )
 
     def _preflight(self, broker: Broker) -> Preflight:
@@ -283,6 +278,15 @@ class _Parts:
     def addresses(self) -> dict[str, str]:
         """Where the fabrics listen, for the log."""
         return {"tcp": self.tcp.address} if self.tcp is not None else {}
+
+
+def _limits(config: Grpc) -> Limits:
+    return Limits(
+        message=config.max_message,
+        calls=config.max_concurrent_calls,
+        connections=config.max_connections,
+        handshake=config.handshake_timeout,
+    )
 
 
 def _is_spent(run: StorageRun) -> bool:
@@ -342,8 +346,7 @@ class _Recent:
 
 _RECENT = 5.0
 """Seconds that a topology is believed."""
-_CALLS_GRACE = 1.0
-"""Seconds that calls get to end after the transfers have ended; only watchers and streams are left then."""
+_CALLS_GRACE = 1.0  # seconds that calls get to end after the transfers; only watchers and streams are left then
 
 
 async def _listening(what: str, address: str, start: Awaitable[None]) -> None:

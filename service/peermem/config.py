@@ -32,6 +32,9 @@ from peermem.config_devices import Rocm as Rocm
 from peermem.config_devices import Udmabuf as Udmabuf
 from peermem.config_devices import Vfio as Vfio
 from peermem.config_devices import device_contradictions
+from peermem.config_trust import Kubernetes as Kubernetes
+from peermem.config_trust import Tls as Tls
+from peermem.config_trust import trust_contradictions
 from peermem.config_values import (
     AckTimeout,
     AdoptSize,
@@ -53,7 +56,9 @@ from peermem.strict_toml import Contradiction
 
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
-CLIENT_VARIABLES = frozenset({"PEERMEM_TARGET"})
+CLIENT_VARIABLES = frozenset(
+    {"PEERMEM_TARGET", *(f"PEERMEM_CLIENT_{name}" for name in ("CA", "CERTIFICATE", "KEY", "TOKEN", "SERVER"))}
+)
 """Variables of the client library, which a daemon's environment may hold as well."""
 
 
@@ -70,12 +75,18 @@ class Grpc(Struct, frozen=True, forbid_unknown_fields=True):
     """Where other nodes and remote jobs connect; None: nowhere."""
     advertise: Address | None = None
     """What other nodes are told; None: `address`."""
+    token_address: ListenAddress | None = None
+    """Where remote jobs without a certificate connect, over TLS; None: nowhere."""
     reflection: bool = False
     """Let callers ask for the contract."""
     max_message: MessageSize = MessageSize("4MiB")
     """Of one message, both ways."""
     max_concurrent_calls: Count = 8192
     """Calls beyond it are refused."""
+    max_connections: Count = 4096
+    """Of one TCP port or the unix socket; more are closed at once."""
+    handshake_timeout: Wait = Wait("10s")
+    """What a connection has to be made."""
 
 
 class Attach(Struct, frozen=True, forbid_unknown_fields=True):
@@ -150,7 +161,7 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
     retry_for: Keep = Keep("10s")
-    """How long a transfer tries to go on after a link broke, while nothing moves."""
+    """How long a transfer tries to get a link, or to go on after one broke, while nothing moves."""
 
 
 class Region(Struct, frozen=True, forbid_unknown_fields=True):
@@ -239,7 +250,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     node: Name = msgspec.field(default_factory=lambda: node_name(socket.gethostname()))
     """This node's short name."""
     insecure_network: bool = False
-    """Serve on addresses that other hosts reach, although TCP has no authentication yet."""
+    """Serve gRPC without TLS on addresses that other hosts reach: whoever reaches them may do everything."""
     fabric: Literal["auto", "verbs", "tcp"] = "auto"
     """How bytes cross to other nodes; auto: verbs where both ends have a working NIC, else tcp."""
     p2pmem: bool = True
@@ -251,6 +262,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     grpc: Grpc = Grpc()
     attach: Attach = Attach()
     http: Http = Http()
+    tls: Tls = Tls()
+    kubernetes: Kubernetes = Kubernetes()
     tcp: Tcp = Tcp()
     verbs: Verbs = Verbs()
     transfer: Transfer = Transfer()
@@ -296,6 +309,12 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
     yield from device_contradictions(config.devices)
+    yield from trust_contradictions(config.tls, config.kubernetes, config.grpc.token_address)
+    if config.insecure_network and config.tls.on:
+        yield (
+            "insecure_network",
+            "insecure_network is true although [tls] is set, which replaces it. Remove it.",
+        )
     folders = [folder.path for folder in config.storage.directories]
     for path in sorted({path for path in folders if folders.count(path) > 1}):
         yield "storage.directories", f"storage.directories has {path} more than once. Leave one."
@@ -303,16 +322,16 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
         yield "failpoints", _UNBROKEN
     for section, server in (("grpc", config.grpc), ("tcp", config.tcp), ("http", config.http)):
         address = server.address
-        if address and not address.is_loopback and not config.insecure_network:
+        if address and not address.is_loopback and not config.insecure_network and not config.tls.on:
             yield f"{section}.address", _EXPOSED.format(section=section, address=address)
         if address and address.is_wildcard and isinstance(server, (Grpc, Tcp)) and not server.advertise:
             yield f"{section}.advertise", _NOWHERE.format(section=section, address=address)
 
 
 _EXPOSED = (
-    "{section}.address {address} can be reached from other hosts, and there is no authentication on TCP yet: "
-    "whoever reaches it is let in. Use a loopback address such as 127.0.0.1 or, on a network that keeps "
-    "strangers out, set insecure_network = true."
+    "{section}.address {address} can be reached from other hosts, and without TLS whoever reaches it can read, write "
+    "and delete everything. Set [tls], use a loopback address such as 127.0.0.1 or, on a network of nothing but "
+    "trusted hosts, set insecure_network = true."
 )
 _UNBROKEN = (
     "failpoints make this daemon fail, lose bytes or die, and break_on_purpose is false. Remove them or, in a test, "

@@ -17,6 +17,7 @@ from typing import ClassVar, Self
 from peermem.core.errors import InvalidField
 from peermem.core.failpoints import FailOrder
 from peermem.core.names import check_id
+from peermem.core.spiffe import NodePattern
 from peermem.core.units import parse_duration, parse_size
 
 
@@ -59,6 +60,60 @@ class FilePath(str):
         if not text.startswith("/") or text.startswith("//") or "\0" in text or ".." in path.parts:
             raise ValueError(cls.expected)
         return super().__new__(cls, str(path))
+
+
+class NodeIds(str):
+    """The SPIFFE IDs of nodes' certificates, with {node} for their short names."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = (
+        'a SPIFFE ID with {node} as a part of its path, such as "spiffe://example.org/peermem/{node}"'
+    )
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        NodePattern(text)
+        return super().__new__(cls, text)
+
+
+class HttpsUrl(str):
+    """Where an HTTPS server is."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'https://HOST or https://HOST:PORT, such as "https://kubernetes.default.svc"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        found = re.fullmatch(r"https://([^/@:?#]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/?", text, re.ASCII)
+        if found is None or not Address._is_valid(f"{found[1]}{found[2] or ':443'}"):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text.rstrip("/"))
+
+
+class KubernetesNode(str):
+    """The name of a node in Kubernetes."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "1 to 253 of a-z, 0-9, - and ., beginning and ending with a letter or digit"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", text, re.ASCII):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
+class TokenAudience(str):
+    """Whom a token is issued for."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "1 to 253 printable characters without spaces"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"[!-~]{1,253}", text, re.ASCII):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
 
 
 class Address(str):

@@ -9,13 +9,14 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peermem.api.attach import MAX_PACKET
 from peermem.v1 import attach_pb2
 from tests.api.attaching import HAND_IN, HELLO, MAP, REGION, Raw, quiet_node, serving
 from tests.descriptors import memory_file, open_files, until
+from tests.fuzzing import fuzz, tried
 
 GOOD = (HELLO, MAP, HAND_IN)
 
@@ -38,7 +39,7 @@ packets = st.one_of(
 conversation = st.lists(st.tuples(packets, st.sampled_from([0, 0, 0, 1, 2, 253])), max_size=8)
 
 
-@settings(max_examples=150, deadline=None, print_blob=True)
+@fuzz(150)
 @given(greets=st.booleans(), said=conversation)
 def test_any_conversation(greets: bool, said: list[tuple[bytes, int]]) -> None:
     with TemporaryDirectory() as folder:
@@ -51,6 +52,7 @@ async def survives(folder: Path, said: list[tuple[bytes, int]]) -> None:
         fd = memory_file(100)
         with Raw(node.path) as job:
             for data, count in said:
+                tried("attach packets")
                 if not await is_answered(job.ask(data, [fd] * count)):
                     break
         os.close(fd)

@@ -8,6 +8,8 @@ import grpc
 import pytest
 
 from peermem.api.calls import CallInterceptor, Context
+from peermem.api.identity import Identity, Trust
+from peermem.broker.sessions import SessionTable
 from peermem.client.errors import from_call
 from peermem.core import errors
 from peermem.core.errors import PeermemError
@@ -40,7 +42,8 @@ class Server:
                 GrpcMethod("peermem.v1.NodeService", "Preflight", "server_stream"),
             ]
         )
-        self.server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)])
+        admit = Identity(SessionTable(1), Trust()).admit
+        self.server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, admit)])
         node_pb2_grpc.add_NodeServiceServicer_to_server(self.nodes, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
 

@@ -84,6 +84,12 @@ async def test_readiness_says_why_not() -> None:
         assert (status, body) == (200, "ready\n")
 
 
+async def test_what_is_wrong_without_keeping_it_from_work_is_told_too() -> None:
+    async with serving(health=lambda: Health(ready=True, notes=("The policy file is refused.",))) as server:
+        status, _, body = await get(server, "/readyz")
+        assert (status, body) == (200, "ready\nThe policy file is refused.\n")
+
+
 async def test_liveness_does_not_depend_on_readiness() -> None:
     async with serving(health=lambda: Health(ready=False)) as server:
         assert (await get(server, "/healthz"))[0] == 200

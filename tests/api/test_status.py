@@ -43,6 +43,13 @@ def test_a_tenants_limit_is_a_quota_failure() -> None:
     assert failure.violations[0].description == caught.value.message
 
 
+@pytest.mark.parametrize("metadata", [{}, {"retry_after": "soon"}, {"retry_after": "inf"}, {"retry_after": "-1.0"}])
+def test_what_another_node_says_may_make_no_sense(metadata: dict[str, str]) -> None:
+    _, failure = details(PeermemError.restore("QUOTA_EXCEEDED", "Too many.", metadata))
+    assert isinstance(failure, QuotaFailure)
+    assert failure.violations[0].subject == "tenant:"
+
+
 def test_a_rate_says_when_to_come_again() -> None:
     for _ in range(4):
         QUOTAS.request(USER, 0.0)

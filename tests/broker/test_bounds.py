@@ -39,7 +39,7 @@ async def test_transfers_of_very_many_segments_do_not_add_up() -> None:
 
 
 async def test_a_renewal_that_fails_is_not_tried_for_ever() -> None:
-    async with hosts("a", "b", grant_ttl=0.2) as (a, b):
+    async with hosts("a", "b", grant_ttl=0.2, retry_for=0.1) as (a, b):
         source, sink = await region(a, 64 << 20), await region(b, 64 << 20)
         a.tcp.hold = True
         transfer = await start(a, whole(source, sink))

@@ -117,6 +117,7 @@ async def test_a_far_end_that_does_not_answer(pair: list[HiddenHost]) -> None:
     a, b = pair
     source, sink = await region(a, MIB), await region(b, MIB, device="gpu0")
     a.cues.faults["flush"] = errors.NodeUnreachable("No answer.")
+    a.broker.links.retry_for = 0.1
     assert isinstance(await failure(await start(a, whole(source, sink))), errors.NodeUnreachable)
 
 

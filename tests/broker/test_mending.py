@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import random
 
@@ -119,6 +120,23 @@ async def test_a_transfer_that_can_not_go_on_says_why_and_what_is_in_place(retry
         assert a.broker.links.counts()[FabricKind.TCP] == 1
 
 
+async def test_what_lands_while_a_fence_is_asked_for_in_vain_does_not_hide_the_cause() -> None:
+    async with hosts("a", "b", retry_for=0.1) as (a, b):
+        source, sink = await region(a, 3 * MIB), await region(b, 3 * MIB)
+        a.cues.gates["release_grants"] = gate = asyncio.Event()
+        a.tcp.hold = True
+        transfer = await start(a, whole(source, sink))
+        await eventually(lambda: a.tcp.held == 3)
+        a.tcp.statuses = [Status.WR_FLUSH_ERR]
+        a.tcp.let_go()
+        await eventually(lambda: transfer.facts.state is State.FENCING)
+        gate.set()
+        error = await failure(transfer)
+        assert type(error) is errors.NodeUnreachable
+        assert "went down" in error.message
+        assert f"{2 * MIB} of {3 * MIB} bytes" in error.message
+
+
 async def test_a_daemon_that_died_is_given_up_early(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peermem.broker.renewal._DEAD_AFTER", 0.05)
     a, b = pair
@@ -135,6 +153,14 @@ async def test_a_daemon_that_died_is_given_up_early(pair: list[Host], monkeypatc
     error = await failure(transfer)
     assert "Nobody listens there." in error.message
     a.cues.faults.clear()
+
+
+async def test_nobody_listens_from_the_start(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    a.cues.faults["open_link"] = NOBODY
+    assert await failure(await start(a, whole(source, sink))) is NOBODY
+    assert a.cues.calls.count("open_link") == 1
 
 
 async def test_a_region_that_was_deleted_meanwhile(pair: list[Host]) -> None:
@@ -242,3 +268,22 @@ async def test_links_that_break_again_and_again_do_not_keep_a_transfer_from_its_
         assert [(facts.state, facts.error) for facts in ends] == [(State.SUCCEEDED, None)] * 3
         for sink in sinks:
             assert await content(b, sink) == DATA
+
+
+@pytest.mark.parametrize("call", ["open_link", "acquire_grant"])
+async def test_a_call_that_fails_when_nobody_waits_for_it_any_more_is_no_defect(pair: list[Host], call: str) -> None:
+    a, b = pair
+    source, sink = await region(a, 10), await region(b, 10)
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    a.cues.gates[call] = gate = asyncio.Event()
+    a.cues.faults[call] = GONE
+    transfer = await start(a, whole(source, sink))
+    await eventually(lambda: call in a.cues.calls)
+    assert (await cancel(a, transfer.facts)).state is State.CANCELLED
+    gate.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert unheard == []
+    a.cues.faults.clear()

@@ -75,6 +75,7 @@ async def test_a_region_there_that_no_nic_reaches_is_found_out_once(nic_pair: li
 async def test_a_nic_that_cant_connect_is_passed_over(nic_pair: list[NicHost]) -> None:
     a, b = nic_pair
     a.nic.defect = errors.NodeUnreachable("The queue pairs do not connect.")
+    a.broker.links.retry_for = 0.1
     source, sink = await region(a, MIB, data=DATA), await region(b, MIB)
     facts = await outcome(await start(a, whole(source, sink)))
     assert (facts.state, facts.fabric) == (State.SUCCEEDED, FabricKind.TCP)

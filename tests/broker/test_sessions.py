@@ -35,7 +35,8 @@ async def test_a_session_is_found_by_its_token_until_it_is_closed() -> None:
 def test_a_token_is_shown_nowhere() -> None:
     table = SessionTable(1)
     session = table.open(Subject("uid:1"), 10)
-    assert repr(session) == "Session(subject=Subject(name='uid:1', groups=(), node=''), pid=10, closed=False)"
+    shown = "Session(subject=Subject(name='uid:1', groups=(), node=''), pid=10, origin=Origin(slurm_job='', pod=''), "
+    assert repr(session) == f"{shown}closed=False)"
     with pytest.raises(SessionNotFound) as caught:
         table.find(session.token + "x")
     assert session.token not in f"{caught.value} {caught.value.metadata}"

@@ -143,6 +143,7 @@ async def test_a_copy_whose_answer_is_lost_is_fenced(nic_pair: list[NicHost]) ->
     a, b = nic_pair
     source, sink = await region(a, SLOT, data=DATA[:SLOT]), await region(b, SLOT, device="bar1")
     a.cues.faults["copy_staged"] = errors.NodeUnreachable("No answer.")
+    a.broker.links.retry_for = 0.1
     transfer = await start(a, whole(source, sink))
     assert type(await failure(transfer)) is errors.NodeUnreachable
     assert a.cues.calls[-1] == "release_grants"

@@ -233,8 +233,9 @@ async def test_bytes_never_end_up_in_two_regions_of_one_name(pair: list[Host]) -
     assert transfer.facts.bytes_done == MIB
 
 
-async def test_grants_are_renewed_while_a_transfer_runs() -> None:
-    async with hosts("a", "b", grant_ttl=0.2) as (a, b):
+@pytest.mark.parametrize("retry_for", [0.0, 10.0])
+async def test_grants_are_renewed_while_a_transfer_runs(retry_for: float) -> None:
+    async with hosts("a", "b", grant_ttl=0.2, retry_for=retry_for) as (a, b):
         source, sink = await region(a, 32 * MIB, data=noise(1000)), await region(b, 32 * MIB)
         a.tcp.hold = True
         transfer = await start(a, whole(source, sink))

@@ -8,7 +8,6 @@ from google.rpc.status_pb2 import Status
 
 from peermem.client import errors
 from peermem.core.errors import (
-    AccessDenied,
     Code,
     Internal,
     LimitReached,
@@ -17,6 +16,7 @@ from peermem.core.errors import (
     PeermemError,
     RegionNotFound,
     Timeout,
+    Unauthenticated,
 )
 from peermem.v1 import error_pb2
 
@@ -66,7 +66,7 @@ def test_every_reason_has_its_class() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, Timeout),
         (grpc.StatusCode.UNIMPLEMENTED, NotSupported),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, LimitReached),
-        (grpc.StatusCode.UNAUTHENTICATED, AccessDenied),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
         (grpc.StatusCode.UNKNOWN, Internal),
         (None, Internal),
     ],

@@ -52,6 +52,17 @@ def test_a_refused_transfer_raises_its_reason(ledger: Ledger[Flight]) -> None:
         flight.info()
 
 
+def test_a_transfer_that_a_restarted_daemon_refuses_is_lost_from_sight(ledger: Ledger[Flight]) -> None:
+    flight = start(ledger)
+    ledger.handle(event(flight.tag, transfer_pb2.TRANSFER_STATE_RUNNING, 25))
+    refusal = error_pb2.Error(code=5, reason="REGION_NOT_FOUND", message="No such region.")
+    ledger.handle(transfer_pb2.PipelineTransfersResponse(tag=flight.tag, error=refusal))
+    assert flight.ended
+    with pytest.raises(NodeUnreachable, match=r"What came of it is not known.*No such region\.") as caught:
+        flight.outcome()
+    assert caught.value.metadata["refusal"] == "REGION_NOT_FOUND"
+
+
 def test_a_failed_transfer_says_how_far_it_came(ledger: Ledger[Flight]) -> None:
     flight = start(ledger)
     error = error_pb2.Error(reason="NODE_UNREACHABLE", message="Gone.", metadata={"node": "nodes/b"})

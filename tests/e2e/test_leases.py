@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -12,7 +14,8 @@ from google.protobuf.duration_pb2 import Duration
 
 import peermem
 from peermem import errors
-from peermem.v1 import region_pb2, region_pb2_grpc
+from peermem.client.attach import Attachment
+from peermem.v1 import region_pb2, region_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from tests.e2e.support import eventually, fault, metric
 
 
@@ -90,9 +93,53 @@ def test_a_session_lease_needs_a_session(stub: region_pb2_grpc.RegionServiceStub
     with pytest.raises(grpc.RpcError) as caught:
         stub.CreateRegion(request(lease=region_pb2.Lease(kind=region_pb2.LEASE_KIND_SESSION)))
     assert reason(caught.value) == errors.SessionNotFound.reason
+
+
+def test_a_token_of_no_session_counts_nowhere(stub: region_pb2_grpc.RegionServiceStub, trio: dict[str, Daemon]) -> None:
+    """The token of a session that ended is one of no session, too."""
+    attachment = Attachment.open(str(trio["a"].folder / "attach.sock"))
+    ended = attachment.token
+    attachment.close()
+    with grpc.insecure_channel(trio["a"].target) as channel:
+        local = region_pb2_grpc.RegionServiceStub(channel)
+        for token in ("of-nobody", ended):
+            eventually(partial(refused, local, token), "the end of the session")
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.CreateRegion(request(), metadata=(("peermem-session", token),))
+            assert reason(caught.value) == errors.Unauthenticated.reason, "on TCP no session counts"
+
+
+def test_a_pipeline_does_not_outlive_its_session(trio: dict[str, Daemon], a: peermem.Node) -> None:
+    attachment = Attachment.open(str(trio["a"].folder / "attach.sock"))
+    commands: SimpleQueue[transfer_pb2.PipelineTransfersRequest | None] = SimpleQueue()
+    with (
+        a.create_region(device="bar0", length=1) as x,
+        a.create_region(device="bar0", length=1) as y,
+        grpc.insecure_channel(trio["a"].target) as channel,
+    ):
+        ranges = transfer_pb2.Ranges(source_offsets=[0], destination_offsets=[0], lengths=[1])
+        entry = transfer_pb2.SegmentList(source=x.name, destination=y.name, ranges=ranges)
+        create = transfer_pb2.CreateTransferRequest(segments=[entry])
+        stub = transfer_pb2_grpc.TransferServiceStub(channel)
+        answers = stub.PipelineTransfers(
+            iter(commands.get, None), metadata=(("peermem-session", attachment.token),), timeout=30
+        )
+        commands.put(transfer_pb2.PipelineTransfersRequest(tag=1, create=create))
+        assert next(answers).transfer.name
+        attachment.close()
+        eventually(partial(refused, region_pb2_grpc.RegionServiceStub(channel), attachment.token), "the session's end")
+        commands.put(transfer_pb2.PipelineTransfersRequest(tag=2, create=create))
+        commands.put(None)
+        late = [answer for answer in answers if answer.tag == 2]
+        assert [answer.error.reason for answer in late] == [errors.SessionNotFound.reason]
+
+
+def refused(stub: region_pb2_grpc.RegionServiceStub, token: str) -> bool:
+    """Whether a call is refused because its session is unknown, and not because it asks for what there is not."""
+    wanted = region_pb2.RenewLeaseRequest(names=["nodes/a/regions/none"])
     with pytest.raises(grpc.RpcError) as caught:
-        stub.CreateRegion(request(), metadata=(("peermem-session", "of-nobody"),))
-    assert reason(caught.value) == errors.SessionNotFound.reason
+        stub.RenewLease(wanted, metadata=(("peermem-session", token),))
+    return reason(caught.value) == errors.SessionNotFound.reason
 
 
 def test_a_repeated_request_makes_one_region(a: peermem.Node, stub: region_pb2_grpc.RegionServiceStub) -> None:

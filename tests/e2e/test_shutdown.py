@@ -150,6 +150,11 @@ def test_wrong_use_is_refused_with_2(tmp_path: Path) -> None:
     assert run("--config", str(tmp_path / "none.toml")).returncode == 2
     config.write_text('node = "a"\n')
     assert run("--config", str(config), "--check").returncode == 0
+    config.write_text(f'[policy]\nfile = "{tmp_path}/policy.toml"\n')
+    for words in ((), ("--check",)):
+        result = run("--config", str(config), *words)
+        assert result.returncode == 2
+        assert "policy.toml: there is no such file" in result.stderr
 
 
 @pytest.fixture(scope="module")

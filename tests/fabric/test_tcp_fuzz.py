@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peermem.core.types import FabricKind, LinkAttributes, Ranges, Rights
@@ -17,11 +17,10 @@ from peermem.fabric.tcp import TcpFabric
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually
 from tests.fabric.test_tcp_initiator import KEY, impostor, leading_to
 from tests.fabric.test_tcp_target import Raw, hello
+from tests.fuzzing import fuzz, tried
 
 GUARDED = 4096
 """Bytes at both ends of the memory that no grant opens."""
-fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
 lengths = st.lists(st.integers(0, 5000), min_size=1, max_size=5)
 mutations = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6)
 
@@ -103,18 +102,20 @@ def siege(runner: asyncio.Runner) -> Iterator[Siege]:
     runner.run(siege.tear_down())
 
 
-@fuzz
+@fuzz(80)
 @given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=60).map(lambda tail: b"PMHI\x01" + tail)))
 def test_garbage_instead_of_a_hello(runner: asyncio.Runner, siege: Siege, data: bytes) -> None:
+    tried("tcp hello")
     runner.run(siege.garbage(data))
     runner.run(siege.check())
 
 
-@fuzz
+@fuzz(80)
 @given(opcode=st.sampled_from(Opcode), sizes=lengths, changes=mutations)
 def test_changed_frames(
     runner: asyncio.Runner, siege: Siege, opcode: Opcode, sizes: list[int], changes: list[tuple[int, int]]
 ) -> None:
+    tried("tcp requests")
     received = runner.run(siege.forged(opcode, sizes, changes))
     assert received.startswith(frames.WELCOME) or not received
     assert siege.secret[:64] not in received
@@ -122,7 +123,7 @@ def test_changed_frames(
     runner.run(siege.check())
 
 
-@fuzz
+@fuzz(80)
 @given(
     opcode=st.sampled_from(Opcode),
     answer=st.one_of(
@@ -133,6 +134,7 @@ def test_changed_frames(
     tail=st.binary(max_size=5000),
 )
 def test_any_answer_ends_each_request_once(runner: asyncio.Runner, opcode: Opcode, answer: bytes, tail: bytes) -> None:
+    tried("tcp responses")
     runner.run(_answered(opcode, answer + tail))
 
 

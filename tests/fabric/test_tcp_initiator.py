@@ -13,6 +13,7 @@ from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey
 from peermem.fabric import frames
 from peermem.fabric.base import LinkEnd, Opcode, Status, WorkRequest
 from peermem.fabric.tcp import TcpFabric
+from peermem.fabric.tcp_stream import Pace
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually, open_sockets
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -164,6 +165,49 @@ async def test_what_is_advertised_is_told(fabric: TcpFabric) -> None:
     assert answer.address == f"node.example:{shown.address.rpartition(':')[2]}"
     assert 1 <= answer.rails <= 64
     await shown.close()
+
+
+# What is little beside what is much
+
+
+async def test_while_somebody_moves_little_one_connection_is_kept_free_of_what_is_much(fabric: TcpFabric) -> None:
+    carried: list[list[int]] = []
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        mine: list[int] = []
+        carried.append(mine)
+        while True:
+            head = frames.decode_head(await reader.readexactly(frames.HEAD_SIZE))
+            await reader.readexactly(head.total)
+            mine.append(head.total)
+            writer.write(frames.encode_ack(head.wr_id, Status.SUCCESS))
+
+    async with impostor(note) as address:
+        events, memory = Recorder(), FileMemory(MIB)
+        link = await fabric.connect(leading_to(address, rails=2), events, rails=2)
+        for wr_id in (1, 2):
+            link.post(WorkRequest(wr_id, Opcode.WRITE, memory, KEY, Ranges.single(0, 0, MIB)))
+        assert set(await events.wait([1, 2])) == {Status.SUCCESS}
+        assert carried == [[MIB], [MIB]]
+        for wr_id in range(3, 9):
+            length = 4096 if wr_id % 2 else MIB
+            link.post(WorkRequest(wr_id, Opcode.WRITE, memory, KEY, Ranges.single(0, 0, length)))
+        assert set(await events.wait(range(3, 9))) == {Status.SUCCESS}
+        assert sorted(carried, key=sum) == [[MIB, 4096, 4096], [MIB, 4096, MIB, MIB, MIB]]
+        memory.close()
+
+
+def test_turns_are_short_for_a_while_after_somebody_moved_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pace = Pace()
+    assert (pace.is_short, pace.call_bytes) == (False, MIB // 2)
+    pace.request(MIB)
+    assert not pace.is_short
+    pace.request(64 << 10)
+    assert pace.is_short
+    now += 0.3
+    assert not pace.is_short
 
 
 # A remote side that misbehaves

@@ -106,17 +106,49 @@ async def test_each_task_has_its_own_caller(stream: io.StringIO) -> None:
 
 def test_a_file_of_its_own(stream: io.StringIO, tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
-    file = AuditFile(path)
-    log = Audit("all")
+    file = AuditFile(path, lambda: pytest.fail("it was not written"))
+    log = Audit("all", file)
     log.decided(USER, "read", "forged\n{}", "r", allowed=True)
     path.rename(tmp_path / "audit.log.1")
     log.decided(USER, "write", "x", "r", allowed=True)
-    file.close()
+    path.rename(tmp_path / "audit.log.2")
+    path.write_text("")
     log.decided(USER, "manage", "x", "r", allowed=True)
-    written = [(tmp_path / name).read_text() for name in ("audit.log.1", "audit.log")] + [stream.getvalue()]
-    assert [[line["action"] for line in lines(text)] for text in written] == [["read"], ["write"], ["manage"]]
+    file.close()
+    written = [lines((tmp_path / name).read_text()) for name in ("audit.log.1", "audit.log.2", "audit.log")]
+    assert [[line["action"] for line in text] for text in written] == [["read"], ["write"], ["manage"]]
+    Audit("all").decided(USER, "read", "forged\n{}", "r", allowed=True)
+    assert lines(stream.getvalue()) == written[0]
+    assert (tmp_path / "audit.log.1").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_can_not_be_written(stream: io.StringIO, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        AuditFile(tmp_path / "none" / "audit.log")
+        AuditFile(tmp_path / "none" / "audit.log", lambda: None)
+
+
+def test_a_file_that_can_not_be_written_any_more_is_counted_and_told_once(stream: io.StringIO, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    failures: list[None] = []
+    file = AuditFile(folder / "audit.log", lambda: failures.append(None))
+    log = Audit("all", file)
+    folder.rename(tmp_path / "elsewhere")
+    for _ in range(3):
+        log.decided(USER, "read", "x", "r", allowed=True)
+    (told,) = lines(stream.getvalue())
+    assert (told["event"], told["cause"]) == ("audit_not_written", "No such file or directory")
+    assert len(failures) == 3
+    folder.mkdir()
+    log.decided(USER, "write", "x", "r", allowed=True)
+    (written,) = lines((folder / "audit.log").read_text())
+    assert (written["action"], len(failures)) == ("write", 3)
+    file.close()
+
+
+def test_a_full_disk_is_a_failure() -> None:
+    failures: list[None] = []
+    file = AuditFile(Path("/dev/full"), lambda: failures.append(None))
+    Audit("all", file).decided(USER, "read", "x", "r", allowed=True)
+    file.close()
+    assert len(failures) == 1

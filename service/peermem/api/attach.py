@@ -3,7 +3,8 @@
 Rules of this file:
 
 * SOCK_SEQPACKET, one protobuf message a packet, answered in order (protos/peermem/v1/attach.proto).
-* Who connects is what the kernel says (`job_process`); the connection's end is the session's end.
+* Who connects is what the kernel says (`job_process`). The session ends with the connection, and with the process, also
+  where a child of it keeps the connection.
 * Every descriptor that is received is either handed to the session or closed here, whatever happened.
 * A malformed packet ends the connection after an answer that says so; any other fault is only answered.
 * A job that does not read its answers is dropped: nothing is queued for it.
@@ -25,10 +26,10 @@ from typing import NamedTuple
 import structlog
 from google.protobuf.message import DecodeError
 
-from peermem.api.job_process import read_job_process
+from peermem.api.job_process import JobProcess, read_job_process
 from peermem.api.sockets import free_socket_path
 from peermem.broker.sessions import Session, SessionTable, close_apart
-from peermem.core.errors import Internal, MalformedMessage, PeermemError
+from peermem.core.errors import Internal, MalformedMessage, PeermemError, SessionNotFound
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName, parse_region
 from peermem.device.base import DeviceMemory
@@ -166,6 +167,7 @@ class _Job:
         self._map_region = map_region
         self._node = node
         self._session: Session | None = None
+        self._process: JobProcess | None = None
         self._closing = close_apart([])
 
     async def serve(self, hello_timeout: float) -> None:
@@ -175,8 +177,21 @@ class _Job:
                 if self._session is not None:
                     patience.reschedule(None)
 
+    def _process_ended(self) -> None:
+        """End the conversation, also where another process still holds its socket."""
+        self._forget_process()
+        with suppress(OSError):  # the other end may be closed already
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _forget_process(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            process.close()
+
     async def end(self) -> None:
         """End the session, then close the connection and wait for what hangs."""
+        self._forget_process()
         try:
             if self._session is not None:
                 self._sessions.close(self._session)
@@ -226,8 +241,20 @@ class _Job:
         return attach_pb2.AttachResponse(handed_in=self._hand_in(self._session, received))
 
     def _open(self) -> attach_pb2.AttachSession:
-        process = read_job_process(self._connection)
-        self._session = self._sessions.open(process.subject, process.pid)
+        try:
+            process = read_job_process(self._connection)
+        except OSError as error:
+            raise SessionNotFound(
+                f"The kernel does not know the process that connected any more ({error.strerror}). Connect again."
+            ) from None
+        try:
+            self._session = self._sessions.open(process.subject, process.pid, process.origin)
+        except BaseException:
+            process.close()
+            raise
+        if process.pidfd >= 0:
+            self._process = process
+            asyncio.get_running_loop().add_reader(process.pidfd, self._process_ended)
         return attach_pb2.AttachSession(token=self._session.token, node=f"nodes/{self._node}")
 
     def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:

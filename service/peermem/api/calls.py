@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* Whoever may not even ask is refused before the handler sees the call.
 * A handler raises PeermemError; here it becomes a status with ErrorInfo. Anything else is a defect: it
   is logged with an id, and the caller gets INTERNAL with that id and nothing of the inside.
 * Every call is counted under its code, also one that the client broke off.
@@ -31,13 +32,16 @@ log = structlog.get_logger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in grpc's stubs only
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Admit: TypeAlias = Callable[[str, Context], Awaitable[None]]
+"""Is given a call's service; raises PeermemError where the caller may not even ask."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handler of every call."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, admit: Admit) -> None:
         self._metrics = metrics
+        self._admit = admit
 
     async def intercept_service(
         self,
@@ -83,6 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         began = time.perf_counter()
         code = "OK"
         try:
+            await self._admit(service, context)
             yield
         except PeermemError as error:
             code = error.code.name

@@ -2,9 +2,11 @@
 
 Rules of this file:
 
+* Each question is one of the link's own node, as the caller's connection proves it, whatever was asked before.
 * Questions are answered when their answers are known, all those of one turn in one message.
 * So many questions have no answer, or one that is not told yet, at most; then no more are read, and a caller that
   asks too fast, or does not read, is slowed down.
+* A call ends after a while; the caller makes another one before.
 * What was asked for is done, also when the caller is gone by then. What is granted to nobody ends with its link, or
   when its time is over.
 """
@@ -12,7 +14,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -21,13 +23,14 @@ import structlog
 from peermem.api.calls import Context
 from peermem.api.identity import spoken_subject
 from peermem.broker.serving import Serving
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, InvalidField, PeermemError, ShuttingDown
 from peermem.core.grant import Wanted
 from peermem.core.names import parse_region
-from peermem.core.types import GrantedKey, Rights
+from peermem.core.types import GrantedKey
 from peermem.v1 import link_pb2
 from peermem.wire import error_to_proto
-from peermem.wire_links import grant_to_proto
+from peermem.wire_links import grant_to_proto, right_from_proto
 
 T = TypeVar("T")
 
@@ -37,27 +40,34 @@ _ASKED = 1024
 """Questions of one message, and of one call that wait for their answers."""
 _RELEASED = 1000
 """Grants of one release."""
-_RIGHTS = {link_pb2.RIGHT_READ: Rights.READ, link_pb2.RIGHT_WRITE: Rights.WRITE}
+_LONGEST = 600.0
+"""Seconds of one call: a connection that is too old for its certificate is not kept open by it."""
+
+CheckLink = Callable[[bytes, Context], None]
+"""Returns where the caller may use a link, or there is no such link. Raises AccessDenied, Unauthenticated."""
 
 
 class GrantExchanges:
     """All ExchangeGrants calls."""
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
+    def __init__(self, serving: Serving, vouching: Vouching, check_link: CheckLink) -> None:
+        self.serving = serving
+        self.vouching = vouching
+        self.check_link = check_link
         self._closing = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         """Answers that are being found or told, and calls that are being served."""
 
     async def serve(self, context: Context) -> None:
         """Serve one call until its caller or `close` ends it. Raises InvalidField, MalformedMessage, ShuttingDown."""
-        exchange = self.spawn(_Exchange(self, self._serving, context).serve())
+        exchange = self.spawn(_Exchange(self, context).serve())
         closing = self.spawn(self._closing.wait())
         try:
-            await asyncio.wait([exchange, closing], return_when=asyncio.FIRST_COMPLETED)
-            if not exchange.done():
+            await asyncio.wait([exchange, closing], timeout=_LONGEST, return_when=asyncio.FIRST_COMPLETED)
+            if closing.done():
                 raise ShuttingDown("This daemon is shutting down; it gives no more grants.")
-            await exchange
+            if exchange.done():
+                await exchange
         finally:
             exchange.cancel()
             closing.cancel()
@@ -77,9 +87,8 @@ class GrantExchanges:
 class _Exchange:
     """One call."""
 
-    def __init__(self, exchanges: GrantExchanges, serving: Serving, context: Context) -> None:
+    def __init__(self, exchanges: GrantExchanges, context: Context) -> None:
         self._exchanges = exchanges
-        self._serving = serving
         self._context = context
         self._room = asyncio.Semaphore(_ASKED)
         self._answers: list[link_pb2.GrantAnswer] = []
@@ -131,26 +140,23 @@ class _Exchange:
         if asked == "acquire":
             if not question.number:
                 raise InvalidField("A question for a grant must have a number.", field="number")
-            return await self._serving.acquire(question.acquire.link_id, question.acquire.epoch, _wanted(question))
+            return await self._acquire(question.acquire)
         if asked is None:
             raise InvalidField("A question must be to acquire or to release.", field="question")
         if len(question.release.grant_ids) > _RELEASED:
             raise InvalidField(f"grant_ids must hold at most {_RELEASED}.", field="grant_ids")
-        await self._serving.release(question.release.link_id, question.release.grant_ids)
+        self._exchanges.check_link(question.release.link_id, self._context)
+        await self._exchanges.serving.release(question.release.link_id, question.release.grant_ids)
         return None
 
-
-def _wanted(question: link_pb2.GrantQuestion) -> Wanted:
-    asked = question.acquire
-    if asked.right not in _RIGHTS:
-        raise InvalidField("right must be READ or WRITE.", field="right")
-    if not asked.length:
-        raise InvalidField("length must be at least 1 byte.", field="length")
-    return Wanted(
-        parse_region(asked.region, "region"),
-        _RIGHTS[asked.right],
-        spoken_subject(asked.subject, "subject"),
-        asked.offset,
-        asked.length,
-        asked.staged,
-    )
+    async def _acquire(self, asked: link_pb2.AcquireGrant) -> GrantedKey:
+        serving = self._exchanges.serving
+        self._exchanges.check_link(asked.link_id, self._context)
+        region, right = parse_region(asked.region, "region"), right_from_proto(asked.right)
+        if not asked.length:
+            raise InvalidField("length must be at least 1 byte.", field="length")
+        node = serving.node_of(asked.link_id, asked.epoch)
+        spoken = spoken_subject(asked.subject, "subject")
+        subject = await self._exchanges.vouching.confirmed(node, spoken, region, right)
+        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged)
+        return await serving.acquire(asked.link_id, asked.epoch, wanted)

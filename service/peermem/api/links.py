@@ -1,16 +1,23 @@
-"""LinkService: other daemons open links and ask for grants. The only service where keys travel."""
+"""LinkService: other daemons open links and ask for grants. The only service where keys travel.
+
+Rules of this file:
+
+* Only a node's daemon gets in. Over TLS it is the node that its certificate says, and a link is that node's only.
+"""
 
 from __future__ import annotations
 
 from peermem.api.calls import Context
 from peermem.api.grants import GrantExchanges
+from peermem.api.identity import Identity, spoken_subject
 from peermem.broker.serving import Serving
-from peermem.core.errors import FabricUnavailable, InvalidField
-from peermem.core.names import parse_node
+from peermem.broker.vouching import Vouching
+from peermem.core.errors import AccessDenied, FabricUnavailable, InvalidField
+from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes
 from peermem.v1 import link_pb2, link_pb2_grpc
 from peermem.wire import fabric_from_proto
-from peermem.wire_links import opened_to_proto, queue_pairs_from_proto
+from peermem.wire_links import opened_to_proto, queue_pairs_from_proto, right_from_proto
 
 _MAX_COPIED = 4096
 """Pieces of one copy between a region and its staging buffer."""
@@ -19,13 +26,16 @@ _MAX_COPIED = 4096
 class LinkService(link_pb2_grpc.LinkServiceServicer):
     """See protos/peermem/v1/link.proto."""
 
-    def __init__(self, serving: Serving, max_rails: int) -> None:
+    def __init__(self, serving: Serving, vouching: Vouching, identity: Identity, max_rails: int) -> None:
         self._serving = serving
-        self._exchanges = GrantExchanges(serving)
+        self._vouching = vouching
+        self._identity = identity
         self._max_rails = max_rails
+        self._exchanges = GrantExchanges(serving, vouching, self._check_link)
 
     async def OpenLink(self, request: link_pb2.OpenLinkRequest, context: Context) -> link_pb2.OpenLinkResponse:
         """See the contract."""
+        node = self._caller(parse_node(request.node, "node"), context)
         fabric = fabric_from_proto(request.fabric)
         if fabric in (None, FabricKind.LOCAL):
             raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
@@ -34,11 +44,12 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         ends = queue_pairs_from_proto(request.queue_pairs)
         rails = request.rails if ends else min(request.rails, self._max_rails)
         offer = LinkAttributes(fabric, rails, request.link_id, queue_pairs=ends)
-        opened = self._serving.open_link(parse_node(request.node, "node"), offer)
+        opened = self._serving.open_link(node, offer)
         return opened_to_proto(opened.attributes, opened.epoch)
 
     async def CloseLink(self, request: link_pb2.CloseLinkRequest, context: Context) -> link_pb2.CloseLinkResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         await self._serving.close_link(request.link_id)
         return link_pb2.CloseLinkResponse()
 
@@ -52,8 +63,20 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         """End the exchanges of grants, which else go on for as long as their callers like."""
         self._exchanges.close()
 
+    async def ConfirmRelay(
+        self, request: link_pb2.ConfirmRelayRequest, context: Context
+    ) -> link_pb2.ConfirmRelayResponse:
+        """See the contract."""
+        self._identity.node(context)
+        node, region = parse_node(request.node, "node"), parse_region(request.region, "region")
+        self._vouching.check_relayed(
+            node, spoken_subject(request.subject, "subject"), region, right_from_proto(request.right)
+        )
+        return link_pb2.ConfirmRelayResponse()
+
     async def CopyStaged(self, request: link_pb2.CopyStagedRequest, context: Context) -> link_pb2.CopyStagedResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         columns = (request.region_offsets, request.buffer_offsets, request.lengths)
         if len(set(map(len, columns))) != 1 or not 1 <= len(request.lengths) <= _MAX_COPIED:
             raise InvalidField(
@@ -66,12 +89,31 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
 
     async def Flush(self, request: link_pb2.FlushRequest, context: Context) -> link_pb2.FlushResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         await self._serving.flush(request.link_id, request.grant_id)
         return link_pb2.FlushResponse()
 
     async def Checksum(self, request: link_pb2.ChecksumRequest, context: Context) -> link_pb2.ChecksumResponse:
         """See the contract."""
+        self._check_link(request.link_id, context)
         value = await self._serving.checksum(
             request.link_id, request.grant_id, request.offsets, request.lengths, request.initial
         )
         return link_pb2.ChecksumResponse(crc32c=value)
+
+    def _caller(self, claimed: str, context: Context) -> str:
+        """Return the node that calls, which says that it is `claimed`. Raises AccessDenied, Unauthenticated."""
+        node = self._identity.node(context)
+        if node and node != claimed:
+            raise AccessDenied(
+                f"The caller says that it is nodes/{claimed}, and its certificate that it is nodes/{node}. Correct its "
+                "configuration.",
+                node=node,
+            )
+        return claimed
+
+    def _check_link(self, link_id: bytes, context: Context) -> None:
+        """Return where the caller may use a link, or there is no such link. Raises AccessDenied, Unauthenticated."""
+        node = self._identity.node(context)
+        if node:
+            self._serving.check_node(link_id, node)

@@ -4,7 +4,10 @@ Rules of this file:
 
 * `grpc.health.v1` answers for the whole server and for each service; at shutdown all turn NOT_SERVING
   before anything else happens.
-* Bounds on messages and on concurrent calls hold before a handler sees a byte.
+* Bounds on messages and on concurrent calls hold before a handler sees a byte; those on connections and handshakes
+  before anybody has shown who it is.
+* With credentials, a TCP port is TLS and nothing else. gRPC for Python can either insist on a certificate or ask for
+  none, so that who shows a token has a port of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from peermem.api.calls import CallInterceptor
+from peermem.api.calls import Admit, CallInterceptor
 from peermem.api.links import LinkService
 from peermem.api.nodes import NodeService
 from peermem.api.regions import RegionService
 from peermem.api.sockets import free_socket_path
+from peermem.api.tls import server_credentials
 from peermem.api.transfers import TransferService
+from peermem.credentials.base import Credentials
 from peermem.telemetry.metrics import GrpcMethod, Metrics
 from peermem.v1 import (
     link_pb2,
@@ -38,7 +43,26 @@ from peermem.v1 import (
     transfer_pb2_grpc,
 )
 
+_IDLE = 300
+"""Seconds that a connection without calls is kept: nobody holds places for nothing."""
+_AGE = 3600.0
+"""Seconds after which a caller has to connect again where TLS is on: what let it in may be over by then. Calls that run
+go on on the old connection."""
 SERVICES = tuple(f"peermem.v1.{name}Service" for name in ("Node", "Region", "Transfer", "Link"))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What callers can take of the server."""
+
+    message: int
+    """Bytes of one message, both ways."""
+    calls: int
+    """At the same time; more are refused."""
+    connections: int
+    """At the same time on one port; more are closed at once."""
+    handshake: float
+    """Seconds that one has for the handshakes of TLS and HTTP/2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +79,31 @@ class GrpcServer:
     """The server on a unix socket, a TCP port, or both."""
 
     def __init__(
-        self, services: Services, metrics: Metrics, *, reflection_on: bool, max_message: int, max_calls: int
+        self,
+        services: Services,
+        metrics: Metrics,
+        admit: Admit,
+        credentials: Credentials | None = None,
+        *,
+        limits: Limits,
+        reflection_on: bool,
     ) -> None:
-        """`max_message` is in bytes, `max_calls` bounds concurrent calls."""
+        """`admit` is asked before each call; without `credentials` TCP is plain."""
+        self._credentials = credentials
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)],
-            maximum_concurrent_rpcs=max_calls,
+            interceptors=[CallInterceptor(metrics, admit)],
+            maximum_concurrent_rpcs=limits.calls,
             options=(
-                ("grpc.max_receive_message_length", max_message),
+                ("grpc.max_receive_message_length", limits.message),
+                ("grpc.max_allowed_incoming_connections", limits.connections),
+                ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
                 ("grpc.max_metadata_size", 16 << 10),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_connection_idle_ms", _IDLE * 1000),
+                *([("grpc.max_connection_age_ms", int(_AGE * 1000))] if credentials is not None else []),
             ),
         )
         self._link = services.link
@@ -80,15 +116,15 @@ class GrpcServer:
         if reflection_on:
             reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._server)
 
-    async def start(self, socket: str | None, address: str | None) -> str:
-        """Listen on a unix socket's path, a host:port, or both; return the TCP address with its real port.
+    async def start(self, socket: str | None, address: str | None, token_address: str | None = None) -> list[str]:
+        """Listen on a unix socket's path, on a host:port, and on one for callers without a certificate; return the two
+        TCP addresses with their real ports, empty for none.
 
         Raises OSError.
         """
         if socket:
             self._listen_unix(socket)
-        host = address.rpartition(":")[0] if address else ""
-        real = f"{host}:{self._listen(address)}" if address else ""
+        real = [self._listen_tcp(address, asks=True), self._listen_tcp(token_address, asks=False)]
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -111,9 +147,18 @@ class GrpcServer:
         finally:
             os.umask(before)
 
-    def _listen(self, target: str) -> int:
+    def _listen_tcp(self, address: str | None, *, asks: bool) -> str:
+        if not address:
+            return ""
+        credentials = server_credentials(self._credentials, asks=asks) if self._credentials else None
+        return f"{address.rpartition(':')[0]}:{self._listen(address, credentials)}"
+
+    def _listen(self, target: str, credentials: grpc.ServerCredentials | None = None) -> int:
         try:
-            port = self._server.add_insecure_port(target)
+            if credentials is not None:
+                port = self._server.add_secure_port(target, credentials)
+            else:
+                port = self._server.add_insecure_port(target)
         except RuntimeError as error:
             raise OSError(f"gRPC can't listen on {target}: is it in use by another daemon? ({error})") from error
         return int(port)

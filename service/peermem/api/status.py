@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import suppress
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -14,6 +14,8 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from peermem.core.errors import DOMAIN, PeermemError, QuotaExceeded
+
+_SECONDS = re.compile(r"[0-9]{1,6}\.[0-9]{1,9}", re.ASCII)
 
 
 def to_grpc(error: PeermemError) -> grpc.Status:
@@ -28,14 +30,14 @@ def _info(error: PeermemError) -> ErrorInfo:
 
 
 def _quota(error: PeermemError) -> Iterator[Message]:
-    """Yield whose limit is reached, and when to come again where that is known. The fault may be a remote daemon's, and
-    its metadata anything."""
+    """Yield whose limit is reached, and when to come again where that is known. It may be another node that says so."""
     if isinstance(error, QuotaExceeded):
         tenant = f"tenant:{error.metadata.get('tenant', '')}"
         yield QuotaFailure(violations=[QuotaFailure.Violation(subject=tenant, description=error.message)])
-        with suppress(KeyError, ValueError, OverflowError):
+        seconds = error.metadata.get("retry_after", "")
+        if _SECONDS.fullmatch(seconds):
             delay = Duration()
-            delay.FromNanoseconds(round(float(error.metadata["retry_after"]) * 1e9))
+            delay.FromNanoseconds(round(float(seconds) * 1e9))
             yield RetryInfo(retry_delay=delay)
 
 

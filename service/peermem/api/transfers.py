@@ -23,7 +23,7 @@ from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.runs import Transfer
 from peermem.core.errors import Internal, InvalidField, PeermemError, TransferCancelled
-from peermem.core.identity import Subject
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName, parse_transfer
 from peermem.core.transfer import TransferFacts
 from peermem.telemetry import audit
@@ -111,7 +111,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         self, requests: object, context: Context
     ) -> None:
         """See the contract."""
-        await Pipeline(self, self._broker, await self._identity.subject(context), context).serve()
+        await Pipeline(self, self._broker, self._identity, context).serve()
 
     async def start(
         self, subject: Subject, request: transfer_pb2.CreateTransferRequest, *, relayed: bool = False
@@ -131,11 +131,12 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
 class Pipeline:
     """One PipelineTransfers call."""
 
-    def __init__(self, service: TransferService, broker: Broker, subject: Subject, context: Context) -> None:
+    def __init__(self, service: TransferService, broker: Broker, identity: Identity, context: Context) -> None:
         self._service = service
         self._broker = broker
-        self._subject = subject
+        self._identity = identity
         self._context = context
+        self._subject = ANONYMOUS
         self._running: dict[int, Transfer] = {}
         self._starting: dict[int, bool] = {}
         """Tags whose transfer is about to start, and whether it has been cancelled already."""
@@ -145,6 +146,7 @@ class Pipeline:
 
     async def serve(self) -> None:
         """Read commands until the caller has no more, then let the transfers end and be reported."""
+        self._subject = await self._identity.subject(self._context)
         try:
             while True:
                 message = await self._context.read()
@@ -152,9 +154,16 @@ class Pipeline:
                     break
                 await self._command(message)
             await asyncio.gather(*self._tasks)
+        except PeermemError:
+            async with self._writing:  # a status that meets a message on its way is never sent
+                self._stop()
+            raise
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self._stop()
+
+    def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     async def _command(self, message: transfer_pb2.PipelineTransfersRequest) -> None:
         if message.HasField("cancel"):
@@ -178,6 +187,8 @@ class Pipeline:
 
     async def _carry(self, tag: int, request: transfer_pb2.CreateTransferRequest) -> None:
         try:
+            # asked again for each: a session, token or certificate may have ended since the pipeline began
+            self._subject = await self._identity.subject(self._context)
             transfer = await self._service.start(self._subject, request)
         except PeermemError as error:
             await self._refuse(tag, error)

@@ -37,6 +37,7 @@ from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun, StorageRuns
 from peermem.broker.tenants import Share, Tenants
 from peermem.broker.transfers import TransferTable
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
     RegionDeleted,
@@ -52,7 +53,7 @@ from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
-from peermem.core.region import RegionRequest
+from peermem.core.region import RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
@@ -112,6 +113,7 @@ class Broker:
             keep_ended=settings.keep_ended,
             keep_ended_for=settings.keep_ended_for,
         )
+        self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
         self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
@@ -216,9 +218,7 @@ class Broker:
 
     async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
-
-        Raises as TransferService.CreateTransfer.
-        """
+        Raises as TransferService.CreateTransfer."""
         self._check_open()
         self.tenants.request(subject)
         self.transfers.check_room(request.weight)
@@ -241,7 +241,7 @@ class Broker:
         try:
             if node != self.node:
                 relay = Relay(name, node, self._remotes.get(node), request, subject)
-                return self._begin(name, relay, request.weight, relay.drive(), hold)
+                return self._begin(name, relay, request.weight, relay.drive(self.vouching), hold)
             run = TransferRun(name, request, parts, regions, Share(self.tenants, subject), self._moved)
             return self._begin(name, run, request.weight, run.drive(self.links), hold)
         except BaseException:
@@ -342,11 +342,12 @@ class Broker:
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""
-        for region in self.regions.lost(self.devices.values()):
+        for region in self.regions.vanished():
             self._taken_back(region)
 
     def _taken_back(self, region: Region) -> None:
-        self._spawn(self.regions.revoke(region))
+        if region.state is State.READY:
+            self._spawn(self.regions.revoke(region))
 
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""

@@ -26,7 +26,7 @@ from peermem.broker.holdings import Holdings
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
-from peermem.broker.renewal import BREAKS, Renewal
+from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
 from peermem.broker.staging import Stager
 from peermem.broker.tenants import Share
@@ -43,7 +43,6 @@ from peermem.core.failpoints import hit
 from peermem.core.grant import Wanted
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.policy import Action
-from peermem.core.retries import Patience
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -102,7 +101,6 @@ class LegRun:
         self._refused = False
         """Whether the last answer of the far end was a refusal."""
         self._renewal = Renewal(self, leg.other, host.machine)
-        self._arrival = Arrival(self, region, self._renewal, host.clock)
         self._stager: Stager | None = None
         """Where an end is staged."""
         self._buffer: StagingBuffer | None = None
@@ -123,7 +121,7 @@ class LegRun:
     async def prepare(self, links: LinkTable) -> None:
         """Get the link and the grant. Raises what they raise."""
         self._links = links
-        self._renewal.patience = Patience(links.retry_for)
+        self._renewal.retry_for = links.retry_for
         (*others, last), self.why = candidates(self.leg, self._region, links.detours, self.why)
         for kind in others:
             try:
@@ -135,7 +133,7 @@ class LegRun:
             else:
                 links.detours.worked(self.leg.other, kind)
                 return
-        await self._prepare_over(last, links)
+        await persistently(lambda: self._prepare_over(last, links), links.retry_for)
 
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
@@ -363,8 +361,11 @@ class LegRun:
         if self.leg.direction is Direction.PULL:
             await self._region.memory.flush()
         else:
-            await self._arrival.flush_far_end()
+            await self._arrival().flush_far_end()
 
     async def verify(self, initial: int) -> int:
         """See Arrival.verify."""
-        return await self._arrival.verify(initial)
+        return await self._arrival().verify(initial)
+
+    def _arrival(self) -> Arrival:
+        return Arrival(self, self._region, self._renewal, self._host.clock)

@@ -111,8 +111,13 @@ class LinkTable:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._open(node, kind))
             self._opening[key] = task
-            task.add_done_callback(lambda _: self._opening.pop(key, None))
+            task.add_done_callback(lambda done: self._opened(key, done))
         return await asyncio.shield(task)
+
+    def _opened(self, key: tuple[str, FabricKind], task: asyncio.Task[OutboundLink]) -> None:
+        self._opening.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # who asked may have given up meanwhile
 
     async def _open(self, node: str, kind: FabricKind) -> OutboundLink:
         link = OutboundLink(node, self._fabrics[kind], self._source(node), self._clock)

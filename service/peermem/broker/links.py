@@ -300,8 +300,8 @@ class OutboundLink:
                 pass  # the far end ends the link itself when its connections close
 
 
-_SHARED_SLICES = 4
-"""Slices that one tenant may have outstanding while others use the link, too: enough to keep two rails busy."""
+_SHARED_SLICES = 2
+"""Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
 _FENCE_PAUSE = 0.05
 """Seconds between the first two attempts to raise a fence."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import structlog
@@ -204,15 +204,17 @@ class RegionTable:
         found = (self._regions[key] for key in ids if wanted <= self._regions[key].labels.items())
         return [region for region, _ in zip(filter(seen, found), range(size), strict=False)]
 
-    def lost(self, devices: Iterable[Device]) -> list[Region]:
-        """Return the regions in use whose device, one of `devices`, or whose memory is not there any more."""
-        dead = {device.name for device in devices if not device.alive() or chosen("device.lost")}
+    def vanished(self) -> list[Region]:
+        """Return the regions whose device or memory is not there any more."""
+        lost = {name for name, device in self._devices().items() if not device.alive() or chosen("device.lost")}
         return [
             region
             for region in self
-            if region.state is State.READY
-            and (region.device.name in dead or region.is_out_of_reach or not region.memory.alive())
+            if region.device.name in lost or not region.memory.alive() or region.is_out_of_reach
         ]
+
+    def _devices(self) -> dict[str, Device]:
+        return {region.device.name: region.device for region in self}
 
     def renew(self, region: Region) -> None:
         """Move the end of a TTL lease to its time to live from now."""

@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* The client's identity and the request_id travel along, so that asking twice starts it once.
+* The client's identity and the request_id travel along, so that asking twice starts it once. While it lasts, this node
+  confirms to others that the node that runs it does so for that client.
 * Contact that breaks is sought again for a while. If it stays lost, the transfer fails here and says
   that it may go on there: only the node that runs it can raise the fence.
 * A report that is silent for a while is asked for anew: it begins with the transfer as it stands, so a daemon that
@@ -20,6 +21,7 @@ from dataclasses import replace
 import structlog
 
 from peermem.broker.regions import Region
+from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
@@ -75,8 +77,12 @@ class Relay:
         """See Transfer: the nodes that own the regions decide."""
         return ()
 
-    async def drive(self) -> None:
+    async def drive(self, vouching: Vouching) -> None:
         """Carry the transfer to its end; never raises."""
+        with vouching.relaying(self._node, self.subject, self._request):
+            await self._drive()
+
+    async def _drive(self) -> None:
         try:
             facts = await self._create()
             self._there = facts.name

@@ -1,4 +1,4 @@
-"""Keeps a leg supplied: a fresh grant in time, and after a break a link, a fence and a grant to go on with.
+"""Keeps a leg supplied: a link and a grant, a fresh one in time, and after a break a fence and both of them anew.
 
 Rules of this file:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import structlog
@@ -70,7 +71,8 @@ class Renewal:
 
     def __init__(self, leg: SuppliedLeg, region: ChildName, machine: TransferMachine) -> None:
         """`region` is the one at the far end."""
-        self.patience = Patience(0.0)
+        self.retry_for = 0.0
+        """Seconds in which nothing moves until a break is past mending."""
         self.is_due = False
         """Whether nothing may be posted before a fresh grant is there."""
         self.is_broken = False
@@ -78,8 +80,10 @@ class Renewal:
         self._leg = leg
         self._region = region
         self._machine = machine
-        self._backoff = Backoff(_SHORTEST, _LONGEST)
         self._cause: PeermemError | None = None
+        self._patience: Patience
+        self._backoff: Backoff
+        """Both are there while there is a cause."""
         self._refused_at: float | None = None
         self._task: asyncio.Task[PeermemError | None] | None = None
 
@@ -89,17 +93,17 @@ class Renewal:
         return self._task is not None
 
     def moved(self) -> None:
-        """Bytes are in place that were not before."""
-        if self._cause is not None:
-            self.patience.moved()
-            self._backoff.reset()
+        """Bytes are in place that were not before. What lands while a break is mended was on its way before."""
+        if not self.is_broken:
             self._cause = None
 
     def broke(self, cause: PeermemError) -> None:
         """A slice came back, or a call failed, because the link broke."""
         self.is_broken = self.is_due = True
-        self.patience.broke(asyncio.get_running_loop().time())
-        self._cause = self._cause or cause
+        if self._cause is None:
+            self._cause, self._patience = cause, Patience(self.retry_for)
+            self._backoff = Backoff(_SHORTEST, _LONGEST)
+        self._patience.broke(asyncio.get_running_loop().time())
 
     def start(self) -> asyncio.Task[PeermemError | None]:
         """Get a grant; return the task, whose result is why the transfer fails, or None."""
@@ -140,10 +144,12 @@ class Renewal:
             self.broke(last)
             if self._is_over(last):
                 return self._given_up(last)
-            await asyncio.sleep(min(self._backoff.pause(random.random()), self._time_left()))
+            await asyncio.sleep(min(self._backoff.pause(random.random()), self._time_left() or 0.0))
 
-    def _time_left(self) -> float:
-        return self.patience.left(asyncio.get_running_loop().time())
+    def _time_left(self) -> float | None:
+        """Return the seconds that a break may still take to be mended; None where nothing broke: calls have their own
+        bounds."""
+        return self._patience.left(asyncio.get_running_loop().time()) if self._cause is not None else None
 
     async def _attempt(self) -> None:
         if self.is_broken:
@@ -166,13 +172,31 @@ class Renewal:
         return now - self._refused_at >= _DEAD_AFTER
 
     def _given_up(self, last: PeermemError | None) -> PeermemError:
-        first = self._cause or last
-        assert first is not None  # there is no limit of time before something broke
+        first = self._cause
+        assert first is not None  # without one there is no limit of time
         known = f"{self._machine.done} of {self._machine.total} bytes are known to be in place."
-        if self.patience.limit == 0:
+        if self.retry_for == 0:
             return NodeUnreachable(f"{first.message} {known} Try again.", **first.metadata)
         why = f" The last attempt: {last.message}" if last is not None and last is not first else ""
         return NodeUnreachable(
-            f"{first.message} No way to go on was found in {self.patience.limit:g} s at most; {known}{why}",
+            f"{first.message} No way to go on was found in {self.retry_for:g} s at most; {known}{why}",
             **{"node": self._region.node, **first.metadata},
         )
+
+
+async def persistently(attempt: Callable[[], Awaitable[None]], limit: float) -> None:
+    """Make attempts, with growing pauses, until one reaches the far end, for `limit` seconds at most.
+
+    Raises what the last attempt raised: NodeUnreachable when the time is over or nobody listens there, anything else at
+    once.
+    """
+    clock, patience, backoff = asyncio.get_running_loop().time, Patience(limit), Backoff(_SHORTEST, _LONGEST)
+    while True:
+        try:
+            return await attempt()
+        except NodeUnreachable as error:
+            patience.broke(clock())
+            left = patience.left(clock())
+            if left == 0 or error.metadata.get("listens") == "no":
+                raise
+        await asyncio.sleep(min(backoff.pause(random.random()), left))

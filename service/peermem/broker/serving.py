@@ -24,6 +24,7 @@ from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
 from peermem.broker.slots import StagingBuffer, spoil
 from peermem.core.errors import (
+    AccessDenied,
     FabricUnavailable,
     GrantRefused,
     LimitReached,
@@ -133,6 +134,16 @@ class Serving:
         attributes = fabric.accept(offer)
         self._links[attributes.link_id] = _AcceptedLink(fabric, node)
         return OpenedLink(attributes, self.epoch)
+
+    def node_of(self, link_id: bytes, epoch: str) -> str:
+        """Return the node that opened a link. Raises LinkNotFound, StaleEpoch."""
+        return self._link(link_id, epoch).node
+
+    def check_node(self, link_id: bytes, node: str) -> None:
+        """Return where a link is unknown or of `node`. Raises AccessDenied."""
+        link = self._links.get(link_id)
+        if link is not None and link.node != node:
+            raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
 
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
@@ -327,8 +338,7 @@ class Serving:
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:
-        grant = self._grants.get(grant_id)
-        if grant is not None:
+        if (grant := self._grants.get(grant_id)) is not None:
             self._spawn(self._end(grant))
 
     def _drop(self, grant_id: int) -> None:
@@ -341,8 +351,7 @@ class Serving:
         held.discard(grant_id)
         if not held:
             del self._by_region[grant.region]
-        link = self._links.get(grant.link_id)
-        if link is not None:
+        if (link := self._links.get(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from peermem.core.errors import LimitReached, NotAdoptable, SessionNotFound
 from peermem.core.identity import Subject
+from peermem.core.origin import NOWHERE, Origin
 from peermem.memory import dma_buf_exporter
 
 MAX_HANDED_IN = 64
@@ -39,6 +40,8 @@ class Session:
     """Its user, and the groups of its process."""
     pid: int
     """0 where the job's process has no number in the daemon's namespace."""
+    origin: Origin = NOWHERE
+    """The Slurm job or pod that its process is of."""
     token: str = field(repr=False, default_factory=lambda: secrets.token_urlsafe(32))
     closed: bool = False
 
@@ -59,14 +62,14 @@ class SessionTable:
         """Have `callback` called after each session's end."""
         self._on_close.append(callback)
 
-    def open(self, subject: Subject, pid: int) -> Session:
+    def open(self, subject: Subject, pid: int, origin: Origin = NOWHERE) -> Session:
         """Open a session. Raises LimitReached."""
         if len(self._sessions) >= self.max_sessions:
             raise LimitReached(
                 f"This node has {self.max_sessions} sessions open, its limit. End a job, or raise attach.max_sessions.",
                 limit=self.max_sessions,
             )
-        session = Session(subject, pid)
+        session = Session(subject, pid, origin)
         self._sessions[session.token] = session
         return session
 

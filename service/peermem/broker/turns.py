@@ -13,6 +13,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 from peermem.core.quota import Tenant
 
 _RECENT = 1.0
-"""Seconds for which a tenant counts as using the link after it last posted."""
+"""Seconds for which a tenant counts as using the link."""
 
 
 class Share(Protocol):
@@ -56,7 +57,6 @@ class Line(Generic[W]):
     credit: int = 0
     load: int = 0
     """What it has outstanding."""
-    used_at: float = 0.0
     in_turn: bool = False
 
 
@@ -73,6 +73,11 @@ class Turns(Generic[W]):
         self._shared_window = shared_window
         self._clock = clock
         self._load = 0
+        self._last = ""
+        """Who used the link last, and when;"""
+        self._last_at = -math.inf
+        self._before_at = -math.inf
+        """when somebody else did before."""
         self._lines: dict[str, Line[W]] = {}
         self._order: deque[Line[W]] = deque()
         self._queued: set[W] = set()
@@ -89,10 +94,9 @@ class Turns(Generic[W]):
         tenant = worker.share.tenant
         line = self._lines.get(tenant.key)
         if line is None:
-            self._forget()
             line = self._lines[tenant.key] = Line(tenant.key)
         line.workers.append(worker)
-        line.used_at = self._clock()
+        self._use(line)
         if not line.in_turn:
             line.in_turn, line.credit = True, self._quantum * tenant.weight
             self._order.appendleft(line)
@@ -108,6 +112,7 @@ class Turns(Generic[W]):
             if not line.workers:
                 self._order.popleft()
                 line.in_turn = False
+                self._forget(line)
             elif line.load >= most or (not hurry and line.workers[0].share.wait() > 0):
                 self._order.rotate(-1)
                 held_back += 1
@@ -123,6 +128,7 @@ class Turns(Generic[W]):
 
     def posted(self, line: Line[W], cost: int) -> None:
         """What was taken posted so much."""
+        self._use(line)
         self._load += cost
         line.load += cost
         line.credit -= cost
@@ -131,7 +137,7 @@ class Turns(Generic[W]):
         """What was posted has come back."""
         self._load -= cost
         line.load -= cost
-        line.used_at = self._clock()
+        self._forget(line)
 
     def pause(self) -> float:
         """Return the seconds after which somebody may post who has to wait now; 0 where nobody waits for time."""
@@ -140,16 +146,17 @@ class Turns(Generic[W]):
         waits = [line.workers[0].share.wait() for line in self._order if line.workers]
         return min((wait for wait in waits if wait > 0), default=0.0)
 
-    def _is_alone(self) -> bool:
-        """Whether at most one tenant uses the link."""
-        if len(self._lines) < 2:
-            return True
-        since = self._clock() - _RECENT
-        return sum(bool(line.load or line.workers) or line.used_at > since for line in self._lines.values()) < 2
+    def _use(self, line: Line[W]) -> None:
+        """Note that a tenant uses the link."""
+        now = self._clock()
+        if line.key != self._last:
+            self._last, self._before_at = line.key, self._last_at
+        self._last_at = now
 
-    def _forget(self) -> None:
-        """Forget tenants that have not used the link for long."""
-        since = self._clock() - _RECENT
-        self._lines = {
-            key: line for key, line in self._lines.items() if line.in_turn or line.load or line.used_at > since
-        }
+    def _is_alone(self) -> bool:
+        """Whether only one tenant has used the link lately."""
+        return self._clock() - self._before_at > _RECENT
+
+    def _forget(self, line: Line[W]) -> None:
+        if not line.in_turn and not line.load:
+            del self._lines[line.key]

@@ -7,7 +7,7 @@ Exit codes:
     2    the command line is wrong
     3    the node can't be reached, or is shutting down
     4    no such region, transfer, device or node
-    5    not allowed
+    5    not allowed, or not known who asks
     6    a timeout passed
     130  interrupted; a transfer was cancelled and its fence has been raised
 
@@ -41,6 +41,7 @@ _EXIT_CODES = {
     Code.UNAVAILABLE: 3,
     Code.NOT_FOUND: 4,
     Code.PERMISSION_DENIED: 5,
+    Code.UNAUTHENTICATED: 5,
     Code.DEADLINE_EXCEEDED: 6,
 }
 _EXIT_HELP = dedent((__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\nRules")[0])
@@ -69,7 +70,9 @@ class Tool(click.Group):
 def tool(settings: Settings) -> None:
     """Look at and work with a node of peermem: its devices, regions and transfers.
 
-    Sizes are written as 64MiB, durations as 30s. The options stand before or after a command's name.
+    Sizes are written as 64MiB, durations as 30s. The options stand before or after a command's name. For a daemon
+    that is reached over TLS, PEERMEM_CLIENT_CA, _CERTIFICATE, _KEY and _TOKEN name files, and _SERVER a name in the
+    daemon's certificate.
     """
 
 

@@ -5,14 +5,13 @@ Rules of this file:
 * The channel repeats idempotent calls by itself, once, and finds a restarted daemon within a second.
 * A daemon whose host vanished is noticed within half a minute, so that no wait for a transfer is endless.
 * A daemon is reached directly: the proxy that a host has for the web plays no part.
-* The session token travels as metadata of each call and appears nowhere else.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from peermem.client import targets
 from peermem.client.attach import Attachment
@@ -35,13 +34,6 @@ TIMEOUT = 30.0
 
 SLOWEST = 8 << 20
 """Bytes per second that reading or writing a region is allowed to sink to before its call times out."""
-
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
-
-
-def session_metadata(token: str | None) -> Metadata:
-    """Return what ties calls to a session of the attach socket."""
-    return (("peermem-session", token),) if token else ()
 
 
 def open_attachment(target: str, attach: str | Literal[False] | None) -> Attachment | None:

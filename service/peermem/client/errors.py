@@ -28,7 +28,7 @@ _BY_CODE: dict[grpc.StatusCode, type[PeermemError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.NotSupported,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitReached,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
-    grpc.StatusCode.UNAUTHENTICATED: errors.AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidField,
 }
 
@@ -74,6 +74,16 @@ def unreachable(target: str, cause: str) -> errors.NodeUnreachable:
     return errors.NodeUnreachable(
         f"The daemon at {target} can't be reached ({cause}); start peermemd there, or give another target.",
         target=target,
+    )
+
+
+def forgotten(transfer: str, refusal: PeermemError) -> errors.NodeUnreachable:
+    """Return the exception for a transfer that its daemon had accepted, and does not know any more."""
+    return errors.NodeUnreachable(
+        f"The daemon of {transfer} was restarted and does not know it any more. What came of it is not known. When it "
+        f"was asked for again it was refused: {refusal.message}",
+        transfer=transfer,
+        refusal=refusal.reason,
     )
 
 

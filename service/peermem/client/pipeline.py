@@ -4,7 +4,8 @@ Rules of this file:
 
 * No I/O and no locks: the shells bring both, and hear of news through `Flight.changed`.
 * A flight leaves the ledger with its outcome, and every flight gets one: from the daemon, or a fault.
-* After a break each flight is sent again as it was: its request_id makes the daemon take up the same transfer.
+* After a break each flight is sent again as it was: its request_id makes the daemon take up the same transfer. One that
+  a restarted daemon refuses then, although it had been accepted, is lost from sight: what was written is not known.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ class Ledger(Generic[F]):
             return
         event = response.WhichOneof("event")
         if event == "error":
-            flight.fail(errors.from_proto(response.error))
+            fault = errors.from_proto(response.error)
+            flight.fail(errors.forgotten(flight.name, fault) if flight.name else fault)
         elif event == "transfer":
             flight.report(response.transfer)
         if flight.ended:

@@ -18,9 +18,10 @@ from typing import Protocol, TypeAlias
 
 import grpc
 
-from peermem.client import calls, errors, pipeline
+from peermem.client import errors, pipeline
 from peermem.client.facts import Progress, TransferInfo
 from peermem.client.requests import Time, seconds
+from peermem.client.tls import Access
 from peermem.core.errors import PeermemError
 from peermem.v1 import transfer_pb2, transfer_pb2_grpc
 
@@ -92,9 +93,10 @@ class Transfer(pipeline.Flight):
 class Pipeline:
     """One PipelineTransfers call, opened when it is needed."""
 
-    def __init__(self, stub: transfer_pb2_grpc.TransferServiceStub, metadata: calls.Metadata, target: str) -> None:
+    def __init__(self, stub: Callable[[], transfer_pb2_grpc.TransferServiceStub], access: Access, target: str) -> None:
+        """`stub` returns the one to make the next call on."""
         self._stub = stub
-        self._metadata = metadata
+        self._access = access
         self._target = target
         self._lock = threading.Condition()
         self._closed = False
@@ -142,7 +144,7 @@ class Pipeline:
         self._commands = SimpleQueue()
         for command in self._ledger.commands():
             self._commands.put(command)
-        self._call = self._stub.PipelineTransfers(iter(self._commands.get, None), metadata=self._metadata)
+        self._call = self._stub().PipelineTransfers(iter(self._commands.get, None), metadata=self._access.metadata())
         return self._call
 
     def _run(self, call: Call | None) -> None:

@@ -137,6 +137,10 @@ class AccessDenied(PeermemError, code=Code.PERMISSION_DENIED):
     """The caller may not do this with that resource."""
 
 
+class Unauthenticated(PeermemError, code=Code.UNAUTHENTICATED):
+    """The caller did not prove who it is, or not by anything that counts here (any more)."""
+
+
 class RegionInUse(PeermemError, code=Code.FAILED_PRECONDITION):
     """A transfer uses the region, so it can't be deleted without force."""
 
@@ -263,6 +267,10 @@ class QuotaExceeded(PeermemError, code=Code.RESOURCE_EXHAUSTED):
 
 class NodeUnreachable(PeermemError, code=Code.UNAVAILABLE):
     """The remote node can't be reached, or its link broke."""
+
+
+class AuthorityUnreachable(PeermemError, code=Code.UNAVAILABLE):
+    """What has to say whose token a caller shows could not be asked."""
 
 
 class GrantRefused(PeermemError, code=Code.UNAVAILABLE):

@@ -24,7 +24,7 @@ from peermem.fabric import frames
 from peermem.fabric.base import Completion, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
 from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
-from peermem.fabric.tcp_stream import Pace, Stream, prepare
+from peermem.fabric.tcp_stream import LITTLE, Pace, Stream, prepare
 
 
 async def dial(host: str, port: int, hello: bytes) -> socket.socket:
@@ -108,7 +108,10 @@ class TcpLink:
             self.finish(Completion(request.wr_id, Status.LOC_PROT_ERR))
             self._loop.call_soon(self.report)
             return
-        min(self._rails, key=_load).post(request)
+        rails = self._rails
+        if ranges.total > LITTLE and self._pace.is_short and len(rails) > 1:
+            rails = rails[:-1]  # the last one is kept free for what is little
+        min(rails, key=_load).post(request)
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(self._stall_timeout, self._look)
 
@@ -201,12 +204,14 @@ class _Rail:
         self._link = link
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[WorkRequest, Payload]] = deque()
+        self._pace = pace
         self._response = Block(bytearray(frames.RESPONSE_SIZE))
         self._receiving_data = False
         self.stream = Stream(sock, self, pace, self._response)
 
     def post(self, request: WorkRequest) -> None:
         ranges = request.ranges
+        self._pace.request(ranges.total)
         head = frames.RequestHead(request.opcode, len(ranges.lengths), request.wr_id, request.key.rkey, ranges.total)
         frame = Block(frames.encode_request(head, ranges.remote, ranges.lengths))
         reading = request.opcode is Opcode.READ

@@ -178,6 +178,7 @@ class _Rail:
         self._block = Block(bytearray(frames.HELLO_SIZE))
         self._head = Block(bytearray(frames.HEAD_SIZE))
         self._next: Callable[[], Bytes] = self._on_hello
+        self._pace = pace
         self._stream = Stream(sock, self, pace, self._block, _MAX_BACKLOG)
 
     @property
@@ -212,6 +213,7 @@ class _Rail:
 
     def _on_head(self) -> Bytes:
         head = frames.decode_head(self._head.data)
+        self._pace.request(head.total)
         first = frames.first_range(self._head.data)
         if head.count == 1:
             return self._serve(head, first)

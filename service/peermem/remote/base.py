@@ -14,7 +14,7 @@ from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
-from peermem.core.types import GrantedKey, LinkAttributes
+from peermem.core.types import GrantedKey, LinkAttributes, Rights
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,12 @@ class RemoteNode(GrantSource, Protocol):
 
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """Cancel for `subject`; returns when the fence is up. Raises TransferNotFound, AccessDenied."""
+
+    async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
+        """Return where it has `node` run a transfer for its client `subject` that needs a right to a region.
+
+        Raises AccessDenied.
+        """
 
     async def node_facts(self) -> NodeFacts:
         """Return what it says of itself."""

@@ -5,9 +5,7 @@ Rules of this file:
 * Every gRPC error becomes a PeermemError here: the one that the other daemon described, else
   NodeUnreachable.
 * Every call has a deadline; a daemon that does not answer is unreachable.
-* Connections are made on first use, kept alive by pings, and shared.
-* A call to a daemon that was not there before tries again at once: gRPC's pause between two attempts
-  would refuse calls to a daemon that has come back.
+* A call that found no connection is made again, once, on a new one.
 """
 
 from __future__ import annotations
@@ -29,9 +27,11 @@ from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import GrantedKey, LinkAttributes, Rights
+from peermem.credentials.base import Credentials
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
+from peermem.remote.connection import Connection, Door, NotThatNode
 from peermem.remote.grants import GrantExchange
-from peermem.v1 import link_pb2, link_pb2_grpc, node_pb2, node_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from peermem.v1 import link_pb2, node_pb2, transfer_pb2
 from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
 from peermem.wire_links import grant_from_proto, opened_from_proto, queue_pairs_to_proto
 
@@ -39,29 +39,23 @@ T = TypeVar("T")
 
 _DEADLINE = 5.0
 """Seconds for a call that the other daemon answers at once."""
+_RIGHTS = {Rights.READ: link_pb2.RIGHT_READ, Rights.WRITE: link_pb2.RIGHT_WRITE}
 _SLOW_DEADLINE = 120.0
 """Seconds for a call that moves or checks bytes before it answers."""
-_OPTIONS = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect may take
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.max_receive_message_length", 8 << 20),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # else a new channel to the same address inherits the pause
-)
 
 
 class GrpcRemotes:
     """All other daemons, found by a directory."""
 
-    def __init__(self, here: str, epoch: str, address_of: Callable[[str], str]) -> None:
-        """`here` and `epoch` are this node's; `address_of` returns host:port of a node or raises NodeNotFound."""
+    def __init__(
+        self, here: str, epoch: str, address_of: Callable[[str], str], credentials: Credentials | None = None
+    ) -> None:
+        """`here`, `epoch` and `credentials` are this node's; `address_of` returns host:port of a node or raises
+        NodeNotFound."""
         self._here = here
         self._epoch = epoch
         self._address_of = address_of
+        self._credentials = credentials
         self._nodes: dict[str, GrpcRemoteNode] = {}
         self._moved: list[GrpcRemoteNode] = []
         """Daemons that have another address now; calls to the old one may be under way."""
@@ -74,7 +68,8 @@ class GrpcRemotes:
             self._moved.append(self._nodes.pop(node))
             known = None
         if known is None:
-            known = self._nodes[node] = GrpcRemoteNode(node, address, self._here, self._epoch)
+            door = Door(node, address, self._credentials)
+            known = self._nodes[node] = GrpcRemoteNode(door, node, self._here, self._epoch)
         return known
 
     async def close(self) -> None:
@@ -85,47 +80,19 @@ class GrpcRemotes:
         self._moved.clear()
 
 
-class _Connection:
-    """A channel and its stubs."""
-
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self.links = link_pb2_grpc.LinkServiceStub(self._channel)
-        self.transfers = transfer_pb2_grpc.TransferServiceStub(self._channel)
-        self.nodes = node_pb2_grpc.NodeServiceStub(self._channel)
-
-    @property
-    def pauses(self) -> bool:
-        """Whether the last attempt to connect failed and the next is put off, so that nothing runs on it."""
-        return self._channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-
 class GrpcRemoteNode:
     """One other daemon."""
 
-    def __init__(self, node: str, address: str, here: str, epoch: str) -> None:
-        self.address = address
+    def __init__(self, door: Door, node: str, here: str, epoch: str) -> None:
+        self.address = door.address
+        self._door = door
         self._node = node
         self._here = here
         self._epoch = epoch
-        self._closing: set[asyncio.Task[None]] = set()
-        self._connection = _Connection(address)
         self._links: set[bytes] = set()
         """Open ones; the exchange of grants ends with the last."""
         self._exchange: GrantExchange | None = None
-
-    @property
-    def _now(self) -> _Connection:
-        """The connection to make a call on."""
-        if self._connection.pauses:
-            closing = asyncio.get_running_loop().create_task(self._connection.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            self._connection = _Connection(self.address)
-        return self._connection
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """See GrantSource."""
@@ -137,7 +104,7 @@ class GrpcRemoteNode:
             queue_pairs=queue_pairs_to_proto(offer.queue_pairs),
             link_id=offer.link_id,
         )
-        answer = await self._call(self._now.links.OpenLink(request, timeout=_DEADLINE))
+        answer = await self._call(lambda to: to.links.OpenLink(request, timeout=_DEADLINE))
         with self._faults():
             opened = OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
         self._links.add(opened.attributes.link_id)
@@ -145,30 +112,37 @@ class GrpcRemoteNode:
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
+        request = link_pb2.CloseLinkRequest(link_id=link_id)
         try:
-            await self._call(self._now.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+            await self._call(lambda to: to.links.CloseLink(request, timeout=_DEADLINE))
         finally:
             self._links.discard(link_id)
             if not self._links:
-                await self._end_exchange()
+                self._end_exchange()
 
-    async def _end_exchange(self) -> None:
+    def _end_exchange(self) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            await exchange.close()
+            closing = asyncio.get_running_loop().create_task(exchange.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
-    @property
-    def _grants(self) -> GrantExchange:
-        """The call to ask for grants on."""
-        if self._exchange is None or self._exchange.is_over:
-            self._exchange = GrantExchange(self._now.links.ExchangeGrants(), self._broken)
+    async def _ask(self, ask: Callable[[GrantExchange], Awaitable[T]]) -> T:
+        """Ask on the exchange of grants, and as `_call` a second time."""
+        with self._faults():
+            try:
+                return await ask(await self._exchanging())
+            except grpc.aio.AioRpcError as error:
+                if not _never_sent(error):
+                    raise
+            return await ask(await self._exchanging())
+
+    async def _exchanging(self) -> GrantExchange:
+        connection = await self._door.connection()
+        if self._exchange is None or not self._exchange.serves(connection):
+            self._end_exchange()
+            self._exchange = GrantExchange(connection)
         return self._exchange
-
-    def _broken(self, cause: BaseException) -> PeermemError:
-        if isinstance(cause, grpc.aio.AioRpcError):
-            return self._fault(cause)
-        code = "DEADLINE_EXCEEDED" if isinstance(cause, TimeoutError) else "UNAVAILABLE"
-        return self._unreachable(code, str(cause) or "the connection was given up")
 
     async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """See GrantSource."""
@@ -176,19 +150,19 @@ class GrpcRemoteNode:
             link_id=link_id,
             epoch=epoch,
             region=str(wanted.region),
-            right=link_pb2.RIGHT_WRITE if wanted.right is Rights.WRITE else link_pb2.RIGHT_READ,
+            right=_RIGHTS[wanted.right],
             subject=self._on_behalf(wanted.subject),
             offset=wanted.offset,
             length=wanted.length,
             staged=wanted.staged,
         )
-        grant = await self._grants.acquire(question, _DEADLINE)
+        grant = await self._ask(lambda exchange: exchange.acquire(question, _DEADLINE))
         with self._faults():
             return grant_from_proto(grant)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
-        await self._grants.release(link_id, grant_ids, _DEADLINE)
+        await self._ask(lambda exchange: exchange.release(link_id, grant_ids, _DEADLINE))
 
     def give_back(self, link_id: bytes, grant_id: int) -> None:
         """See GrantSource."""
@@ -208,12 +182,12 @@ class GrpcRemoteNode:
             buffer_offsets=buffer_offsets,
             lengths=lengths,
         )
-        await self._call(self._now.links.CopyStaged(request, timeout=_SLOW_DEADLINE))
+        await self._call(lambda to: to.links.CopyStaged(request, timeout=_SLOW_DEADLINE))
 
     async def flush(self, link_id: bytes, grant_id: int) -> None:
         """See GrantSource."""
         request = link_pb2.FlushRequest(link_id=link_id, grant_id=grant_id)
-        await self._call(self._now.links.Flush(request, timeout=_SLOW_DEADLINE))
+        await self._call(lambda to: to.links.Flush(request, timeout=_SLOW_DEADLINE))
 
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
@@ -222,48 +196,69 @@ class GrpcRemoteNode:
         request = link_pb2.ChecksumRequest(
             link_id=link_id, grant_id=grant_id, offsets=offsets, lengths=lengths, initial=initial
         )
-        answer = await self._call(self._now.links.Checksum(request, timeout=_SLOW_DEADLINE))
+        answer = await self._call(lambda to: to.links.Checksum(request, timeout=_SLOW_DEADLINE))
         return answer.crc32c
 
     async def create_transfer(self, request: TransferRequest, request_id: str, subject: Subject) -> TransferFacts:
         """See RemoteNode."""
         message = transfer_request_to_proto(request, request_id)
-        call = self._now.transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=self._metadata(subject))
-        answer = await self._call(call)
+        metadata = self._metadata(subject)
+        answer = await self._call(lambda to: to.transfers.CreateTransfer(message, timeout=_DEADLINE, metadata=metadata))
         with self._faults():
             return transfer_from_proto(answer)
 
     async def watch_transfer(self, name: ChildName, subject: Subject) -> AsyncGenerator[TransferFacts, None]:
         """See RemoteNode."""
         request = transfer_pb2.WatchTransferRequest(name=str(name))
-        call = self._now.transfers.WatchTransfer(request, metadata=self._metadata(subject))
-        try:
-            with self._faults():
-                async for message in call:
-                    yield transfer_from_proto(message)
-        finally:
-            call.cancel()
+        with self._faults():
+            connection = await self._door.connection()
+            with connection.used():
+                call = connection.transfers.WatchTransfer(request, metadata=self._metadata(subject))
+                try:
+                    async for message in call:
+                        yield transfer_from_proto(message)
+                finally:
+                    call.cancel()
 
     async def cancel_transfer(self, name: ChildName, subject: Subject) -> None:
         """See RemoteNode."""
         request = transfer_pb2.CancelTransferRequest(name=str(name))
         metadata = self._metadata(subject)
-        await self._call(self._now.transfers.CancelTransfer(request, timeout=_SLOW_DEADLINE, metadata=metadata))
+        await self._call(lambda to: to.transfers.CancelTransfer(request, timeout=_SLOW_DEADLINE, metadata=metadata))
+
+    async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
+        """See RemoteNode."""
+        request = link_pb2.ConfirmRelayRequest(
+            node=f"nodes/{node}", subject=subject.spoken(), region=str(region), right=_RIGHTS[right]
+        )
+        await self._call(lambda to: to.links.ConfirmRelay(request, timeout=_DEADLINE))
 
     async def node_facts(self) -> NodeFacts:
         """See RemoteNode."""
-        message = await self._call(self._now.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE))
+        message = await self._call(lambda to: to.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE))
         with self._faults():
             return node_from_proto(message)
 
     async def close(self) -> None:
         """See RemoteNode."""
-        await self._end_exchange()
-        await asyncio.gather(self._connection.close(), *self._closing)
+        self._end_exchange()
+        await self._door.close()
+        if self._closing:
+            await asyncio.wait(list(self._closing))
 
-    async def _call(self, call: Awaitable[T]) -> T:
+    async def _call(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         with self._faults():
-            return await call
+            connection = await self._door.connection()
+            try:
+                with connection.used():
+                    return await call(connection)
+            except grpc.aio.AioRpcError as error:
+                if not _never_sent(error):
+                    raise
+            # the daemon may have come back meanwhile, with another certificate
+            connection = await self._door.connection()
+            with connection.used():
+                return await call(connection)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -272,12 +267,16 @@ class GrpcRemoteNode:
             yield
         except grpc.aio.AioRpcError as error:
             raise self._fault(error) from None
+        except NotThatNode as error:
+            raise self._unreachable("UNAVAILABLE" if error.absent else "UNAUTHENTICATED", str(error)) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # not this task but the call was cancelled: its connection was replaced
             raise self._unreachable("UNAVAILABLE", "the connection was given up") from None
+        except TimeoutError:
+            raise self._unreachable("DEADLINE_EXCEEDED", "no answer in time") from None
         except (DecodeError, ValueError, InvalidField) as error:
             raise self._unreachable("INTERNAL", f"its answer makes no sense: {error}") from None
 
@@ -304,6 +303,12 @@ class GrpcRemoteNode:
 
     def _metadata(self, subject: Subject) -> tuple[tuple[str, str], ...]:
         return (("peermem-on-behalf-of", self._on_behalf(subject)),)
+
+
+def _never_sent(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call failed because no connection came about, so that making it again makes it once."""
+    details = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith("failed to connect to all addresses")
 
 
 def _described(error: grpc.aio.AioRpcError) -> PeermemError | None:

@@ -11,27 +11,24 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grpc
 
-from peermem.core.errors import PeermemError
+from peermem.remote.connection import Connection
 from peermem.v1 import link_pb2
 from peermem.wire import error_from_proto
-
-Fault = Callable[[BaseException], PeermemError]
-"""Turns what gRPC raises into an error of the other daemon's."""
 
 
 class GrantExchange:
     """One call."""
 
-    def __init__(self, call: Any, fault: Fault) -> None:
-        """`call` is the open call."""
-        self._call = call
-        self._fault = fault
+    def __init__(self, connection: Connection) -> None:
+        """Begin it."""
+        self._connection = connection
+        self._call = connection.links.ExchangeGrants()
         self._loop = asyncio.get_running_loop()
+        self._over_at = self._loop.time() + _LONGEST
         self._last = 0
         self._asked: dict[int, tuple[asyncio.Future[link_pb2.GrantAnswer], bytes]] = {}
         """What waits for each answer, and of which link it is."""
@@ -46,8 +43,13 @@ class GrantExchange:
         """Whether the call broke or was closed."""
         return self._reader.done()
 
+    def serves(self, connection: Connection) -> bool:
+        """Whether to ask on it while `connection` is the one to make calls on."""
+        return self._connection is connection and not self.is_over and self._loop.time() < self._over_at
+
     async def acquire(self, question: link_pb2.AcquireGrant, timeout: float) -> link_pb2.Grant:
-        """Return a grant. Raises what the other daemon answers, and NodeUnreachable."""
+        """Return a grant. Raises what the other daemon answers, TimeoutError, and AioRpcError or CancelledError when
+        the call ends before."""
         answer = await self._ask(link_pb2.GrantQuestion(acquire=question), question.link_id, timeout)
         return answer.grant
 
@@ -73,8 +75,6 @@ class GrantExchange:
         try:
             async with asyncio.timeout(timeout):
                 answer = await asked
-        except TimeoutError:
-            raise self._fault(TimeoutError(f"no answer within {timeout:g} s")) from None
         except asyncio.CancelledError:
             if asked.done() and not asked.cancelled() and asked.exception() is None:
                 self._unwanted(asked.result(), link_id)
@@ -102,13 +102,16 @@ class GrantExchange:
             self._writer = None
 
     async def _read(self) -> None:
+        cause: grpc.aio.AioRpcError | None = None
         try:
-            while (message := await self._call.read()) is not grpc.aio.EOF:
-                for answer in message.answers:
-                    self._take(answer)
-            self._fail(EOFError("it ended the exchange of grants"))
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:  # cancelled by `close`, or with the connection
-            self._fail(error)
+            with self._connection.used():
+                while isinstance(message := await self._call.read(), link_pb2.ExchangeGrantsResponse):
+                    for answer in message.answers:
+                        self._take(answer)
+        except grpc.aio.AioRpcError as error:
+            cause = error
+        finally:  # also when the call was cancelled, by `close` or with its connection
+            self._fail(cause)
 
     def _take(self, answer: link_pb2.GrantAnswer) -> None:
         if answer.number not in self._asked:
@@ -123,20 +126,28 @@ class GrantExchange:
         if answer.HasField("grant"):
             self.give_back(link_id, [answer.grant.grant_id])
 
-    def _fail(self, cause: BaseException) -> None:
+    def _fail(self, cause: grpc.aio.AioRpcError | None) -> None:
         asked, self._asked = self._asked, {}
         for each, _ in asked.values():
-            if not each.done():
-                each.set_exception(self._fault(cause))
+            if not each.done() and cause is not None:
+                each.set_exception(cause)
+            else:
+                each.cancel()
 
     async def close(self) -> None:
-        """End the call; what was given back and is not sent yet ends with its link."""
-        if self._lingering is not None:
-            self._lingering.cancel()
+        """End the call when what was asked for is answered, and what was given back is sent."""
+        if self._questions:
+            self._write_soon()
+        if waiting := [asked for asked, _ in self._asked.values() if not asked.done()]:
+            await asyncio.wait(waiting)
+        if self._writer is not None:
+            await asyncio.wait([self._writer])
         self._call.cancel()
-        await asyncio.wait([task for task in (self._reader, self._writer) if task is not None])
+        await asyncio.wait([self._reader])
 
 
+_LONGEST = 300.0
+"""Seconds of one call: well below those after which the other daemon ends it."""
 _LINGER = 0.001
 """Seconds that what is given back waits for a question to go with."""
 _AT_ONCE = 1024

@@ -9,16 +9,22 @@ Rules of this file:
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections import OrderedDict
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import structlog
+from structlog.typing import Processor
 
 from peermem.core.identity import Subject
 from peermem.telemetry import logs
+
+log = structlog.get_logger(__name__)
 
 Decisions = Literal["all", "denied"]
 LOGGER = "audit"
@@ -60,15 +66,60 @@ def of_process(pid: int) -> None:
     _caller.set(_caller.get()._replace(pid=pid))
 
 
+class AuditFile:
+    """A file that lines are added to, made anew when it was moved away; what structlog calls a logger."""
+
+    def __init__(self, path: Path, failed: Callable[[], None]) -> None:
+        """`failed` is called for each line that could not be written. Raises OSError where it can't be now."""
+        self._path = path
+        self._failed = failed
+        self._works = True
+        self._fd = self._open()
+
+    def info(self, line: str) -> None:
+        """Add a line. What can't be written is counted and told in the log, and keeps nobody from work."""
+        data = f"{line}\n".encode()
+        try:
+            if not self._is_there():
+                before, self._fd = self._fd, self._open()
+                os.close(before)
+            if os.write(self._fd, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._failed()
+            if self._works:
+                log.error("audit_not_written", file=str(self._path), cause=error.strerror)
+            self._works = False
+        else:
+            self._works = True
+
+    def close(self) -> None:
+        """Write to it no more."""
+        os.close(self._fd)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _is_there(self) -> bool:
+        """Whether the file that is open is still the one of this name."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+
 class Audit:
     """Writes decisions down."""
 
-    def __init__(self, decisions: Decisions) -> None:
+    def __init__(self, decisions: Decisions, file: AuditFile | None = None) -> None:
+        """Without a `file` it is written where all logs are."""
         self.decisions: Decisions = decisions
-        logging.getLogger(LOGGER).setLevel(logging.INFO)  # else the level of all logs holds
-        self._log = structlog.wrap_logger(
-            logging.getLogger(LOGGER), wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)
-        )
+        always = structlog.make_filtering_bound_logger(logging.INFO)
+        if file is None:
+            logging.getLogger(LOGGER).setLevel(logging.INFO)  # else the level of all logs holds
+            self._log = structlog.wrap_logger(logging.getLogger(LOGGER), wrapper_class=always)
+        else:
+            self._log = structlog.wrap_logger(file, _PROCESSORS, always).bind(logger=LOGGER)
         self._repeated: OrderedDict[tuple[object, ...], None] = OrderedDict()
 
     def decided(
@@ -102,18 +153,10 @@ class Audit:
         return known
 
 
-class AuditFile:
-    """The file that the logger writes to, until it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises OSError where it can't be written."""
-        self._handler = logs.file_handler(path)
-        self._logger = logging.getLogger(LOGGER)
-        self._logger.addHandler(self._handler)
-        self._logger.propagate = False
-
-    def close(self) -> None:
-        """Write to it no more."""
-        self._logger.removeHandler(self._handler)
-        self._logger.propagate = True
-        self._handler.close()
+_PROCESSORS: list[Processor] = [
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    logs.mask_secrets,
+    structlog.processors.JSONRenderer(),
+]
+"""The way of a line into a file of its own: shorter than that of all logs, since each transfer passes it."""

@@ -12,10 +12,8 @@ Rules of this file:
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import re
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -30,42 +28,32 @@ def set_up(level: str, format: Literal["auto", "text", "json"], stream: TextIO) 
     """Send all logs of this process to `stream`, from `level` on. auto: text on a terminal, else JSON."""
     number = logging.getLevelNamesMapping()[level.upper()]
     as_text = stream.isatty() if format == "auto" else format == "text"
-    shared = _shared()
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_formatter(_text(stream.isatty()) if as_text else _json()))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                mask_secrets,
+                *(_text(stream.isatty()) if as_text else _json()),
+            ],
+        )
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(number)
     logging.captureWarnings(True)
-
-
-def file_handler(path: Path) -> logging.Handler:
-    """Return what writes to a file, as JSON, and makes it anew when it was moved away. Raises OSError."""
-    handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
-    handler.setFormatter(_formatter(_json()))
-    return handler
-
-
-def _shared() -> list[Processor]:
-    """Return what every event passes first."""
-    return [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-
-
-def _formatter(last: list[Processor]) -> logging.Formatter:
-    return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=_shared(),
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, mask_secrets, *last],
-    )
 
 
 def mask_secrets(_logger: object, _method: str, event: EventDict) -> EventDict:

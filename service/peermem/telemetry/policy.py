@@ -39,6 +39,9 @@ class PolicyMetrics:
             "peermem_policy_loaded_timestamp_seconds", "When the policy in force was loaded.", registry=registry
         )
         self._failures = Counter("peermem_policy_reload_failures", "Policy files that were refused.", registry=registry)
+        self._unwritten = Counter(
+            "peermem_audit_failures", "Lines that the audit log's file did not take.", registry=registry
+        )
         for denial in Denial:
             self._denials.labels(denial.value)
         for resource in Resource:
@@ -47,6 +50,10 @@ class PolicyMetrics:
     def denied(self, why: Denial) -> None:
         """The policy denied something."""
         self._denials.labels(why.value).inc()
+
+    def not_audited(self) -> None:
+        """A line of the audit log could not be written."""
+        self._unwritten.inc()
 
     def rejected(self, resource: Resource) -> None:
         """A tenant's limit refused something."""

@@ -157,6 +157,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
     where waiting helps, a google.rpc.RetryInfo.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 80
+    """UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
+    ERROR_REASON_AUTHORITY_UNREACHABLE: _ErrorReason.ValueType  # 81
+    """UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -295,6 +299,10 @@ ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 70
 """RESOURCE_EXHAUSTED: a limit of the caller's tenant is reached. The status also has a google.rpc.QuotaFailure and,
 where waiting helps, a google.rpc.RetryInfo.
 """
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 80
+"""UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
+ERROR_REASON_AUTHORITY_UNREACHABLE: ErrorReason.ValueType  # 81
+"""UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -517,6 +517,57 @@ class KeyPart(_message.Message):
 Global___KeyPart: _TypeAlias = KeyPart  # noqa: Y015
 
 @_typing.final
+class ConfirmRelayRequest(_message.Message):
+    """Request of ConfirmRelay."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """nodes/{node} that runs the transfer."""
+    subject: _builtins.str
+    """The client, as SUBJECT[,GROUP...]@NODE with the answering node."""
+    region: _builtins.str
+    """nodes/{node}/regions/{region} that the transfer needs."""
+    right: Global___Right.ValueType
+    """What for."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        region: _builtins.str = ...,
+        right: Global___Right.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "region", b"region", "right", b"right", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRelayRequest: _TypeAlias = ConfirmRelayRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmRelayResponse(_message.Message):
+    """Response of ConfirmRelay: it is so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRelayResponse: _TypeAlias = ConfirmRelayResponse  # noqa: Y015
+
+@_typing.final
 class ReleaseGrants(_message.Message):
     """Ends grants of a link. After the answer no byte is written or read under them any more: this is the fence. A grant
     that is gone already is no error.

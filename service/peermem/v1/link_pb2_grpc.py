@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class LinkServiceStub:
-    """Daemon to daemon only: the one place where keys and secrets travel.
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -60,6 +61,11 @@ class LinkServiceStub:
                 request_serializer=peermem_dot_v1_dot_link__pb2.FlushRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_link__pb2.FlushResponse.FromString,
                 _registered_method=True)
+        self.ConfirmRelay = channel.unary_unary(
+                '/peermem.v1.LinkService/ConfirmRelay',
+                request_serializer=peermem_dot_v1_dot_link__pb2.ConfirmRelayRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_link__pb2.ConfirmRelayResponse.FromString,
+                _registered_method=True)
         self.Checksum = channel.unary_unary(
                 '/peermem.v1.LinkService/Checksum',
                 request_serializer=peermem_dot_v1_dot_link__pb2.ChecksumRequest.SerializeToString,
@@ -68,7 +74,8 @@ class LinkServiceStub:
 
 
 class LinkServiceServicer:
-    """Daemon to daemon only: the one place where keys and secrets travel.
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
     """
 
     def OpenLink(self, request, context):
@@ -111,6 +118,15 @@ class LinkServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmRelay(self, request, context):
+        """Says whether this node asked another one to run a transfer for a client that needs a region: what
+        the node of the region asks before it gives the other one a grant for a client that is not its own.
+        Errors: ACCESS_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Checksum(self, request, context):
         """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
         OUT_OF_RANGE.
@@ -147,6 +163,11 @@ def add_LinkServiceServicer_to_server(servicer, server):
                     request_deserializer=peermem_dot_v1_dot_link__pb2.FlushRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_link__pb2.FlushResponse.SerializeToString,
             ),
+            'ConfirmRelay': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmRelay,
+                    request_deserializer=peermem_dot_v1_dot_link__pb2.ConfirmRelayRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_link__pb2.ConfirmRelayResponse.SerializeToString,
+            ),
             'Checksum': grpc.unary_unary_rpc_method_handler(
                     servicer.Checksum,
                     request_deserializer=peermem_dot_v1_dot_link__pb2.ChecksumRequest.FromString,
@@ -161,7 +182,8 @@ def add_LinkServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LinkService:
-    """Daemon to daemon only: the one place where keys and secrets travel.
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
     """
 
     @staticmethod
@@ -289,6 +311,33 @@ class LinkService:
             '/peermem.v1.LinkService/Flush',
             peermem_dot_v1_dot_link__pb2.FlushRequest.SerializeToString,
             peermem_dot_v1_dot_link__pb2.FlushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmRelay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peermem.v1.LinkService/ConfirmRelay',
+            peermem_dot_v1_dot_link__pb2.ConfirmRelayRequest.SerializeToString,
+            peermem_dot_v1_dot_link__pb2.ConfirmRelayResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LinkServiceStub:
-    """Daemon to daemon only: the one place where keys and secrets travel."""
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -52,6 +54,11 @@ class LinkServiceStub:
     needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
     succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
     """
+    ConfirmRelay: _grpc.UnaryUnaryMultiCallable[_link_pb2.ConfirmRelayRequest, _link_pb2.ConfirmRelayResponse]
+    """Says whether this node asked another one to run a transfer for a client that needs a region: what
+    the node of the region asks before it gives the other one a grant for a client that is not its own.
+    Errors: ACCESS_DENIED.
+    """
     Checksum: _grpc.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
     OUT_OF_RANGE.
@@ -59,7 +66,9 @@ class LinkServiceStub:
 
 @_typing.type_check_only
 class LinkServiceAsyncStub(LinkServiceStub):
-    """Daemon to daemon only: the one place where keys and secrets travel."""
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenLink: _aio.UnaryUnaryMultiCallable[_link_pb2.OpenLinkRequest, _link_pb2.OpenLinkResponse]  # type: ignore[assignment]
@@ -81,13 +90,20 @@ class LinkServiceAsyncStub(LinkServiceStub):
     needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
     succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
     """
+    ConfirmRelay: _aio.UnaryUnaryMultiCallable[_link_pb2.ConfirmRelayRequest, _link_pb2.ConfirmRelayResponse]  # type: ignore[assignment]
+    """Says whether this node asked another one to run a transfer for a client that needs a region: what
+    the node of the region asks before it gives the other one a grant for a client that is not its own.
+    Errors: ACCESS_DENIED.
+    """
     Checksum: _aio.UnaryUnaryMultiCallable[_link_pb2.ChecksumRequest, _link_pb2.ChecksumResponse]  # type: ignore[assignment]
     """Computes the CRC32C of ranges under a grant with the right it has. Errors: GRANT_REFUSED,
     OUT_OF_RANGE.
     """
 
 class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Daemon to daemon only: the one place where keys and secrets travel."""
+    """Daemon to daemon only: the one place where keys and secrets travel. Never over a unix socket; over TLS only
+    for callers with the certificate of a node. Errors of all calls: ACCESS_DENIED, UNAUTHENTICATED.
+    """
 
     @_abc_1.abstractmethod
     def OpenLink(
@@ -136,6 +152,17 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes all that was written under a grant so far visible to the device whose memory it is. Only
         needed for a grant with `flush`, after the last WRITE and before the transfer is told to have
         succeeded. Errors: GRANT_REFUSED, GPU_FAILED, REGION_DELETED, REGION_REVOKED.
+        """
+
+    @_abc_1.abstractmethod
+    def ConfirmRelay(
+        self,
+        request: _link_pb2.ConfirmRelayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_link_pb2.ConfirmRelayResponse, _abc.Awaitable[_link_pb2.ConfirmRelayResponse]]:
+        """Says whether this node asked another one to run a transfer for a client that needs a region: what
+        the node of the region asks before it gives the other one a grant for a client that is not its own.
+        Errors: ACCESS_DENIED.
         """
 
     @_abc_1.abstractmethod

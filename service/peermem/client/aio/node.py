@@ -24,6 +24,7 @@ from peermem.client.facts import Device, Lease, Nic, NodeInfo, TransferInfo, Ver
 from peermem.client.requests import Time
 from peermem.client.segments import Plan, Segments, Side, explicit, full_name
 from peermem.client.storage import StorageInfo, Watcher, load_request, store_request
+from peermem.client.tls import Access, Tls
 from peermem.core.types import FabricKind, LeaseKind
 from peermem.v1 import node_pb2, region_pb2, transfer_pb2
 
@@ -36,18 +37,24 @@ class HasFileno(Protocol):
 
 
 async def connect(
-    target: str | None = None, *, attach: str | Literal[False] | None = None, timeout: Time = calls.TIMEOUT
+    target: str | None = None,
+    *,
+    attach: str | Literal[False] | None = None,
+    tls: Tls | None = None,
+    timeout: Time = calls.TIMEOUT,
 ) -> Node:
     """Open a connection to the daemon at `target`: `unix:///path` or `host:port`.
 
     Without a target, PEERMEM_TARGET counts, then the socket of a daemon on this host. For a daemon on
     this host the attach socket is opened too, when it is there: regions can then be mapped, and those
     with the default lease are freed when this process ends. `attach` gives another path, or False for
-    none. `timeout` is for each single call. Raises NodeUnreachable.
+    none. `tls` is what this program shows, and how it knows the daemon; without it the PEERMEM_CLIENT_
+    variables count. `timeout` is for each single call. Raises NodeUnreachable, Unauthenticated.
     """
     chosen, limit = targets.resolve(target), requests.seconds(timeout) or calls.TIMEOUT
+    proof = targets.proof(tls, chosen)
     attachment = await asyncio.to_thread(calls.open_attachment, chosen, attach)
-    node = Node(chosen, attachment, limit)
+    node = Node(chosen, attachment, limit, proof)
     try:
         node.name = (await node.info()).name
     except BaseException:
@@ -62,12 +69,12 @@ class Node:
     name: str = ""
     """nodes/{node}."""
 
-    def __init__(self, target: str, attachment: Attachment | None, timeout: float) -> None:
-        metadata = calls.session_metadata(attachment.token if attachment else None)
+    def __init__(self, target: str, attachment: Attachment | None, timeout: float, tls: Tls | None = None) -> None:
+        access = Access(target, tls, attachment.token if attachment else None)
         self.target = target
         self._attachment = attachment
-        self._channel = Channel(target, metadata, timeout)
-        self._pipeline = Pipeline(self._channel.transfers, metadata, target)
+        self._channel = Channel(target, access, timeout)
+        self._pipeline = Pipeline(lambda: self._channel.transfers, access, target)
         self._renewal = Renewal(self.renew_leases)
         self._attached: dict[str, object] = {}
         """Tensors whose memory is a region."""

@@ -15,9 +15,10 @@ from typing import TypeAlias
 
 import grpc
 
-from peermem.client import calls, errors, pipeline
+from peermem.client import errors, pipeline
 from peermem.client.facts import Progress, TransferInfo
 from peermem.client.requests import Time, seconds
+from peermem.client.tls import Access
 from peermem.core.errors import PeermemError
 from peermem.v1 import transfer_pb2, transfer_pb2_grpc
 
@@ -86,9 +87,12 @@ class Transfer(pipeline.Flight):
 class Pipeline:
     """One PipelineTransfers call, opened when it is needed."""
 
-    def __init__(self, stub: transfer_pb2_grpc.TransferServiceAsyncStub, metadata: calls.Metadata, target: str) -> None:
+    def __init__(
+        self, stub: Callable[[], transfer_pb2_grpc.TransferServiceAsyncStub], access: Access, target: str
+    ) -> None:
+        """`stub` returns the one to make the next call on."""
         self._stub = stub
-        self._metadata = metadata
+        self._access = access
         self._target = target
         self._closed = False
         self._ledger = pipeline.Ledger(partial(Transfer, self))
@@ -126,7 +130,7 @@ class Pipeline:
         self._commands = asyncio.Queue()
         for command in self._ledger.commands():
             self._commands.put_nowait(command)
-        return self._stub.PipelineTransfers(_drain(self._commands), metadata=self._metadata)
+        return self._stub().PipelineTransfers(_drain(self._commands), metadata=self._access.metadata())
 
     async def _run(self, call: Call) -> None:
         """Read the call, and open it again after each break while transfers are in flight."""

@@ -1,0 +1,138 @@
+"""What a program shows to a daemon, and how it knows the daemon: certificates and tokens, from files.
+
+Rules of this file:
+
+* Files are read again when they have changed, because others renew them: a token for the next call, certificates for a
+  new channel. One that can't be read then leaves what was read before.
+* A token is never sent where others could read it: over TLS or a unix socket only.
+* Keys and tokens are in no repr and no error.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+
+from peermem.core.errors import InvalidField
+
+File: TypeAlias = "str | os.PathLike[str]"
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files that prove who this program and a daemon are; for `peermem.connect`."""
+
+    ca: File | None = None
+    """PEM: the authorities that sign daemons' certificates. Needed for a daemon that is reached over TCP."""
+    certificate: File | None = None
+    """PEM: this program's certificate; with its key."""
+    key: File | None = None
+    """PEM."""
+    token: File | None = None
+    """A service account's token, for a daemon's grpc.token_address or unix socket."""
+    server: str = ""
+    """A name in the daemon's certificate; empty for the host that is connected to."""
+
+    def check(self, target: str) -> None:
+        """Return where this will do for a target. Raises InvalidField."""
+        if bool(self.certificate) != bool(self.key):
+            missing = "key" if self.certificate else "certificate"
+            raise InvalidField(
+                f"tls.{missing} is missing: certificate and key belong together.", field=f"tls.{missing}"
+            )
+        if not self.ca and not target.startswith("unix:"):
+            raise InvalidField(
+                f"tls.ca is missing: without it, who answers at {target} could be anybody, and others could read what "
+                "is sent. Name the file of the authorities.",
+                field="tls.ca",
+            )
+
+
+class Access:
+    """What is shown now, to one target. May be used in any thread."""
+
+    def __init__(self, target: str, tls: Tls | None, session: str | None) -> None:
+        """`session` is the token of a session of the attach socket. Raises InvalidField."""
+        if tls is not None:
+            tls.check(target)
+        self._session: Metadata = (("peermem-session", session),) if session else ()
+        self._lock = threading.Lock()
+        self._token = _Files([tls.token] if tls and tls.token else [], "tls.token")
+        encrypting = tls if tls is not None and not target.startswith("unix:") else Tls()
+        pair = (encrypting.ca, encrypting.certificate, encrypting.key)
+        self._pair = _Files([file for file in pair if file], "tls")
+        name = encrypting.server
+        self.options: list[tuple[str, str | int]] = [("grpc.ssl_target_name_override", name)] if name else []
+        """For the channel."""
+
+    def metadata(self) -> Metadata:
+        """Return what goes along with a call."""
+        with self._lock:
+            self._token.refresh()
+            token = b"".join(self._token.contents).decode("ascii", "replace").strip()
+        return (*self._session, ("authorization", f"Bearer {token}")) if token else self._session
+
+    def renewed(self) -> bool:
+        """Whether certificates are others than when `credentials` was asked, so that a new channel is needed."""
+        with self._lock:
+            return self._pair.refresh()
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """Return what a channel shows; None for one in the plain."""
+        if not self._pair.contents:
+            return None
+        root, *pair = self._pair.contents
+        certificate, key = pair or (None, None)
+        return grpc.ssl_channel_credentials(root, key, certificate)
+
+
+class _Files:
+    """The contents of some files."""
+
+    def __init__(self, paths: list[File], field: str) -> None:
+        """Raises InvalidField."""
+        self._paths = paths
+        self._state = self._look()
+        try:
+            self.contents = self._read()
+        except OSError as error:
+            raise InvalidField(f"{field}: {error.filename} can't be read: {error.strerror}.", field=field) from None
+
+    def refresh(self) -> bool:
+        """Read them again if one has changed; return whether there is something new."""
+        state = self._look()
+        if state == self._state:
+            return False
+        try:
+            contents = self._read()
+        except OSError:
+            return False  # about to be replaced; looked at again by the next call
+        before, self._state, self.contents = self.contents, state, contents
+        return contents != before
+
+    def _read(self) -> list[bytes]:
+        contents = []
+        for path in self._paths:
+            with open(path, "rb") as file:
+                contents.append(file.read(_LARGEST))
+        return contents
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_state_of(path) for path in self._paths]
+
+
+def _state_of(path: File) -> tuple[int, int, int] | None:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+_LARGEST = 1 << 20
+"""Bytes of one file."""

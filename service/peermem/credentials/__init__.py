@@ -1,0 +1,1 @@
+"""What this daemon shows to others, and whom it believes."""

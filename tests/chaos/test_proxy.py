@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.proxy import Mode, Network, Wire, network
+
+
+class Echo:
+    """A server that says back what it hears."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self.listener.getsockname())
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._echo, args=(sock,), daemon=True).start()
+
+    def _echo(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                while data := sock.recv(4096):
+                    sock.sendall(data)
+            except ConnectionError:
+                pass
+
+
+@pytest.fixture
+def wires() -> Iterator[Network]:
+    with network() as wires:
+        yield wires
+
+
+@pytest.fixture
+def wire(wires: Network) -> Iterator[Wire]:
+    echo = Echo()
+    yield wires.wire(echo.address)
+    echo.listener.close()
+
+
+def dial(wire: Wire) -> socket.socket:
+    host, _, port = wire.address.rpartition(":")
+    return socket.create_connection((host, int(port)), 10)
+
+
+def test_an_open_wire_passes_bytes_on(wire: Wire) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
+
+
+def test_a_stalled_wire_passes_nothing_on_until_it_is_open_again(wire: Wire) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        wire.set(Mode.STALLED)
+        sock.sendall(b"two")
+        with dial(wire) as late:
+            late.sendall(b"three")
+            for each in (sock, late):
+                each.settimeout(0.05)
+                with pytest.raises(TimeoutError):
+                    each.recv(1)
+                each.settimeout(10)
+            wire.set(Mode.OPEN)
+            assert sock.recv(3, socket.MSG_WAITALL) == b"two"
+            assert late.recv(5, socket.MSG_WAITALL) == b"three"
+
+
+def test_a_wire_that_is_cut_resets_what_is_on_it_and_what_comes(wire: Wire) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        wire.set(Mode.CUT)
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        with pytest.raises(ConnectionResetError), dial(wire) as late:
+            late.recv(1)
+    wire.set(Mode.OPEN)
+    with dial(wire) as sock:
+        wire.reset()
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+
+
+def test_a_wire_that_leads_nowhere_resets(wires: Network) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        nowhere = "{}:{}".format(*unused.getsockname())
+    with pytest.raises(ConnectionResetError), dial(wires.wire(nowhere)) as sock:
+        sock.recv(1)
