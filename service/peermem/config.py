@@ -157,7 +157,7 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     keep_ended_for: Keep = Keep("10min")
     """How long they can be."""
     grant_ttl: Wait = Wait("30s")
-    """What a grant lasts unless it is used again."""
+    """What a grant lasts at most; a transfer that takes longer has it renewed."""
     link_idle: Keep = Keep("60s")
     """A link that nobody uses is closed after this."""
     retry_for: Keep = Keep("10s")

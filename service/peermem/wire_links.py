@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from peermem.core.errors import InvalidField
-from peermem.core.types import FabricKind, GrantedKey, KeyPart, LinkAttributes, QueuePair, RemoteKey
+from peermem.core.types import FabricKind, GrantedKey, KeyPart, LinkAttributes, QueuePair, RemoteKey, Rights
 from peermem.v1 import link_pb2
 from peermem.wire import duration_from_proto, duration_to_proto
 
@@ -19,7 +19,15 @@ MAX_RAILS = 16
 """Of one link."""
 _MAX_PARTS = 65_536
 _ALIGNMENTS = frozenset({0, *(1 << bits for bits in range(17))})
+_RIGHTS: dict[int, Rights] = {link_pb2.RIGHT_READ: Rights.READ, link_pb2.RIGHT_WRITE: Rights.WRITE}
 _MTUS = frozenset({256, 512, 1024, 2048, 4096})
+
+
+def right_from_proto(right: int) -> Rights:
+    """Return what a grant is to let its holder do. Raises InvalidField."""
+    if right not in _RIGHTS:
+        raise InvalidField("right must be READ or WRITE.", field="right")
+    return _RIGHTS[right]
 
 
 def queue_pairs_to_proto(ends: Iterable[QueuePair]) -> list[link_pb2.QueuePair]:
@@ -93,7 +101,6 @@ def grant_to_proto(granted: GrantedKey) -> link_pb2.Grant:
         length=granted.key.length,
         ttl=duration_to_proto(granted.ttl),
         region_uid=granted.region_uid,
-        region_length=granted.region_length,
         staged=granted.staged,
         alignment=granted.alignment,
         flush=granted.flush,
@@ -118,7 +125,6 @@ def grant_from_proto(message: link_pb2.Grant) -> GrantedKey:
         RemoteKey(message.rkey, message.address, message.length, rails),
         duration_from_proto(message.ttl, "grant.ttl", 0.1, 3600.0),
         message.region_uid,
-        message.region_length,
         message.staged,
         max(message.alignment, 1),
         message.flush,

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from peermem.broker.links import Wanted
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
@@ -65,25 +65,21 @@ async def test_a_region_made_anew_and_larger_takes_a_larger_transfer(pair: list[
     assert (facts.error, bytes(sink.memory.view()[:])) == (None, b"x" * 100)
 
 
-async def test_old_grants_are_forgotten_on_a_link_that_stays() -> None:
-    async with hosts("a", "b", grant_ttl=0.1) as (a, b):
-        source, sink = await region(a, 10), await region(b, 10)
-        for number in range(20):
-            await outcome(await start(a, whole(source, sink), subject=Subject(f"uid:{number}")))
-        assert a.broker.links.grant_count > 0
-
-        def forgotten() -> bool:
-            a.broker.links.tend()
-            return a.broker.links.grant_count == 0
-
-        await eventually(forgotten)
+async def test_grants_do_not_outlive_their_transfers_on_a_link_that_stays(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, 10), await region(b, 10)
+    for number in range(20):
+        await outcome(await start(a, whole(source, sink), subject=Subject(f"uid:{number}")))
+        assert a.broker.links.grant_count == 0
+    await eventually(lambda: b.broker.serving.grant_count == 0)
+    assert a.cues.calls.count("open_link") == 1
 
 
 @pytest.mark.parametrize(
     ("offsets", "lengths", "kind"),
     [
         ([0], [], errors.SegmentsMismatch),
-        ([0, 95], [5, 6], errors.OutOfRange),
+        ([0, 45], [5, 6], errors.OutOfRange),
         ([0] * 262_145, [1] * 262_145, errors.InvalidField),
     ],
 )
@@ -95,7 +91,7 @@ async def test_checksums_of_nonsense(
     await outcome(await start(a, whole(source, sink)))
     link = a.broker.links.kept("b", next(kind for kind in a.broker.fabrics if kind.value == "tcp"))
     assert link is not None
-    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, staged=False))
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, 20, 50))
     with pytest.raises(kind):
         await link.source.checksum(link._link_id, held.grant_id, offsets, lengths, 0)
     with pytest.raises(errors.GrantRefused):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from peermem.broker.broker import Broker
-from peermem.broker.links import Wanted
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS
 from peermem.core.region import State as RegionState
 from peermem.core.transfer import State
@@ -154,7 +154,7 @@ async def test_grants_that_are_nobodys(pair: list[HiddenHost]) -> None:
     assert await content(b, sink) == DATA[:MIB]
     link = a.broker.links.kept("b", FabricKind.TCP)
     assert link is not None
-    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS.vouched_for("a"), staged=False))
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS.vouched_for("a"), 0, MIB))
     for link_id, grant_id in ((b"?" * 16, held.grant_id), (link._link_id, 7)):
         with pytest.raises(errors.GrantRefused):
             await b.broker.serving.flush(link_id, grant_id)

@@ -20,6 +20,8 @@ LENGTH = 5 * MIB
 DATA = random.Random(7).randbytes(LENGTH)
 ENDS = [("bar2", "bar0"), ("bar0", "bar2"), ("bar2", "bar2")]
 WITHIN = ([0, 100_001], [0, 200_003], [70_000, MIB + 5])
+SHIFTED = ([0, 20 * PAGE], [3, 3 + 40 * PAGE], [5000, MIB + 7])
+"""Nothing begins within a page of what a grant opens, but of the region."""
 ALIGNED = ([0, 20 * PAGE], [PAGE, 40 * PAGE], [5000, MIB + 7])
 
 
@@ -42,7 +44,7 @@ async def moved(
     for read, write, length in zip(*lists, strict=True):
         expected[write : write + length] = DATA[read : read + length]
     segments: SegmentList = columns(source.name, sink.name, *lists)
-    for _ in range(2):  # the second one finds the grants and buffers of the first
+    for _ in range(2):  # the second one finds the link and the buffers of the first
         facts = await outcome(await start(asked, segments, checksum=True))
         assert (facts.state, facts.error, facts.fabric) == (State.SUCCEEDED, None, FabricKind.VERBS)
     assert await content(sink_host, sink) == expected
@@ -51,10 +53,14 @@ async def moved(
 
 @pytest.mark.parametrize("devices", ENDS)
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("lists", [WITHIN, SHIFTED])
 async def test_what_begins_within_a_page_is_staged(
-    misplacing: list[NicHost], devices: tuple[str, str], order: int
+    misplacing: list[NicHost],
+    devices: tuple[str, str],
+    order: int,
+    lists: tuple[list[int], list[int], list[int]],
 ) -> None:
-    path, why = await moved(misplacing[::order], devices, WITHIN)
+    path, why = await moved(misplacing[::order], devices, lists)
     assert path is Path.STAGED
     assert "within a page" in why
 

@@ -9,6 +9,7 @@ import pytest
 
 from peermem.broker.regions import Region
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.names import ChildName
 from peermem.core.policy import OPEN, OWN, Action
@@ -115,9 +116,10 @@ async def test_the_owning_node_decides_for_the_client_of_another_one(pair: list[
         (bens.name, Rights.WRITE, errors.RegionNotFound),
     )
     for name, right, refusal in refusals:
-        asked = b.broker.serving.acquire(link._link_id, b.broker.epoch, name, right, ANN.vouched_for("a"), staged=False)
+        wanted = Wanted(name, right, ANN.vouched_for("a"), 0, 7)
+        asked = b.broker.serving.acquire(link._link_id, b.broker.epoch, wanted)
         if refusal is None:
-            assert (await asked).region_length == MIB
+            assert (await asked).key.length == 7
         else:
             with pytest.raises(refusal):
                 await asked
@@ -158,17 +160,18 @@ async def test_who_sees_all_transfers_may_not_cancel_them_all(pair: list[Host]) 
 async def test_a_new_policy_ends_the_grants_that_it_does_not_allow() -> None:
     async with hosts("a", "b") as (a, b):
         x, y = await made(a, ANONYMOUS, "x", 4 * MIB), await made(b, ANONYMOUS, "y", 4 * MIB)
-        assert (await outcome(await start(a, whole(x, y)))).state is State.SUCCEEDED
-        assert b.broker.serving.grant_count == 1
-        await b.broker.go_by(OPEN)
-        assert b.broker.serving.grant_count == 1
         a.tcp.hold = True
         running = await start(a, whole(x, y))
         await eventually(lambda: a.tcp.held > 0)
+        assert b.broker.serving.grant_count == 1
+        await b.broker.go_by(OPEN)
+        assert b.broker.serving.grant_count == 1
         await b.broker.go_by(OWN)
         assert b.broker.serving.grant_count == 0
         a.tcp.let_go()
-        assert isinstance(await failure(running), errors.RegionNotFound)
+        error = await failure(running)
+        assert isinstance(error, errors.RegionDeleted)
+        assert "the policy of its node hides it" in error.message
         await b.broker.go_by(OPEN)
 
 

@@ -8,9 +8,9 @@ import random
 import google_crc32c
 import pytest
 
-from peermem.broker.links import Wanted
 from peermem.broker.slots import SLOT, SLOTS
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS
 from peermem.core.policy import Action
 from peermem.core.segments import columns
@@ -183,12 +183,13 @@ async def test_copies_that_a_grant_does_not_allow_are_refused(nic_pair: list[Nic
     await outcome(await start(a, whole(source, plain)))
     link = a.broker.links.kept("b", FabricKind.VERBS)
     assert link is not None
-    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, staged=False))
-    bare = await link.grant(Wanted(plain.name, Rights.WRITE, ANONYMOUS, staged=False))
+    held = await link.grant(Wanted(sink.name, Rights.WRITE, ANONYMOUS, 4096, SLOT - 4096))
+    bare = await link.grant(Wanted(plain.name, Rights.WRITE, ANONYMOUS, 0, SLOT))
     serving, link_id = b.broker.serving, link._link_id
     for grant, into, pieces, fault in (
-        (held.grant_id, True, [(SLOT, 0, 1)], errors.OutOfRange),
-        (held.grant_id, True, [(0, SLOT * SLOTS, 1)], errors.OutOfRange),
+        (held.grant_id, True, [(SLOT - 4096, 0, 1)], errors.OutOfRange),
+        (held.grant_id, True, [(0, 0, SLOT - 4095)], errors.OutOfRange),
+        (held.grant_id, True, [(0, SLOT, 1)], errors.OutOfRange),
         (held.grant_id, True, [(0, 0, 0)], errors.OutOfRange),
         (held.grant_id, False, [(0, 0, 1)], errors.GrantRefused),
         (bare.grant_id, True, [(0, 0, 1)], errors.GrantRefused),

@@ -37,10 +37,20 @@ def test_without_such_a_node_it_is_refused() -> None:
 
 def test_directions_and_fabrics() -> None:
     push, pull, both = legs([segment("a", "b"), segment("b", "a"), segment("a", "a")], "a", {TCP, LOCAL}, None)
-    assert (push.direction, push.fabrics, push.ranges) == (Direction.PUSH, (TCP,), Ranges.single(0, 64, 8))
+    assert (push.direction, push.fabrics, push.ranges) == (Direction.PUSH, (TCP,), Ranges.single(0, 0, 8))
+    assert (push.start, push.length, pull.start, pull.length) == (64, 8, 0, 8)
     assert (pull.direction, pull.fabrics, pull.ranges) == (Direction.PULL, (TCP,), Ranges.single(64, 0, 8))
     assert (both.direction, both.fabrics) == (Direction.LOCAL, (LOCAL,))
     assert (str(pull.local), str(pull.other)) == ("nodes/a/regions/d", "nodes/b/regions/s")
+
+
+def test_ranges_at_the_far_end_count_from_the_first_byte_that_is_touched_there() -> None:
+    here, there = ChildName("a", "regions", "s"), ChildName("b", "regions", "d")
+    (leg,) = legs([columns(here, there, [0, 50, 100], [900, 70, 300], [40, 8, 16])], "a", {TCP}, None)
+    assert (leg.start, leg.length) == (70, 870)
+    assert leg.ranges == Ranges([0, 50, 100], [830, 0, 230], [40, 8, 16], 64)
+    (leg,) = legs([columns(there, here, [0, 50], [900, 70], [40, 8])], "a", {TCP}, None)
+    assert (leg.start, leg.length, leg.ranges.remote) == (0, 58, [0, 50])
 
 
 def test_verbs_is_preferred_and_a_wish_is_kept() -> None:

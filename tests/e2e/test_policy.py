@@ -35,7 +35,7 @@ FIELDS = {
     "rule": "me|guests|built-in:owner|built-in:deny",
     "remote": r"unix:|attach|ipv4:127\.0\.0\.1:\d+",
     "pid": r"\d+",
-    "call": "map|AcquireGrant|PipelineTransfers|(Create|Get|Delete|Write|Read)Region|(Create|Get|Cancel)Transfer",
+    "call": "map|ExchangeGrants|PipelineTransfers|(Create|Get|Delete|Write|Read)Region|(Create|Get|Cancel)Transfer",
     "request": r"[0-9a-f-]*",
 }
 

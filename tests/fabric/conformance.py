@@ -52,6 +52,10 @@ class FabricConformance:
         """Let grants grow older."""
         clock.ahead += seconds
 
+    def before(self, key: RemoteKey) -> tuple[RemoteKey, Ranges]:
+        """Return what asks for the byte before those that a key opens."""
+        return key, Ranges.single(0, 2**64 - 1, 1)
+
     @pytest.fixture
     async def fabrics(self, clock: Clock, lost: list[bytes]) -> AsyncIterator[tuple[Fabric, Fabric]]:
         before = open_sockets()
@@ -110,7 +114,9 @@ class FabricConformance:
     # Rights
 
     @both_ways
-    @pytest.mark.parametrize("kind", ["behind", "across", "unknown", "other link", "no right", "expired", "revoked"])
+    @pytest.mark.parametrize(
+        "kind", ["before", "behind", "across", "unknown", "other link", "no right", "expired", "revoked"]
+    )
     async def test_refuses_what_the_grant_does_not_allow(
         self,
         connection: Connection,
@@ -131,6 +137,8 @@ class FabricConformance:
         self, connection: Connection, remote: FileMemory, clock: Clock, opcode: Opcode, kind: str
     ) -> tuple[RemoteKey, Ranges]:
         ranges = Ranges.single(0, 0, 300_000)
+        if kind == "before":
+            return self.before(await connection.grant(remote, offset=1000, length=MIB))
         if kind in ("behind", "across"):
             start = MIB if kind == "behind" else MIB - 1
             return await connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])

@@ -56,6 +56,15 @@ class DmaBufMR(Registered):
         super().__init__(pd, length, access, fd=dmabuf, offset=offset)
 
 
+class MW:
+    def __init__(self, pd: object, kind: int) -> None:
+        assert kind == 2
+        self.rkey = 0x100
+
+    def close(self) -> None:
+        """Ends."""
+
+
 class Context:
     def __init__(self, name: str) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -76,12 +85,12 @@ class PD:
 def pyverbs() -> Iterator[type[Registered]]:
     """Have `fabric.verbs` find this library, and nothing of it afterwards."""
     modules: dict[str, dict[str, object]] = {
-        "base": {},
+        "base": {"inc_rkey": lambda rkey: rkey + 1},
         "pyverbs_error": {"PyverbsError": PyverbsError},
         "device": {"Context": Context},
         "addr": {},
         "pd": {"PD": PD},
-        "mr": {"MR": MR, "DmaBufMR": DmaBufMR},
+        "mr": {"MR": MR, "DmaBufMR": DmaBufMR, "MW": MW},
         "cq": {},
         "qp": {},
         "wr": {"SGE": lambda *_: None, "RecvWR": lambda **_: SimpleNamespace()},
@@ -103,10 +112,12 @@ def pyverbs() -> Iterator[type[Registered]]:
 
 
 @contextmanager
-def nic_port(*, on_demand: bool = True, windows: bool = True) -> Iterator[Port]:
+def nic_port(*, on_demand: bool = True, windows: bool = True, window_ranges: bool = True) -> Iterator[Port]:
     """A port of a NIC that is not here, as far as registrations look at it."""
     device = verbs.Device("nic0")
-    nic = _Nic(device, verbs.Domain(device), SimpleNamespace(on_demand=on_demand, windows=windows))
+    nic = _Nic(
+        device, verbs.Domain(device), SimpleNamespace(on_demand=on_demand, windows=windows, window_ranges=window_ranges)
+    )
     yield cast(Port, SimpleNamespace(name="nic0/1", nic=nic))
     nic.domain.close()
     device.close()

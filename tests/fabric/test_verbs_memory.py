@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,10 +14,11 @@ import pytest
 from peermem.core import errors
 from peermem.core.types import Path, Rights
 from peermem.fabric import verbs, verbs_grants, verbs_memory
+from peermem.fabric.verbs_grants import Door
 from peermem.fabric.verbs_memory import MemoryTable, Registration, check
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_target import Target
-from peermem.fabric.verbs_types import Access, Settings
+from peermem.fabric.verbs_types import Access, Settings, WcStatus
 from tests.descriptors import memory_file
 from tests.fabric.pyverbs_double import DmaBufMR, Registered, nic_port, pyverbs
 from tests.fabric.support import FileMemory
@@ -186,10 +187,53 @@ class TestGrants:
         assert target.grant_count == 0
 
 
+@pytest.mark.parametrize("checks_ranges", [True, False])
+async def test_a_window_opens_exactly_the_granted_range(checks_ranges: bool, library: type[Registered]) -> None:
+    with nic_port(window_ranges=checks_ranges) as port:
+        table, memory, rail = MemoryTable(), FileMemory(2 * PART), _Rail(port)
+        await table.register(memory, Path.HOST, [port])
+        registration = table.find(memory)
+        assert registration is not None
+        door, wholes = Door(cast(Any, rail)), len(library.made)
+        assert await door.open(registration, PART - 100, PART + 100, Rights.READ, None)
+        start = registration.address + PART - 100
+        assert [bound[1:] for bound in rail.bound] == [
+            (start, 100, Access.REMOTE_READ),
+            (start + 100, PART, Access.REMOTE_READ),
+        ]
+        assert [(part.address, part.length) for part in door.parts] == [(start, 100), (start + 100, PART)]
+        tight = [(made.where["address"], made.length, made.access) for made in library.made[wholes:]]
+        assert tight == ([] if checks_ranges else [(start, 100, Access.LOCAL_WRITE | Access.MW_BIND)])
+        first, second = (bound[0] for bound in rail.bound)
+        assert (first.address, first.length) == ((registration.address, PART) if checks_ranges else (start, 100))
+        assert (second.address, second.length) == (registration.address + PART, PART)
+        door.close()
+        assert port.nic.device.counts["mw"] == 0
+        assert not any(made.is_open for made in library.made[wholes:])
+        await table.close()
+        memory.close()
+
+
 class _Rail:
+    """Where a queue pair would be: binds succeed, and are written down."""
+
     def __init__(self, port: Port) -> None:
         self.port = port
         self.up = True
+        self.free = 1
+        self.bound: list[tuple[verbs.MemoryRegion, int, int, Access]] = []
+
+    def bind(
+        self,
+        window: verbs.Window,
+        region: verbs.MemoryRegion,
+        address: int,
+        length: int,
+        access: Access,
+        done: Callable[[int], None],
+    ) -> None:
+        self.bound.append((region, address, length, access))
+        done(WcStatus.SUCCESS)
 
 
 async def test_links_get_domains_once_there_was_memory_without_windows(port: Port) -> None:

@@ -4,78 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
 
 import pytest
 
-from peermem.app import App
-from peermem.config import Attach, Config, DeviceSize, Grpc, Http, ListenAddress, Memfd, Name, SocketPath, Tcp
 from peermem.core import errors
+from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
 from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.remote.client import GrpcRemotes
+from tests.remote.conftest import Other
 
-HERE = "a"
 NOWHERE = ChildName("b", "regions", "nowhere")
-
-
-def config(node: str, grpc_port: int, socket_path: str | None = None) -> Config:
-    return Config(
-        node=Name(node),
-        grpc=Grpc(
-            socket=SocketPath(socket_path) if socket_path else None, address=ListenAddress(f"127.0.0.1:{grpc_port}")
-        ),
-        attach=Attach(socket=None),
-        http=Http(address=None),
-        tcp=Tcp(address=ListenAddress("127.0.0.1:0")),
-        devices=(Memfd(Name("bar0"), DeviceSize("1MiB")),),
-    )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-class Other:
-    """Node b, which can be started and stopped."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self.app: App | None = None
-
-    async def start(self) -> None:
-        self.app = App(config("b", self.port))
-        await self.app.start()
-
-    async def stop(self) -> None:
-        if self.app is not None:
-            await self.app.stop()
-            self.app = None
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[Other]:
-    other = Other()
-    yield other
-    await other.stop()
-
-
-@pytest.fixture
-async def remotes(other: Other) -> AsyncIterator[GrpcRemotes]:
-    def address(node: str) -> str:
-        if node != "b":
-            raise errors.NodeNotFound("The directory does not know it.", node=node)
-        return other.address
-
-    remotes = GrpcRemotes(HERE, "epoch-of-a", address)
-    yield remotes
-    await remotes.close()
 
 
 OFFER = LinkAttributes(FabricKind.TCP, 2)
@@ -92,12 +34,12 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
     assert (opened.epoch, link.rails, len(link.link_id), len(link.secret)) == (facts.epoch, 2, 16, 32)
     assert (await b.node_facts()).link_count == 1
     with pytest.raises(errors.RegionNotFound) as caught:
-        await b.acquire_grant(link.link_id, opened.epoch, NOWHERE, Rights.READ, Subject("uid:7"), staged=False)
+        await b.acquire_grant(link.link_id, opened.epoch, Wanted(NOWHERE, Rights.READ, Subject("uid:7"), 0, 1))
     assert caught.value.metadata["region"] == str(NOWHERE)
     with pytest.raises(errors.StaleEpoch):
-        await b.acquire_grant(link.link_id, "old", NOWHERE, Rights.WRITE, ANONYMOUS, staged=False)
+        await b.acquire_grant(link.link_id, "old", Wanted(NOWHERE, Rights.WRITE, ANONYMOUS, 0, 1))
     with pytest.raises(errors.LinkNotFound):
-        await b.acquire_grant(b"x" * 16, opened.epoch, NOWHERE, Rights.READ, ANONYMOUS, staged=True)
+        await b.acquire_grant(b"x" * 16, opened.epoch, Wanted(NOWHERE, Rights.READ, ANONYMOUS, 0, 1, staged=True))
     with pytest.raises(errors.GrantRefused):
         await b.checksum(link.link_id, 1, [0], [1], 0)
     with pytest.raises(errors.GrantRefused):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 import peermem
 from peermem import errors
 from peermem.app import App
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.spiffe import Denied, NodePattern
@@ -31,6 +33,7 @@ from peermem.v1 import (
     transfer_pb2,
     transfer_pb2_grpc,
 )
+from peermem.wire import error_from_proto
 from tests.certificates import HOUR, NOW, PATTERN, Authority, Certificate
 from tests.trusting import Node, caller, fault, nodes
 
@@ -140,17 +143,39 @@ async def test_a_node_is_the_one_that_its_certificate_says(a: Node) -> None:
     assert (type(told), told.metadata["subject"]) == (errors.AccessDenied, "uid:0@c")
 
 
+def wanted_by(subject: str, link: link_pb2.OpenLinkResponse) -> link_pb2.AcquireGrant:
+    return link_pb2.AcquireGrant(
+        link_id=link.link_id, epoch=link.epoch, region=str(X), right=link_pb2.RIGHT_READ, subject=subject, length=1
+    )
+
+
+async def answered(stub: link_pb2_grpc.LinkServiceAsyncStub, question: link_pb2.GrantQuestion) -> errors.PeermemError:
+    """Return the error that a question is answered with, on an exchange of its own."""
+    exchange = stub.ExchangeGrants()
+    error = await answered_on(exchange, question)
+    exchange.cancel()
+    return error
+
+
+async def answered_on(exchange: Any, question: link_pb2.GrantQuestion) -> errors.PeermemError:
+    question.number = 1
+    await exchange.write(link_pb2.ExchangeGrantsRequest(questions=[question]))
+    (answer,) = (await exchange.read()).answers
+    return error_from_proto(answer.error)
+
+
 async def test_a_link_is_only_of_the_node_that_opened_it(a: Node) -> None:
     async with caller(a, AUTHORITY.node("b")) as channel:
         link = await open_link(channel)
     async with caller(a, AUTHORITY.node("c")) as channel:
         stub: link_pb2_grpc.LinkServiceAsyncStub = link_pb2_grpc.LinkServiceStub(channel)
-        grant = link_pb2.AcquireGrantRequest(
-            link_id=link.link_id, epoch=link.epoch, region=str(X), right=link_pb2.RIGHT_READ, subject="uid:7@c"
-        )
+        release = link_pb2.ReleaseGrants(link_id=link.link_id)
+        for question in (
+            link_pb2.GrantQuestion(acquire=wanted_by("uid:7@c", link)),
+            link_pb2.GrantQuestion(release=release),
+        ):
+            assert isinstance(await answered(stub, question), errors.AccessDenied)
         for call in (
-            lambda: stub.AcquireGrant(grant),
-            lambda: stub.ReleaseGrants(link_pb2.ReleaseGrantsRequest(link_id=link.link_id)),
             lambda: stub.Flush(link_pb2.FlushRequest(link_id=link.link_id)),
             lambda: stub.Checksum(link_pb2.ChecksumRequest(link_id=link.link_id)),
             lambda: stub.CloseLink(link_pb2.CloseLinkRequest(link_id=link.link_id)),
@@ -164,11 +189,24 @@ async def test_a_node_speaks_of_anothers_client_only_while_that_one_has_it_work_
     async with caller(a, AUTHORITY.node("b")) as channel:
         link = await open_link(channel)
         stub: link_pb2_grpc.LinkServiceAsyncStub = link_pb2_grpc.LinkServiceStub(channel)
-        asked = {"link_id": link.link_id, "epoch": link.epoch, "region": str(X), "right": link_pb2.RIGHT_READ}
         for subject, wanted in (("uid:7@a", errors.AccessDenied), ("uid:7@nowhere", errors.NodeNotFound)):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.AcquireGrant(link_pb2.AcquireGrantRequest(**asked, subject=subject))  # type: ignore[arg-type]
-            assert isinstance(fault(caught.value), wanted)
+            question = link_pb2.GrantQuestion(acquire=wanted_by(subject, link))
+            assert isinstance(await answered(stub, question), wanted)
+
+
+async def test_a_certificate_that_is_denied_gets_no_more_grants_on_an_exchange_that_there_is(a: Node) -> None:
+    node = AUTHORITY.node("b")
+    async with caller(a, node) as channel:
+        link = await open_link(channel)
+        exchange = link_pb2_grpc.LinkServiceStub(channel).ExchangeGrants()
+        question = link_pb2.GrantQuestion(acquire=wanted_by("uid:7@b", link))
+        assert isinstance(await answered_on(exchange, question), errors.RegionNotFound)
+        a.denied.write_text(f"{node.fingerprint}\n")
+        async with asyncio.timeout(20):
+            while isinstance(error := await answered_on(exchange, question), errors.RegionNotFound):
+                pass
+        assert isinstance(error, errors.Unauthenticated)
+        exchange.cancel()
 
 
 async def test_a_certificate_that_is_denied_counts_no_more_also_on_a_connection_that_there_is(a: Node) -> None:
@@ -245,7 +283,7 @@ async def test_nothing_is_sent_to_what_is_not_the_node(shown: Certificate, cause
     async with impostor(shown) as address, remotes(address, AUTHORITY.node("a")) as others:
         for call in (
             lambda: others.get("b").open_link(OFFER),
-            lambda: others.get("b").acquire_grant(b"x", "e", X, Rights.READ, Subject("uid:1"), staged=False),
+            lambda: others.get("b").acquire_grant(b"x", "e", Wanted(X, Rights.READ, Subject("uid:1"), 0, 1)),
         ):
             with pytest.raises(errors.NodeUnreachable, match=cause) as caught:
                 await call()

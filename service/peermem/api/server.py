@@ -152,6 +152,7 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Take no more calls, let running ones end within `grace` seconds, then break them."""
+        self._services.link.close()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
 
     def _listen_tcp(self, server: grpc.aio.Server, address: str | None, *, asks: bool) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
 from peermem.broker.access import checksum
-from peermem.broker.links import HeldGrant, OutboundLink
+from peermem.broker.holdings import Holdings
+from peermem.broker.links import HeldGrant
 from peermem.broker.regions import Region
 from peermem.broker.renewal import BREAKS, Renewal
 from peermem.core.errors import ChecksumMismatch, GrantRefused
@@ -26,8 +27,8 @@ class ArrivedLeg(Protocol):
     """The leg."""
 
     leg: Leg
-    link: OutboundLink
     held: HeldGrant
+    holdings: Holdings
 
     async def acquire(self) -> None:
         """Have a fresh grant. Raises as OutboundLink.grant, RegionDeleted, OutOfRange."""
@@ -45,8 +46,7 @@ class Arrival:
 
     async def flush_far_end(self) -> None:
         """Make what was written visible to the device at the far end. Raises as OutboundLink.flush, NodeUnreachable."""
-        arrived = self._arrived
-        await self._ask(lambda: arrived.link.flush(arrived.held))
+        await self._ask(lambda held: held.link.flush(held))
 
     async def verify(self, initial: int) -> int:
         """Return the CRC32C of the leg's bytes on top of `initial`.
@@ -69,15 +69,16 @@ class Arrival:
 
     async def _far_checksum(self, initial: int) -> int:
         await reach("transfer.verify")
-        arrived = self._arrived
-        return await self._ask(lambda: arrived.link.checksum(arrived.held, arrived.leg.ranges, initial))
+        ranges = self._arrived.leg.ranges
+        return await self._ask(lambda held: held.link.checksum(held, ranges, initial))
 
-    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _ask(self, ask: Callable[[HeldGrant], Awaitable[T]]) -> T:
         while True:
             try:
                 if not self._arrived.held.safe(self._clock()):
                     await self._arrived.acquire()
-                return await ask()
+                with self._arrived.holdings.use() as held:
+                    return await ask(held)
             except (*BREAKS, GrantRefused) as error:
                 self._renewal.broke(error)
             failure = await self._renewal.start()

@@ -25,12 +25,13 @@ from peermem.broker.guard import Guard, streams
 from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.maker import RegionMaker
+from peermem.broker.own_node import OwnNode
 from peermem.broker.proofs import Proofs
 from peermem.broker.reach import Registry
 from peermem.broker.regions import Region, RegionTable
 from peermem.broker.relays import Relay
 from peermem.broker.runs import Transfer, TransferRun
-from peermem.broker.serving import OwnNode, Serving
+from peermem.broker.serving import Serving
 from peermem.broker.sessions import Session, SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun, StorageRuns

@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* A leg's grant opens no more than the bytes that the leg touches, and ends with the transfer.
 * A grant is renewed while it still has time; a leg whose grant has too little left waits for the new one.
 * When the far end refuses a slice the grant is got anew, and what that raises is why. The slice is posted
   again, which does no harm twice; it fails when it is refused again with nothing in place since.
@@ -15,16 +16,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from operator import add
 from typing import Protocol
 
 import structlog
 
 from peermem.broker.arrival import Arrival
 from peermem.broker.causes import cause_of
-from peermem.broker.flight import Flight
+from peermem.broker.holdings import Holdings
 from peermem.broker.link_table import LinkTable
-from peermem.broker.links import HeldGrant, OutboundLink, Wanted
+from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
 from peermem.broker.renewal import BREAKS, Renewal, persistently
 from peermem.broker.slots import SLOT, StagingBuffer
@@ -35,17 +35,16 @@ from peermem.core.errors import (
     FabricUnavailable,
     LinkNotFound,
     NodeUnreachable,
-    OutOfRange,
     PeermemError,
     RegionDeleted,
-    RegionNotFound,
     StaleEpoch,
 )
 from peermem.core.failpoints import hit
+from peermem.core.grant import Wanted
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.policy import Action
 from peermem.core.transfer import TransferMachine
-from peermem.core.types import FabricKind, Path, Ranges, RemoteKey, Rights
+from peermem.core.types import FabricKind, Path, Ranges, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.telemetry.faults import Broken
 
@@ -95,17 +94,13 @@ class LegRun:
         self._index = index
         self._region = region
         self._opcode, right = _WAYS[leg.direction is Direction.PULL]
-        self._wanted = Wanted(leg.other, right, host.share.subject, staged=False)
-        self._used: list[HeldGrant] = []
-        self._reach = max(map(add, leg.ranges.remote, leg.ranges.lengths))
-        self._kept = False
-        """Whether the first grant is older than the transfer, and its region perhaps gone already."""
+        self._wanted = Wanted(leg.other, right, host.share.subject, leg.start, leg.length)
+        self.holdings = Holdings()
         self._landed_in: int | None = None
         """The region, by its uid, in which bytes of this leg are in place."""
         self._refused = False
         """Whether the last answer of the far end was a refusal."""
         self._renewal = Renewal(self, leg.other, host.machine)
-        self._flight = Flight()
         self._stager: Stager | None = None
         """Where an end is staged."""
         self._buffer: StagingBuffer | None = None
@@ -124,11 +119,9 @@ class LegRun:
         return Path.STAGED if self._stager is not None else self._region.path
 
     async def prepare(self, links: LinkTable) -> None:
-        """Get the link and the grant.
-
-        Raises what they raise, and OutOfRange for ranges behind the end of the region at the far end.
-        """
-        self._use(links)
+        """Get the link and the grant. Raises what they raise."""
+        self._links = links
+        self._renewal.retry_for = links.retry_for
         (*others, last), self.why = candidates(self.leg, self._region, links.detours, self.why)
         for kind in others:
             try:
@@ -142,10 +135,6 @@ class LegRun:
                 return
         await persistently(lambda: self._prepare_over(last, links), links.retry_for)
 
-    def _use(self, links: LinkTable) -> None:
-        self._links = links
-        self._renewal.retry_for = links.retry_for
-
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
         self.link = await links.get(self.leg.other.node, kind)
@@ -156,25 +145,6 @@ class LegRun:
             links.discard(self.link)
             self.link = await links.get(self.leg.other.node, kind)
             await self.acquire()
-
-    def prepare_at_once(self, links: LinkTable) -> bool:
-        """Use a link and a grant from before; return whether there are such. Raises OutOfRange, FabricUnavailable."""
-        self._use(links)
-        (kind, *_), self.why = candidates(self.leg, self._region, links.detours, self.why)
-        link = links.kept(self.leg.other.node, kind)
-        held = link.kept_grant(self._wanted) if link else None
-        if link is None or held is None:
-            return False
-        if self._reach > held.region_length:  # the region may have been made anew, and larger
-            link.forget_grant(held)
-            return False
-        is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
-        buffer = self._region.reach.staging.opened if is_staged_here else None
-        if (is_staged_here and buffer is None) or (is_staged_there and held.slots is None):
-            return False
-        self.fabric, self.link, self._kept = kind, link, True
-        self._adopt(held, buffer)
-        return True
 
     @property
     def is_broken(self) -> bool:
@@ -192,23 +162,22 @@ class LegRun:
 
     async def acquire(self) -> None:
         """See SuppliedLeg."""
-        held = await self.link.grant(self._wanted)
-        is_staged_here, is_staged_there = staged_ends(self.leg, self._region, self.link, held)
-        if is_staged_there and held.slots is None:
-            self._wanted = self._wanted._replace(staged=True)
-            held = await self.link.grant(self._wanted)
-        self._adopt(held, await self._region.reach.staging.open() if is_staged_here else None)
+        link = self.link
+        held = await link.grant(self._wanted)
+        try:
+            is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
+            if is_staged_there and held.slots is None:
+                link.release(held)
+                self._wanted = self._wanted._replace(staged=True)
+                held = await link.grant(self._wanted)
+            self._adopt(held, await self._region.reach.staging.open() if is_staged_here else None)
+        except BaseException:
+            link.release(held)
+            raise
 
     def _adopt(self, held: HeldGrant, buffer: StagingBuffer | None) -> None:
         if self._landed_in not in (None, held.region_uid):
             raise self._deleted()
-        if self._reach > held.region_length:
-            raise OutOfRange(
-                f"A segment reaches to byte {self._reach} of {self.leg.other}, which has {held.region_length} bytes.",
-                region=self.leg.other,
-                reach=self._reach,
-                length=held.region_length,
-            )
         is_staged = held.slots is not None or buffer is not None
         if self._cut and is_staged is not bool(self._stager):  # made anew under its name, on another device
             raise self._deleted()
@@ -219,8 +188,7 @@ class LegRun:
             if self._wanted.staged or (buffer is not None and not self._region.reach.stages(self.fabric)):
                 self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
         self.held = held
-        now = self._host.clock()
-        self._used = [*(used for used in self._used if now < used.over_at), held]
+        self.holdings.add(held)
 
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
@@ -250,7 +218,7 @@ class LegRun:
         if piece is None:
             self._host.check_drained()
         else:
-            self._flight.took_off()
+            self.holdings.took_off()
         return piece
 
     def want(self) -> None:
@@ -262,36 +230,35 @@ class LegRun:
         if self._stager is not None:
             self._stager.completed(request, status)
         else:
-            self.ended(request.ranges, request.key, status)
+            self.ended(request.ranges, self.holdings.find(request.key), status)
 
-    def put_back(self, ranges: Ranges) -> None:
+    def put_back(self, ranges: Ranges, held: HeldGrant) -> None:
         """See StagedLeg."""
         self._host.machine.refused(self._index, ranges)
-        self._came_back()
+        self._came_back(held)
 
-    def broke(self, ranges: Ranges, error: PeermemError) -> None:
+    def broke(self, ranges: Ranges, held: HeldGrant, error: PeermemError) -> None:
         """See StagedLeg."""
+        # a call without an answer may still be carried out at the far end
+        late = isinstance(error, BREAKS) and self._opcode is Opcode.WRITE
         if isinstance(error, BREAKS) and self._host.machine.error is None:
             self._lose(ranges, error)
         else:
-            # a call without an answer may still be carried out at the far end
-            late = isinstance(error, NodeUnreachable) and self._opcode is Opcode.WRITE
             self._host.machine.broken(self._index, error, flushed=late)
-        self._came_back()
+        self._came_back(held, late=late)
 
-    def ended(self, ranges: Ranges, key: RemoteKey, status: Status) -> None:
+    def ended(self, ranges: Ranges, held: HeldGrant, status: Status) -> None:
         """Take in how a slice ended; see StagedLeg."""
         machine = self._host.machine
         flushed = status is Status.WR_FLUSH_ERR
+        late = flushed and self._opcode is Opcode.WRITE
         if status is Status.SUCCESS:
             hit("slice.landed")
             machine.completed(ranges.total)
             self._host.moved(self, ranges.total)
-            self._landed(key)
-        elif status is Status.REM_ACCESS_ERR and not self._refused_again(key):
+            self._landed(held)
+        elif status is Status.REM_ACCESS_ERR and not self._refused_again(held):
             machine.refused(self._index, ranges)
-            if key is self.held.key:
-                self.link.forget_grant(self.held)
             self._renewal.is_due = True
             self._renew()
             self._refused = True
@@ -301,8 +268,8 @@ class LegRun:
             if status is Status.LOC_PROT_ERR and self._region.path is Path.DMABUF:
                 self._region.is_out_of_reach = True
             error = cause_of(status, self.leg, self.fabric, self.link)
-            machine.broken(self._index, error, flushed=flushed and self._opcode is Opcode.WRITE)
-        self._came_back()
+            machine.broken(self._index, error, flushed=late)
+        self._came_back(held, late=late)
 
     def _lose(self, ranges: Ranges, cause: PeermemError) -> None:
         """Have a slice posted again when the break is mended."""
@@ -312,16 +279,15 @@ class LegRun:
         self._renewal.broke(cause)
         self._renew()
 
-    def _came_back(self) -> None:
-        self._flight.landed()
+    def _came_back(self, held: HeldGrant, *, late: bool = False) -> None:
+        self.holdings.landed(held, late=late)
         self._host.check_drained()
 
-    def _refused_again(self, key: RemoteKey) -> bool:
-        """Whether the key is one that was got because of a refusal, and no bytes have landed since."""
-        return self._refused and not self._renewal.running and key is self.held.key and not self.held.released
+    def _refused_again(self, held: HeldGrant) -> bool:
+        """Whether the grant is one that was got because of a refusal, and no bytes have landed since."""
+        return self._refused and not self._renewal.running and held is self.held and not held.released
 
-    def _landed(self, key: RemoteKey) -> None:
-        held = next((used for used in self._used if used.key is key), self.held)
+    def _landed(self, held: HeldGrant) -> None:
         self._refused = False
         self._renewal.moved()
         self._landed_in = held.region_uid
@@ -329,7 +295,10 @@ class LegRun:
             self._host.fail(self._deleted())
 
     def _deleted(self) -> RegionDeleted:
-        return RegionDeleted(f"{self.leg.other} was deleted while the transfer used it.", region=self.leg.other)
+        return RegionDeleted(
+            f"{self.leg.other} was deleted while the transfer used it, or the policy of its node hides it by now.",
+            region=self.leg.other,
+        )
 
     def _renew(self) -> None:
         if not self._renewal.running:
@@ -345,12 +314,12 @@ class LegRun:
         """See SuppliedLeg."""
         if self._stager is not None:
             self._stager.put_back()
-        await self._flight.empty()
+        await self.holdings.empty()
         if self._opcode is Opcode.WRITE:
-            await asyncio.gather(*(self.link.fence(held) for held in self._used))
-        self.link.forget_grant(self.held)
+            await self.holdings.fence()
+        else:
+            self.holdings.give_back()
         self._host.machine.fenced(self._index)
-        self._used = []
 
     async def reconnect(self) -> None:
         """See SuppliedLeg."""
@@ -360,10 +329,9 @@ class LegRun:
         """See SuppliedLeg."""
         self._links.discard(self.link)
 
-    def vanished(self, error: RegionNotFound) -> PeermemError:
+    def vanished(self) -> PeermemError:
         """See SuppliedLeg."""
-        was_there = self._landed_in is not None or not self._kept
-        return self._deleted() if was_there else error
+        return self._deleted()
 
     def go_on(self) -> None:
         """See SuppliedLeg."""
@@ -375,7 +343,11 @@ class LegRun:
 
     async def fence(self) -> None:
         """Return when no byte of this leg can be written any more at the far end."""
-        await asyncio.gather(*(self.link.fence(held) for held in self._used))
+        await self.holdings.fence()
+
+    def release(self) -> None:
+        """Give the grants back: the transfer has ended."""
+        self.holdings.give_back()
 
     @property
     def needs_flush(self) -> bool:

@@ -149,10 +149,9 @@ class LinkTable:
             closing.add_done_callback(self._closing.discard)
 
     def tend(self) -> None:
-        """Close the links that had nothing to do for the idle time, forget grants that are old; call now and then."""
+        """Close the links that had nothing to do for the idle time; call now and then."""
         limit = self._clock() - self._idle
         for link in list(self._links.values()):
-            link.forget_old_grants()
             if link.idle and link.used_at < limit:
                 self.discard(link)
 

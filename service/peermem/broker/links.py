@@ -1,10 +1,10 @@
-"""One link to another node, as initiator: the transfers that share it, and the grants kept for it.
+"""One link to another node, as initiator: the transfers that share it, and the grants that they hold over it.
 
 Rules of this file:
 
 * The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
   share it by bytes (`turns`). At most the fabric's window is outstanding.
-* Grants are kept with the link and reused until half their time has passed.
+* A grant is for whoever asked for it, and is kept for nobody else.
 * A link that goes down completes all it had. One whose rail broke goes on with its other rails.
 * A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
   grant's time is over: silence proves nothing.
@@ -16,7 +16,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -25,10 +25,9 @@ from peermem.broker.tenants import Share
 from peermem.broker.turns import Line, Turns
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.failpoints import chosen, reach
-from peermem.core.identity import Subject
-from peermem.core.names import ChildName
+from peermem.core.grant import Wanted
 from peermem.core.retries import Backoff
-from peermem.core.types import LinkAttributes, Ranges, RemoteKey, Rights
+from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.remote.base import GrantSource
 
@@ -37,22 +36,12 @@ log = structlog.get_logger(__name__)
 Clock = Callable[[], float]
 
 
-class Wanted(NamedTuple):
-    """What a grant is to open."""
-
-    region: ChildName
-    right: Rights
-    subject: Subject
-    """On whose behalf."""
-    staged: bool
-    """Whether by way of a staging buffer, whatever the region's path is."""
-
-
 @dataclass(slots=True, eq=False)
 class HeldGrant:
-    """A grant that this node holds on a remote region."""
+    """A grant that this node holds on a range of a remote region."""
 
-    wanted: Wanted
+    link: OutboundLink = field(repr=False)
+    """Over which it is held."""
     grant_id: int
     key: RemoteKey = field(repr=False)
     acquired_at: float
@@ -62,16 +51,18 @@ class HeldGrant:
     ttl: float
     region_uid: int
     """Tells the region from others of the same name."""
-    region_length: int
-    """Bytes."""
     slots: Slots | None
     """Of the staging buffer that the key opens, where it does."""
     alignment: int
-    """Bytes at whose multiples packets have to begin in the region."""
+    """Bytes at whose multiples packets have to begin in the region, from the region's first byte."""
     flush: bool
     """Whether what is written under it is visible to the device only after `OutboundLink.flush`."""
     released: bool = False
     """Whether this node had it ended."""
+    under_way: int = 0
+    """Slices and calls under it that did not come back yet."""
+    is_late: bool = False
+    """Whether bytes that were written under it may land behind its last slice, unless it is fenced."""
 
     def fresh(self, now: float) -> bool:
         """Whether it has half its time left: good for new work."""
@@ -114,15 +105,14 @@ class OutboundLink:
         self._link: Link | None = None
         self._link_id = b""
         self._epoch = ""
-        self._grants: dict[Wanted, HeldGrant] = {}
-        self._acquiring: dict[Wanted, asyncio.Task[HeldGrant]] = {}
+        self._held: set[HeldGrant] = set()
+        self._acquiring = 0
+        """Grants that are on their way."""
         size, window = fabric.limits.slice_bytes, fabric.limits.window_bytes
         self._turns = Turns[Worker](size, window, min(window, _SHARED_SLICES * size), clock)
         self._resuming: asyncio.TimerHandle | None = None
         """Set while a tenant's bytes wait for time to pass."""
         self._outstanding: dict[int, tuple[Worker, WorkRequest, Line[Worker]]] = {}
-        self._checksums = 0
-        """Being computed at the far end."""
         self._next_id = 0
 
     async def open(self, rails: int) -> None:
@@ -137,8 +127,8 @@ class OutboundLink:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is outstanding, waiting or being computed."""
-        return not (self._outstanding or self._turns or self._acquiring or self._checksums)
+        """Whether nobody holds or waits for anything."""
+        return not (self._outstanding or self._turns or self._acquiring or self._held)
 
     @property
     def packet(self) -> int:
@@ -152,69 +142,54 @@ class OutboundLink:
 
     @property
     def grant_count(self) -> int:
-        """Grants kept for reuse."""
-        return len(self._grants)
-
-    def kept_grant(self, wanted: Wanted) -> HeldGrant | None:
-        """Return a fresh grant from before, if there is one."""
-        self.used_at = self._clock()
-        held = self._grants.get(wanted)
-        return held if held is not None and held.fresh(self.used_at) else None
+        """Grants that are held, or being fenced."""
+        return len(self._held)
 
     async def grant(self, wanted: Wanted) -> HeldGrant:
-        """Return a fresh grant on a region, from before where there is one. Raises as acquire_grant."""
-        held = self.kept_grant(wanted)
-        if held is not None:
-            return held
-        task = self._acquiring.get(wanted)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._acquire(wanted))
-            self._acquiring[wanted] = task
-            task.add_done_callback(lambda done: self._acquired(wanted, done))
-        return await asyncio.shield(task)
-
-    def _acquired(self, wanted: Wanted, task: asyncio.Task[HeldGrant]) -> None:
-        self._acquiring.pop(wanted, None)
-        if not task.cancelled():
-            task.exception()  # who asked may have given up meanwhile
-
-    def forget_grant(self, refused: HeldGrant) -> None:
-        """Don't reuse a grant that the far end refused or that was released."""
-        if self._grants.get(refused.wanted) is refused:
-            del self._grants[refused.wanted]
-
-    def forget_old_grants(self) -> None:
-        """Keep only grants that are good for new work."""
-        now = self._clock()
-        self._grants = {wanted: held for wanted, held in self._grants.items() if held.fresh(now)}
-
-    async def _acquire(self, wanted: Wanted) -> HeldGrant:
-        region, right, subject, staged = wanted
+        """Return a new grant, which is the caller's until `release` or `fence`. Raises as acquire_grant."""
         await reach("grant.acquire")
         before = self._clock()
-        granted = await self.source.acquire_grant(self._link_id, self._epoch, region, right, subject, staged=staged)
-        over_at = self._clock() + granted.ttl + _CLOCK_SLACK
-        slots = Slots(granted.key.length // SLOT) if granted.staged else None
+        self._acquiring += 1
+        try:
+            granted = await self.source.acquire_grant(self._link_id, self._epoch, wanted)
+        finally:
+            self._acquiring -= 1
+            self.used_at = self._clock()
         held = HeldGrant(
-            wanted,
+            self,
             granted.grant_id,
             granted.key,
             before,
-            over_at,
+            self.used_at + granted.ttl + _CLOCK_SLACK,
             granted.ttl,
             granted.region_uid,
-            granted.region_length,
-            slots,
+            Slots(granted.key.length // SLOT) if granted.staged else None,
             granted.alignment,
             granted.flush,
         )
-        self._grants[wanted] = held
+        self._held.add(held)
         return held
+
+    def release(self, held: HeldGrant) -> None:
+        """Have a grant ended soon, under which nothing is under way; a second time is no error."""
+        if held in self._held:
+            self._let_go(held)
+            self.source.give_back(self._link_id, held.grant_id)
+
+    def _let_go(self, held: HeldGrant) -> None:
+        held.released = True
+        self._held.discard(held)
+        self.used_at = self._clock()
 
     async def fence(self, held: HeldGrant) -> None:
         """Return when no byte can move any more under a grant."""
         held.released = True
-        self.forget_grant(held)
+        try:
+            await self._fence(held)
+        finally:
+            self._let_go(held)
+
+    async def _fence(self, held: HeldGrant) -> None:
         backoff = Backoff(_FENCE_PAUSE, _FENCE_TIMEOUT)
         while (left := held.over_at - self._clock()) > 0:
             if await self._is_fenced(held):
@@ -238,12 +213,7 @@ class OutboundLink:
 
     async def checksum(self, held: HeldGrant, ranges: Ranges, initial: int) -> int:
         """Return the CRC32C of the remote ranges, on top of `initial`. Raises as GrantSource.checksum."""
-        self._checksums += 1
-        try:
-            return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
-        finally:
-            self._checksums -= 1
-            self.used_at = self._clock()
+        return await self.source.checksum(self._link_id, held.grant_id, ranges.remote, ranges.lengths, initial)
 
     async def copy_staged(self, held: HeldGrant, pieces: Sequence[tuple[int, int, int]], *, into_region: bool) -> None:
         """Have the far end copy between a region and its staging buffer. Raises as GrantSource.copy_staged."""

@@ -62,8 +62,8 @@ class SuppliedLeg(Protocol):
     async def acquire(self) -> None:
         """Have a fresh grant. Raises as OutboundLink.grant, RegionDeleted, OutOfRange."""
 
-    def vanished(self, error: RegionNotFound) -> PeermemError:
-        """Return why the transfer fails when the region is not there."""
+    def vanished(self) -> PeermemError:
+        """Return why the transfer fails when the region is not there any more."""
 
     def go_on(self) -> None:
         """Post slices again."""
@@ -121,12 +121,13 @@ class Renewal:
 
     async def _run(self) -> PeermemError | None:
         try:
-            return await self._get()
+            failure = await self._get()
         except Exception:
             log.exception("renewal_defect", region=str(self._region))
-            return Internal(f"Renewing the grant on {self._region} met a defect; the log has the details.")
-        finally:
+            failure = Internal(f"Renewing the grant on {self._region} met a defect; the log has the details.")
+        if failure is None:  # else the transfer is about to end, and what comes back until then starts nothing
             self._task = None
+        return failure
 
     async def _get(self) -> PeermemError | None:
         last: PeermemError | None = None
@@ -137,8 +138,8 @@ class Renewal:
                     return None
             except TimeoutError:
                 return self._given_up(last)
-            except RegionNotFound as error:
-                return self._leg.vanished(error)
+            except RegionNotFound:
+                return self._leg.vanished()
             except BREAKS as error:
                 last = error
                 if not isinstance(error, NodeUnreachable):

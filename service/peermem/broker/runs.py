@@ -5,7 +5,7 @@ Rules of this file:
 * What a transfer may do next is decided by `core.transfer`; here it is carried out.
 * Local regions of a transfer can't end while it uses their memory; asked to, they make it fail first.
 * It ends once: when everything that it posted has come back, the far end is fenced where it must be, the
-  destinations' devices see their bytes, and the checksums agree where that was asked for.
+  destinations' devices see their bytes, and the checksums agree where that was asked for. Its grants end with it.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ class TransferRun:
 
     async def _work(self, links: LinkTable) -> None:
         await reach("transfer.begin")
-        late = [leg for leg in self._legs if not leg.prepare_at_once(links)]
-        if late and self.machine.error is None:
-            await self._unless_failed(asyncio.gather(*(leg.prepare(links) for leg in late)))
+        if self.machine.error is None:
+            await self._prepare(links)
         await reach("transfer.prepared")
         if self.machine.error is None:
             self.machine.start([leg.slices() for leg in self._legs])
@@ -181,6 +180,14 @@ class TransferRun:
             await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
         if self._request.checksum and self.machine.error is None:
             await self._unless_failed(asyncio.ensure_future(self._verify()))
+
+    async def _prepare(self, links: LinkTable) -> None:
+        preparing = [asyncio.get_running_loop().create_task(leg.prepare(links)) for leg in self._legs]
+        try:
+            await self._unless_failed(preparing[0] if len(preparing) == 1 else asyncio.gather(*preparing))
+        finally:  # one leg that fails leaves the others nothing to do
+            for leg in preparing:
+                leg.cancel()
 
     async def _verify(self) -> None:
         value = 0
@@ -212,8 +219,11 @@ class TransferRun:
         for region in self._regions.values():
             region.users.discard(self)
         self._last = self.facts
-        self._legs, self._regions, self._request = [], {}, TransferRequest(())  # who remembers it needs its facts only
+        legs, self._legs = self._legs, []
+        self._regions, self._request = {}, TransferRequest(())  # who remembers it needs its facts only
         self.ended.set()
+        for leg in legs:
+            leg.release()
 
     def _time_out(self) -> None:
         limit = self._request.timeout or 0.0

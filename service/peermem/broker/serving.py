@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* A grant belongs to one accepted link, one region and one run of this daemon, and ends with each of
-  them, by release, or by time; whichever is first.
+* A grant belongs to one accepted link, one range of one region and one run of this daemon, and ends with each of
+  them, by release, or by time; whichever is first. Whatever is done under it counts from its first byte.
 * What releases a grant returns only when no access runs under it: that is the fence of a transfer.
 * A region that no NIC reaches, or not where the transfer needs it, is granted by a staging buffer of the grant's own,
   with the same end.
@@ -18,7 +18,6 @@ import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
-from typing import TYPE_CHECKING
 
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
@@ -37,14 +36,14 @@ from peermem.core.errors import (
     StaleEpoch,
 )
 from peermem.core.failpoints import hit, reach
-from peermem.core.identity import Subject
+from peermem.core.grant import Wanted
 from peermem.core.names import ChildName
 from peermem.core.policy import Action
 from peermem.core.region import State
 from peermem.core.segments import check_count
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import Fabric
-from peermem.remote.base import GrantSource, OpenedLink
+from peermem.remote.base import OpenedLink
 
 MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
 """Bounds of what remote nodes may open here, and of the ranges of one checksum."""
@@ -57,8 +56,7 @@ _AT_ONCE = 256
 class _Grant:
     grant_id: int
     region: Region
-    rights: Rights
-    subject: Subject
+    wanted: Wanted
     link_id: bytes = field(repr=False)
     key: RemoteKey = field(repr=False)
     fabric: Fabric
@@ -98,7 +96,7 @@ class Serving:
         self._links: dict[bytes, _AcceptedLink] = {}
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
-        self._making: dict[Region, set[asyncio.Task[GrantedKey]]] = {}
+        self._making: dict[Region, set[asyncio.Future[None]]] = {}
         """Grants that a fabric is about to make, by region."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -160,34 +158,35 @@ class Serving:
         """The fabric reports that an accepted link is gone."""
         self._spawn(self.close_link(link_id))
 
-    async def acquire(
-        self, link_id: bytes, epoch: str, region_name: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
-        """Give a link the right to a whole region, `staged` by way of a buffer whatever its path is.
-
-        Raises as GrantSource.acquire_grant.
-        """
+    async def acquire(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
+        """Give a link the right to a range of a region. Raises as GrantSource.acquire_grant."""
         link = self._link(link_id, epoch)
-        region = self._find(region_name)
-        self._policy.check_region(subject, _ACTIONS[right], region, under=link_id)
+        region = self._find(wanted.region)
+        self._policy.check_region(wanted.subject, _ACTIONS[wanted.right], region, under=link_id)
         region.check_usable()
+        _check_inside(region, wanted)
         if len(link.grants) >= MAX_GRANTS_OF_LINK:
             raise LimitReached(
                 f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
             )
         if link.fabric.kind not in region.fabrics:
             raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
-        making = asyncio.get_running_loop().create_task(self._make(link_id, link, region, right, subject, staged))
-        self._making.setdefault(region, set()).add(making)
-        making.add_done_callback(lambda task: self._made(region, task))
-        return await asyncio.shield(making)
+        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._making.setdefault(region, set()).add(made)
+        try:
+            return await self._make(link_id, link, region, wanted)
+        except RegionRevoked:
+            self._taken_back(region)
+            raise
+        finally:
+            made.set_result(None)
+            self._making[region].discard(made)
+            if not self._making[region]:
+                del self._making[region]
 
-    async def _make(
-        self, link_id: bytes, link: _AcceptedLink, region: Region, right: Rights, subject: Subject, staged: bool
-    ) -> GrantedKey:
+    async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
         await reach("grant.make")
-        staged = staged or region.reach.stages(link.fabric.kind)
-        grant = await self._grant(link_id, link.fabric, region, right, subject, staged)
+        grant = await self._grant(link_id, link.fabric, region, wanted)
         if self._links.get(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()
@@ -201,38 +200,38 @@ class Serving:
             grant.key,
             self._ttl,
             region.uid,
-            region.memory.length,
             grant.staging is not None,
             region.reach.way.alignment,
-            right is Rights.WRITE and grant.staging is None and region.memory.needs_flush,
+            wanted.right is Rights.WRITE and grant.staging is None and region.memory.needs_flush,
         )
 
-    def _made(self, region: Region, making: asyncio.Task[GrantedKey]) -> None:
-        self._making[region].discard(making)
-        if not self._making[region]:
-            del self._making[region]
-        if not making.cancelled() and isinstance(making.exception(), RegionRevoked):
-            self._taken_back(region)
-
-    async def _grant(
-        self, link_id: bytes, fabric: Fabric, region: Region, right: Rights, subject: Subject, staged: bool
-    ) -> _Grant:
-        staging = await StagingBuffer.open([fabric], region.reach.way.nics) if staged else None
-        opened = region.memory if staging is None else staging.memory
+    async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, wanted: Wanted) -> _Grant:
+        staging = None
+        if wanted.staged or region.reach.stages(fabric.kind):
+            staging = await StagingBuffer.open([fabric], region.reach.way.nics, wanted.length)
         try:
-            key = await fabric.grant(link_id, opened, 0, opened.length, right, self._ttl)
+            if staging is None:
+                key = await fabric.grant(link_id, region.memory, wanted.offset, wanted.length, wanted.right, self._ttl)
+            else:
+                key = await fabric.grant(link_id, staging.memory, 0, staging.memory.length, wanted.right, self._ttl)
         except BaseException:
             if staging is not None:
                 await staging.close()
             raise
-        return _Grant(secrets.randbits(63) | 1, region, right, subject, link_id, key, fabric, staging)
+        return _Grant(secrets.randbits(63) | 1, region, wanted, link_id, key, fabric, staging)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
-        for grant_id in grant_ids:
-            grant = self._grants.get(grant_id)
-            if grant is not None and grant.link_id == link_id:
-                await self._end(grant)
+        named = (self._grants.get(grant_id) for grant_id in grant_ids)
+        ending = [self._end(grant) for grant in named if grant is not None and grant.link_id == link_id]
+        if len(ending) == 1:
+            await ending[0]
+        else:
+            await asyncio.gather(*ending)  # they share the fences of their rails
+
+    def release_soon(self, link_id: bytes, grant_id: int) -> None:
+        """End a grant of a link, and wait for nothing."""
+        self._spawn(self.release(link_id, [grant_id]))
 
     async def revoke_region(self, region: Region) -> None:
         """End all grants on a region that ends; afterwards no byte of it moves under them."""
@@ -247,7 +246,7 @@ class Serving:
     async def revoke_denied(self) -> None:
         """End the grants that the policy of now does not allow; afterwards no byte moves under them."""
         for index, grant in enumerate(list(self._grants.values())):
-            if self._policy.denial(grant.subject, _ACTIONS[grant.rights], grant.region) is not None:
+            if self._policy.denial(grant.wanted.subject, _ACTIONS[grant.wanted.right], grant.region) is not None:
                 await self._end(grant)
             if index % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -258,14 +257,18 @@ class Serving:
         """Copy between a grant's staging buffer and its region. Raises as GrantSource.copy_staged."""
         grant = self._granted(link_id, grant_id)
         right = Rights.WRITE if into_region else Rights.READ
-        if grant.staging is None or right not in grant.rights:
+        if grant.staging is None or right is not grant.wanted.right:
             raise GrantRefused("The grant opens no staging buffer to copy through in this direction.")
-        region, buffer = grant.region, grant.staging.memory
+        region, buffer, first = grant.region, grant.staging.memory, grant.wanted.offset
         if not pieces:
             return
         for offset, start, length in pieces:
-            if length < 1 or offset + length > region.memory.length or start + length > buffer.length:
-                raise OutOfRange(f"A piece to copy is outside {region.name} or its staging buffer.", region=region.name)
+            if length < 1 or offset + length > grant.wanted.length or start + length > buffer.length:
+                raise OutOfRange(
+                    f"A piece to copy is outside what the grant opens of {region.name}, or outside its staging buffer.",
+                    region=region.name,
+                )
+        pieces = [(first + offset, start, length) for offset, start, length in pieces]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         grant.copies.add(done)
         try:
@@ -288,13 +291,16 @@ class Serving:
         """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange,
         SegmentsMismatch, InvalidField, RegionDeleted."""
         grant = self._granted(link_id, grant_id)
-        length = grant.region.memory.length
+        first, length = grant.wanted.offset, grant.wanted.length
         if len(offsets) != len(lengths):
             raise SegmentsMismatch(f"{len(offsets)} offsets and {len(lengths)} lengths were given to checksum.")
         check_count(len(offsets), MAX_CHECKED)
         if offsets and max(map(add, offsets, lengths)) > length:
-            raise OutOfRange(f"A range to checksum is outside {grant.region.name} of {length} bytes.")
-        return await checksum(grant.region, offsets, lengths, initial)
+            raise OutOfRange(
+                f"A range to checksum is outside the {length} bytes that the grant opens of {grant.region.name}.",
+                region=grant.region.name,
+            )
+        return await checksum(grant.region, [first + offset for offset in offsets], lengths, initial)
 
     async def close(self) -> None:
         """End all links and grants and accept no more."""
@@ -354,47 +360,12 @@ class Serving:
         task.add_done_callback(self._tasks.discard)
 
 
-class OwnNode:
-    """This daemon as its own `GrantSource`, for transfers between two regions of this node."""
-
-    def __init__(self, serving: Serving, node: str) -> None:
-        self._serving = serving
-        self._node = node
-
-    async def open_link(self, offer: LinkAttributes) -> OpenedLink:
-        """See GrantSource."""
-        return self._serving.open_link(self._node, offer)
-
-    async def close_link(self, link_id: bytes) -> None:
-        """See GrantSource."""
-        await self._serving.close_link(link_id)
-
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
-        """See GrantSource."""
-        return await self._serving.acquire(link_id, epoch, region, right, subject, staged=staged)
-
-    async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
-        """See GrantSource."""
-        await self._serving.release(link_id, grant_ids)
-
-    async def copy_staged(
-        self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
-    ) -> None:
-        """See GrantSource."""
-        await self._serving.copy_staged(link_id, grant_id, pieces, into_region=into_region)
-
-    async def flush(self, link_id: bytes, grant_id: int) -> None:
-        """See GrantSource."""
-        await self._serving.flush(link_id, grant_id)
-
-    async def checksum(
-        self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
-    ) -> int:
-        """See GrantSource."""
-        return await self._serving.checksum(link_id, grant_id, offsets, lengths, initial)
-
-
-if TYPE_CHECKING:
-    _: type[GrantSource] = OwnNode
+def _check_inside(region: Region, wanted: Wanted) -> None:
+    end, length = wanted.offset + wanted.length, region.memory.length
+    if end > length:
+        raise OutOfRange(
+            f"A segment reaches to byte {end} of {region.name}, which has {length} bytes.",
+            region=region.name,
+            reach=end,
+            length=length,
+        )

@@ -62,9 +62,10 @@ class StagingBuffer:
         self._fabrics = list(fabrics)
 
     @staticmethod
-    async def open(fabrics: Collection[Fabric], nics: Sequence[str]) -> StagingBuffer:
-        """Return a new buffer, registered with `fabrics` on these NIC ports. Raises as Fabric.register."""
-        buffer = StagingBuffer(HostMemory(SLOT * SLOTS), ())
+    async def open(fabrics: Collection[Fabric], nics: Sequence[str], length: int = SLOT * SLOTS) -> StagingBuffer:
+        """Return a new buffer for `length` bytes on their way, registered with `fabrics` on these NIC ports. Raises as
+        Fabric.register."""
+        buffer = StagingBuffer(HostMemory(SLOT * min(SLOTS, -(-length // SLOT))), ())
         try:
             for fabric in fabrics:
                 await fabric.register(buffer.memory, Path.HOST, nics)

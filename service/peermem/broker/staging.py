@@ -25,7 +25,7 @@ from peermem.core.errors import GrantRefused, PeermemError
 from peermem.core.failpoints import reach
 from peermem.core.plan import Direction
 from peermem.core.transfer import TransferMachine
-from peermem.core.types import Ranges, RemoteKey
+from peermem.core.types import Ranges
 from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.memory import HostMemory
 
@@ -43,13 +43,13 @@ class StagedLeg(Protocol):
     def take(self) -> Ranges | None:
         """Return the next slice, or None when there is none (any more)."""
 
-    def ended(self, ranges: Ranges, key: RemoteKey, status: Status) -> None:
-        """A slice, given by its ranges in the regions, ended."""
+    def ended(self, ranges: Ranges, held: HeldGrant, status: Status) -> None:
+        """A slice, given by its ranges in the regions and the grant that it was posted under, ended."""
 
-    def broke(self, ranges: Ranges, error: PeermemError) -> None:
+    def broke(self, ranges: Ranges, held: HeldGrant, error: PeermemError) -> None:
         """A slice failed for this reason."""
 
-    def put_back(self, ranges: Ranges) -> None:
+    def put_back(self, ranges: Ranges, held: HeldGrant) -> None:
         """A slice that was not posted is to be taken again."""
 
     def want(self) -> None:
@@ -111,7 +111,7 @@ class Stager:
         while self._ready:
             piece = self._ready.popleft()
             self._give_back(piece.held, piece.local_slot, piece.remote_slot)
-            self._leg.put_back(piece.ranges)
+            self._leg.put_back(piece.ranges, piece.held)
 
     def completed(self, request: WorkRequest, status: Status) -> None:
         """A slice came back from the wire."""
@@ -208,11 +208,11 @@ class Stager:
 
     def _end(self, piece: _Slice, status: Status) -> None:
         self._give_back(piece.held, piece.local_slot, piece.remote_slot)
-        self._leg.ended(piece.ranges, piece.held.key, status)
+        self._leg.ended(piece.ranges, piece.held, status)
 
     def _break(self, piece: _Slice, error: PeermemError) -> None:
         self._give_back(piece.held, piece.local_slot, piece.remote_slot)
-        self._leg.broke(piece.ranges, error)
+        self._leg.broke(piece.ranges, piece.held, error)
 
 
 def _packed(slot: int | None, ranges: Ranges) -> list[int] | None:

@@ -56,11 +56,8 @@ def staged_ends(leg: Leg, region: Region, link: OutboundLink, held: HeldGrant) -
     is in parts, ranges are cut at their edges."""
     here, there = region.reach.way.alignment, held.alignment
     need, ranges = max(here, there), leg.ranges
-    fits = (
-        need == 1
-        or not link.packet
-        or not any(start % need for start in chain((link.packet,), ranges.local, ranges.remote))
-    )
+    starts = chain((link.packet, leg.start), ranges.local, ranges.remote)  # remote ones count from `leg.start`
+    fits = need == 1 or not link.packet or not any(start % need for start in starts)
     return (
         region.reach.stages(link.fabric.kind) or (not fits and here > 1),
         held.slots is not None or (not fits and there > 1),

@@ -7,6 +7,7 @@ Rules of this file:
 * Where both regions are here the fabric is local. Where one is here: verbs first, then tcp, out of
   those that this node serves; which one it becomes shows when the far end has been asked. What the
   caller insists on is used or refused, never replaced.
+* A leg's ranges at the far end count from the first byte that it touches there, as its grant does, which opens no more.
 * A slice is one work request: at most so many bytes and so many pairs of ranges as the fabric likes. Ranges that
   begin at multiples of what their memory asks for are cut there, too.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import add
 
 from peermem.core.errors import FabricUnavailable, NoCommonNode
 from peermem.core.names import ChildName
@@ -42,8 +44,12 @@ class Leg:
     direction: Direction
     fabrics: Sequence[FabricKind]
     """What it may run over, the best first; at least one."""
+    start: int
+    """The first byte that it touches in `other`."""
+    length: int
+    """Bytes from `start` to behind the last one that it touches there."""
     ranges: Ranges
-    """`local` offsets are in `local`, `remote` offsets in `other`."""
+    """`local` offsets are in `local`, `remote` offsets in `other` from `start`."""
 
 
 def plan_transfer(
@@ -87,9 +93,21 @@ def _leg(entry: SegmentList, here: str, served: Collection[FabricKind], wanted: 
         direction = Direction.PUSH if source_here else Direction.PULL
     if source_here:
         ranges = merged(entry.source_offsets, entry.destination_offsets, entry.lengths)
-        return Leg(entry.source, entry.destination, direction, fabrics, ranges)
+        return Leg(entry.source, entry.destination, direction, fabrics, *_from_hull(ranges))
     ranges = merged(entry.destination_offsets, entry.source_offsets, entry.lengths)
-    return Leg(entry.destination, entry.source, direction, fabrics, ranges)
+    return Leg(entry.destination, entry.source, direction, fabrics, *_from_hull(ranges))
+
+
+def _from_hull(ranges: Ranges) -> tuple[int, int, Ranges]:
+    """Return the first byte of the remote ranges, the length of their hull, and the ranges with remote offsets from
+    that byte."""
+    if len(ranges.lengths) == 1:  # most are so
+        return ranges.remote[0], ranges.total, Ranges.single(ranges.local[0], 0, ranges.total)
+    start = min(ranges.remote)
+    length = max(map(add, ranges.remote, ranges.lengths)) - start
+    if start:
+        ranges = Ranges(ranges.local, [offset - start for offset in ranges.remote], ranges.lengths, ranges.total)
+    return start, length, ranges
 
 
 def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKind | None) -> Sequence[FabricKind]:

@@ -79,7 +79,7 @@ class RemoteKey:
     address: int = field(repr=False)
     """What the remote side's fabric adds to an offset; 0 for tcp and local."""
     length: int
-    """Bytes that the key opens, from `address` on."""
+    """Bytes that the key opens, from `address` on: of the grant, or of a staging buffer."""
     rails: Sequence[Sequence[KeyPart]] = ()
     """For verbs: per rail of the link the parts that make up the memory, in order; none for a rail whose
     remote NIC does not reach it."""
@@ -95,8 +95,6 @@ class GrantedKey:
     """Seconds from the answer to its end."""
     region_uid: int
     """Tells the region from others that have, had or will have its name."""
-    region_length: int
-    """Bytes."""
     staged: bool = False
     """Whether the key opens a staging buffer instead of the region: `copy_staged` copies between the two."""
     alignment: int = 1

@@ -28,6 +28,8 @@ from peermem.core.gid import Gid
 from peermem.fabric.verbs_types import MTUS, Access, DeviceCaps, PortState, VerbsError
 
 _CAP_WINDOWS_2B = 1 << 24
+_SOFTWARE = frozenset({0, 0xFFFFFF})
+"""Vendors of NICs that nobody sold: rxe gives the latter, and none in older kernels."""
 _WITH_IMM = 2
 _PORT_ACTIVE = 4
 _ETHERNET = 2
@@ -197,6 +199,7 @@ class Device:
             reads_served=basic.max_qp_rd_atom,
             reads_sent=basic.max_qp_init_rd_atom,
             windows=bool(basic.device_cap_flags & _CAP_WINDOWS_2B),
+            window_ranges=basic.vendor_id not in _SOFTWARE,
             on_demand=odp is not None and bool(odp.general_caps & 1) and odp.rc_odp_caps & 0xC == 0xC,
         )
 

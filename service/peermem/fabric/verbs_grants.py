@@ -5,8 +5,8 @@ Rules of this file:
 * A grant is, for each rail and each part of the memory, one fresh memory window bound to the rail's queue pair, with
   exactly the right that was granted; or, where the NIC or the memory (a dma-buf) has no windows, a registration of
   the link's own protection domain. Either way the key is of no use to any other link.
-* A window covers a memory region to its last byte: a NIC may check a window's queue pair and right, but not its
-  range (rxe), so a range that is not a whole part is registered for itself first.
+* A key opens the granted range and no byte more. A software NIC checks a window's queue pair and right, but not its
+  range; there, a range that is not a whole part is registered for itself first.
 * A grant is closed in two steps: `shut`, after which no new access begins, and `close`, when none is running.
 """
 
@@ -64,7 +64,7 @@ class Door:
                 self._regions.append(region)
                 rkey = region.rkey
             else:
-                window = await self._bind(self._region(registration, index, start, end - start), access)
+                window = await self._bind(registration, index, start, end - start, access)
                 if window is None:
                     return False
                 rkey = window.rkey
@@ -72,23 +72,29 @@ class Door:
         return True
 
     def _region(self, registration: Registration, index: int, start: int, length: int) -> verbs.MemoryRegion:
-        """Return a memory region of exactly this range."""
-        whole = registration.parts[self.rail.port.nic][index]
-        if length == whole.length:
+        """Return a memory region that a window of this range can be bound to."""
+        nic = self.rail.port.nic
+        whole = registration.parts[nic][index]
+        if length == whole.length or nic.caps.window_ranges:
             return whole
-        domain = self.rail.port.nic.domain
-        region = registration.tight(domain, start, length, Access.LOCAL_WRITE | Access.MW_BIND)
+        region = registration.tight(nic.domain, start, length, Access.LOCAL_WRITE | Access.MW_BIND)
         self._regions.append(region)
         return region
 
-    async def _bind(self, region: verbs.MemoryRegion, access: Access) -> verbs.Window | None:
+    async def _bind(
+        self, registration: Registration, index: int, start: int, length: int, access: Access
+    ) -> verbs.Window | None:
         rail = self.rail
+        region = self._region(registration, index, start, length)
         window = verbs.Window(rail.port.nic.domain)
         self._windows.append(window)
         bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         if not rail.up or not rail.free:
             return None
-        rail.bind(window, region, access, lambda status: None if bound.done() else bound.set_result(status))
+        address = registration.address + start
+        rail.bind(
+            window, region, address, length, access, lambda status: None if bound.done() else bound.set_result(status)
+        )
         async with asyncio.timeout(_BIND_TIME):
             return window if await bound == WcStatus.SUCCESS else None
 

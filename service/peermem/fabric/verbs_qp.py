@@ -158,9 +158,9 @@ class QueuePair(Owned):
 
         self._batch(fill)
 
-    def bind(self, window: Window, region: MemoryRegion, access: Access, wr_id: int) -> None:
-        """Post the bind of a window to all of a region, signalled. Raises VerbsError."""
-        info = self._library.mr.MWBindInfo(region.thing, region.address, region.length, int(access))
+    def bind(self, window: Window, region: MemoryRegion, address: int, length: int, access: Access, wr_id: int) -> None:
+        """Post the bind of a window to a range of a region, signalled. Raises VerbsError."""
+        info = self._library.mr.MWBindInfo(region.thing, address, length, int(access))
         if not self._extended:
             send = self._library.wr.SendWR(wr_id=wr_id, opcode=int(WrOpcode.BIND_MW), send_flags=_SIGNALED)
             send.set_bind_wr(window.thing, info)

@@ -161,9 +161,11 @@ class Rail:
         self.load += size
         self._taken(slots, size, done)
 
-    def bind(self, window: verbs.Window, region: verbs.MemoryRegion, access: Access, done: Done) -> None:
-        """Post the bind of a window; `free` is not 0 and the rail is up."""
-        if self._takes(done, self._pair.bind, window, region, access):
+    def bind(
+        self, window: verbs.Window, region: verbs.MemoryRegion, address: int, length: int, access: Access, done: Done
+    ) -> None:
+        """Post the bind of a window to a range of a region; `free` is not 0 and the rail is up."""
+        if self._takes(done, self._pair.bind, window, region, address, length, access):
             self.free -= 1
             self._taken(1, 0, done)
 

@@ -102,6 +102,8 @@ class DeviceCaps:
     """READs that a queue pair has outstanding."""
     windows: bool
     """Memory windows of type 2B."""
+    window_ranges: bool
+    """A window's range is checked; software NICs check that of its memory region alone."""
     on_demand: bool
     """Reliable connections may READ and WRITE memory that was registered on demand."""
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
@@ -37,25 +38,26 @@ class GrantSource(Protocol):
     async def close_link(self, link_id: bytes) -> None:
         """End a link and its grants. Unknown ids are no error."""
 
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
-        """Get the right to a whole region, `staged` by way of a staging buffer whatever its path is.
+    async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
+        """Get the right to a range of a region. For a caller that is cancelled nothing stays granted.
 
-        Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, FabricUnavailable, LinkNotFound, StaleEpoch,
-        LimitReached.
+        Raises RegionNotFound, RegionDeleted, RegionRevoked, AccessDenied, OutOfRange, FabricUnavailable, LinkNotFound,
+        StaleEpoch, LimitReached.
         """
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants; when this returns, no byte moves under them any more."""
+
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        """Have a grant ended soon, under which nothing is under way. Where that fails, its time ends it."""
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
     ) -> None:
         """Copy between the staging buffer of a grant and its region.
 
-        `pieces` are (offset in the region, offset in the buffer, length). Raises GrantRefused, OutOfRange,
-        RegionDeleted, RegionRevoked.
+        `pieces` are (offset in the region from the grant's first byte, offset in the buffer, length). Raises
+        GrantRefused, OutOfRange, RegionDeleted, RegionRevoked.
         """
 
     async def flush(self, link_id: bytes, grant_id: int) -> None:
@@ -65,7 +67,10 @@ class GrantSource(Protocol):
     async def checksum(
         self, link_id: bytes, grant_id: int, offsets: Sequence[int], lengths: Sequence[int], initial: int
     ) -> int:
-        """Return the CRC32C of ranges under a grant, on top of `initial`. Raises GrantRefused, OutOfRange."""
+        """Return the CRC32C of ranges under a grant, on top of `initial`. `offsets` are from the grant's first byte.
+
+        Raises GrantRefused, OutOfRange.
+        """
 
 
 class RemoteNode(GrantSource, Protocol):

@@ -21,6 +21,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError
+from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import NodeFacts
@@ -29,6 +30,7 @@ from peermem.core.types import GrantedKey, LinkAttributes, Rights
 from peermem.credentials.base import Credentials
 from peermem.remote.base import OpenedLink, RemoteNode, Remotes
 from peermem.remote.connection import Connection, Door, NotThatNode
+from peermem.remote.grants import GrantExchange
 from peermem.v1 import link_pb2, node_pb2, transfer_pb2
 from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
 from peermem.wire_links import grant_from_proto, opened_from_proto, queue_pairs_to_proto
@@ -87,6 +89,10 @@ class GrpcRemoteNode:
         self._node = node
         self._here = here
         self._epoch = epoch
+        self._links: set[bytes] = set()
+        """Open ones; the exchange of grants ends with the last."""
+        self._exchange: GrantExchange | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """See GrantSource."""
@@ -100,32 +106,61 @@ class GrpcRemoteNode:
         )
         answer = await self._call(lambda to: to.links.OpenLink(request, timeout=_DEADLINE))
         with self._faults():
-            return OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
+            opened = OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
+        self._links.add(opened.attributes.link_id)
+        return opened
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
-        await self._call(lambda to: to.links.CloseLink(link_pb2.CloseLinkRequest(link_id=link_id), timeout=_DEADLINE))
+        request = link_pb2.CloseLinkRequest(link_id=link_id)
+        try:
+            await self._call(lambda to: to.links.CloseLink(request, timeout=_DEADLINE))
+        finally:
+            self._links.discard(link_id)
+            if not self._links:
+                self._end_exchange()
 
-    async def acquire_grant(
-        self, link_id: bytes, epoch: str, region: ChildName, right: Rights, subject: Subject, *, staged: bool
-    ) -> GrantedKey:
+    def _end_exchange(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            closing = asyncio.get_running_loop().create_task(exchange.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _ask(self, ask: Callable[[GrantExchange], Awaitable[T]]) -> T:
+        """Ask on the exchange of grants, as `_call` makes calls."""
+        return await self._call(lambda to: ask(self._exchange_on(to)))
+
+    def _exchange_on(self, connection: Connection) -> GrantExchange:
+        if self._exchange is None or not self._exchange.serves(connection):
+            self._end_exchange()
+            self._exchange = GrantExchange(connection)
+        return self._exchange
+
+    async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """See GrantSource."""
-        request = link_pb2.AcquireGrantRequest(
+        question = link_pb2.AcquireGrant(
             link_id=link_id,
             epoch=epoch,
-            region=str(region),
-            right=_RIGHTS[right],
-            subject=self._on_behalf(subject),
-            staged=staged,
+            region=str(wanted.region),
+            right=_RIGHTS[wanted.right],
+            subject=self._on_behalf(wanted.subject),
+            offset=wanted.offset,
+            length=wanted.length,
+            staged=wanted.staged,
         )
-        grant = await self._call(lambda to: to.links.AcquireGrant(request, timeout=_DEADLINE))
+        grant = await self._ask(lambda exchange: exchange.acquire(question, _DEADLINE))
         with self._faults():
             return grant_from_proto(grant)
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
-        request = link_pb2.ReleaseGrantsRequest(link_id=link_id, grant_ids=grant_ids)
-        await self._call(lambda to: to.links.ReleaseGrants(request, timeout=_DEADLINE))
+        await self._ask(lambda exchange: exchange.release(link_id, grant_ids, _DEADLINE))
+
+    def give_back(self, link_id: bytes, grant_id: int) -> None:
+        """See GrantSource."""
+        if self._exchange is not None and not self._exchange.is_over:  # else its link broke as well
+            self._exchange.give_back(link_id, [grant_id])
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
@@ -198,7 +233,10 @@ class GrpcRemoteNode:
 
     async def close(self) -> None:
         """See RemoteNode."""
+        self._end_exchange()
         await self._door.close()
+        if self._closing:
+            await asyncio.wait(list(self._closing))
 
     async def _call(self, call: Callable[[Connection], Awaitable[T]]) -> T:
         with self._faults():
@@ -227,6 +265,8 @@ class GrpcRemoteNode:
                 raise
             # not this task but the call was cancelled: its connection was replaced
             raise self._unreachable("UNAVAILABLE", "the connection was given up") from None
+        except TimeoutError:
+            raise self._unreachable("DEADLINE_EXCEEDED", "no answer in time") from None
         except (DecodeError, ValueError, InvalidField) as error:
             raise self._unreachable("INTERNAL", f"its answer makes no sense: {error}") from None
 

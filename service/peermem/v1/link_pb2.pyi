@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from peermem.v1 import error_pb2 as _error_pb2
 from peermem.v1 import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
 import sys
@@ -221,8 +222,131 @@ class CloseLinkResponse(_message.Message):
 Global___CloseLinkResponse: _TypeAlias = CloseLinkResponse  # noqa: Y015
 
 @_typing.final
-class AcquireGrantRequest(_message.Message):
-    """Request of AcquireGrant."""
+class ExchangeGrantsRequest(_message.Message):
+    """Request of ExchangeGrants: what the caller has to ask for now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantQuestion]:
+        """At most 1024."""
+
+    def __init__(
+        self,
+        *,
+        questions: _abc.Iterable[Global___GrantQuestion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeGrantsRequest: _TypeAlias = ExchangeGrantsRequest  # noqa: Y015
+
+@_typing.final
+class ExchangeGrantsResponse(_message.Message):
+    """Response of ExchangeGrants: what is known by now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantAnswer]:
+        """In any order."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___GrantAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeGrantsResponse: _TypeAlias = ExchangeGrantsResponse  # noqa: Y015
+
+@_typing.final
+class GrantQuestion(_message.Message):
+    """One request for grants, or for their end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ACQUIRE_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The caller's; the answer has the same. 0 wants no answer."""
+    @_builtins.property
+    def acquire(self) -> Global___AcquireGrant:
+        """Make one."""
+
+    @_builtins.property
+    def release(self) -> Global___ReleaseGrants:
+        """End some."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        acquire: Global___AcquireGrant | None = ...,
+        release: Global___ReleaseGrants | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "question", b"question", "release", b"release"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "number", b"number", "question", b"question", "release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["acquire", "release"]  # noqa: Y015
+    _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
+
+Global___GrantQuestion: _TypeAlias = GrantQuestion  # noqa: Y015
+
+@_typing.final
+class GrantAnswer(_message.Message):
+    """The answer to one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the question."""
+    @_builtins.property
+    def grant(self) -> Global___Grant:
+        """What was acquired."""
+
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why not."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        grant: Global___Grant | None = ...,
+        error: _error_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "grant", b"grant", "outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "grant", b"grant", "number", b"number", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["grant", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___GrantAnswer: _TypeAlias = GrantAnswer  # noqa: Y015
+
+@_typing.final
+class AcquireGrant(_message.Message):
+    """Gives a link a time-limited right to a range of a region of the answering node, for one leg of one transfer. Errors:
+    REGION_NOT_FOUND, REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, OUT_OF_RANGE, LINK_NOT_FOUND, STALE_EPOCH,
+    LIMIT_REACHED, FABRIC_UNAVAILABLE.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -232,6 +356,8 @@ class AcquireGrantRequest(_message.Message):
     RIGHT_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """From OpenLinkResponse."""
     epoch: _builtins.str
@@ -246,6 +372,10 @@ class AcquireGrantRequest(_message.Message):
     """
     staged: _builtins.bool
     """Asks for a staging buffer instead of the region's memory itself."""
+    offset: _builtins.int
+    """The first byte to open, from the region's start, bytes."""
+    length: _builtins.int
+    """How much to open, bytes; at least 1."""
     def __init__(
         self,
         *,
@@ -255,18 +385,20 @@ class AcquireGrantRequest(_message.Message):
         right: Global___Right.ValueType = ...,
         subject: _builtins.str = ...,
         staged: _builtins.bool = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "link_id", b"link_id", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "length", b"length", "link_id", b"link_id", "offset", b"offset", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AcquireGrantRequest: _TypeAlias = AcquireGrantRequest  # noqa: Y015
+Global___AcquireGrant: _TypeAlias = AcquireGrant  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """A time-limited right to a region. Holds a key: never logged or passed on."""
+    """A time-limited right to a range of a region. Holds a key: never logged or passed on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -277,7 +409,6 @@ class Grant(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     REGION_UID_FIELD_NUMBER: _builtins.int
     RAILS_FIELD_NUMBER: _builtins.int
-    REGION_LENGTH_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
     ALIGNMENT_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
@@ -286,15 +417,13 @@ class Grant(_message.Message):
     rkey: _builtins.int
     """What a work request presents to the fabric."""
     address: _builtins.int
-    """Address of the region's first byte as the fabric counts it."""
+    """Address of the first byte that the key opens, as the fabric counts it."""
     length: _builtins.int
-    """Bytes."""
+    """Bytes that the key opens: those asked for, or those of a staging buffer."""
     region_uid: _builtins.int
     """Tells the region from others that had or will have its name: a transfer's bytes go to one of them."""
-    region_length: _builtins.int
-    """Bytes of the region. `length` is less where the key opens a staging buffer instead."""
     staged: _builtins.bool
-    """Whether the key opens a staging buffer, between which and the region CopyStaged copies."""
+    """Whether the key opens a staging buffer, between which and the range CopyStaged copies."""
     alignment: _builtins.int
     """Bytes at whose multiples packets have to begin in the region for the NIC to place them right; 0
     stands for 1. What begins elsewhere needs a staging buffer.
@@ -321,14 +450,13 @@ class Grant(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         region_uid: _builtins.int = ...,
         rails: _abc.Iterable[Global___RailKey] | None = ...,
-        region_length: _builtins.int = ...,
         staged: _builtins.bool = ...,
         alignment: _builtins.int = ...,
         flush: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_length", b"region_length", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,8 +568,10 @@ class ConfirmRelayResponse(_message.Message):
 Global___ConfirmRelayResponse: _TypeAlias = ConfirmRelayResponse  # noqa: Y015
 
 @_typing.final
-class ReleaseGrantsRequest(_message.Message):
-    """Request of ReleaseGrants."""
+class ReleaseGrants(_message.Message):
+    """Ends grants of a link. After the answer no byte is written or read under them any more: this is the fence. A grant
+    that is gone already is no error.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -465,24 +595,7 @@ class ReleaseGrantsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReleaseGrantsRequest: _TypeAlias = ReleaseGrantsRequest  # noqa: Y015
-
-@_typing.final
-class ReleaseGrantsResponse(_message.Message):
-    """Response of ReleaseGrants."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleaseGrantsResponse: _TypeAlias = ReleaseGrantsResponse  # noqa: Y015
+Global___ReleaseGrants: _TypeAlias = ReleaseGrants  # noqa: Y015
 
 @_typing.final
 class CopyStagedRequest(_message.Message):
@@ -504,7 +617,7 @@ class CopyStagedRequest(_message.Message):
     """Whether bytes go from the staging buffer into the region; else out of the region."""
     @_builtins.property
     def region_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Offsets in the region, bytes."""
+        """Offsets in the region from the grant's first byte, bytes."""
 
     @_builtins.property
     def buffer_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

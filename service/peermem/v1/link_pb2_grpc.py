@@ -46,15 +46,10 @@ class LinkServiceStub:
                 request_serializer=peermem_dot_v1_dot_link__pb2.CloseLinkRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_link__pb2.CloseLinkResponse.FromString,
                 _registered_method=True)
-        self.AcquireGrant = channel.unary_unary(
-                '/peermem.v1.LinkService/AcquireGrant',
-                request_serializer=peermem_dot_v1_dot_link__pb2.AcquireGrantRequest.SerializeToString,
-                response_deserializer=peermem_dot_v1_dot_link__pb2.Grant.FromString,
-                _registered_method=True)
-        self.ReleaseGrants = channel.unary_unary(
-                '/peermem.v1.LinkService/ReleaseGrants',
-                request_serializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.SerializeToString,
-                response_deserializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.FromString,
+        self.ExchangeGrants = channel.stream_stream(
+                '/peermem.v1.LinkService/ExchangeGrants',
+                request_serializer=peermem_dot_v1_dot_link__pb2.ExchangeGrantsRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_link__pb2.ExchangeGrantsResponse.FromString,
                 _registered_method=True)
         self.CopyStaged = channel.unary_unary(
                 '/peermem.v1.LinkService/CopyStaged',
@@ -98,24 +93,16 @@ class LinkServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AcquireGrant(self, request, context):
-        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReleaseGrants(self, request, context):
-        """Ends grants. After the answer no byte is written or read under them any more: this is the
-        fence. A grant that is gone already is no error.
+    def ExchangeGrants(self, request_iterator, context):
+        """Makes and ends the grants of links, for as long as the caller likes: each transfer needs some, and a call for
+        each would cost more than a small transfer. Requests are answered in any order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CopyStaged(self, request, context):
-        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
         Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -161,15 +148,10 @@ def add_LinkServiceServicer_to_server(servicer, server):
                     request_deserializer=peermem_dot_v1_dot_link__pb2.CloseLinkRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_link__pb2.CloseLinkResponse.SerializeToString,
             ),
-            'AcquireGrant': grpc.unary_unary_rpc_method_handler(
-                    servicer.AcquireGrant,
-                    request_deserializer=peermem_dot_v1_dot_link__pb2.AcquireGrantRequest.FromString,
-                    response_serializer=peermem_dot_v1_dot_link__pb2.Grant.SerializeToString,
-            ),
-            'ReleaseGrants': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReleaseGrants,
-                    request_deserializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.FromString,
-                    response_serializer=peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.SerializeToString,
+            'ExchangeGrants': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExchangeGrants,
+                    request_deserializer=peermem_dot_v1_dot_link__pb2.ExchangeGrantsRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_link__pb2.ExchangeGrantsResponse.SerializeToString,
             ),
             'CopyStaged': grpc.unary_unary_rpc_method_handler(
                     servicer.CopyStaged,
@@ -259,7 +241,7 @@ class LinkService:
             _registered_method=True)
 
     @staticmethod
-    def AcquireGrant(request,
+    def ExchangeGrants(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -269,39 +251,12 @@ class LinkService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/peermem.v1.LinkService/AcquireGrant',
-            peermem_dot_v1_dot_link__pb2.AcquireGrantRequest.SerializeToString,
-            peermem_dot_v1_dot_link__pb2.Grant.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReleaseGrants(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/peermem.v1.LinkService/ReleaseGrants',
-            peermem_dot_v1_dot_link__pb2.ReleaseGrantsRequest.SerializeToString,
-            peermem_dot_v1_dot_link__pb2.ReleaseGrantsResponse.FromString,
+            '/peermem.v1.LinkService/ExchangeGrants',
+            peermem_dot_v1_dot_link__pb2.ExchangeGrantsRequest.SerializeToString,
+            peermem_dot_v1_dot_link__pb2.ExchangeGrantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,16 +41,12 @@ class LinkServiceStub:
     """
     CloseLink: _grpc.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
-    AcquireGrant: _grpc.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]
-    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
-    """
-    ReleaseGrants: _grpc.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]
-    """Ends grants. After the answer no byte is written or read under them any more: this is the
-    fence. A grant that is gone already is no error.
+    ExchangeGrants: _grpc.StreamStreamMultiCallable[_link_pb2.ExchangeGrantsRequest, _link_pb2.ExchangeGrantsResponse]
+    """Makes and ends the grants of links, for as long as the caller likes: each transfer needs some, and a call for
+    each would cost more than a small transfer. Requests are answered in any order.
     """
     CopyStaged: _grpc.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]
-    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Flush: _grpc.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]
@@ -81,16 +77,12 @@ class LinkServiceAsyncStub(LinkServiceStub):
     """
     CloseLink: _aio.UnaryUnaryMultiCallable[_link_pb2.CloseLinkRequest, _link_pb2.CloseLinkResponse]  # type: ignore[assignment]
     """Closes this end of a link and ends its grants. A link that is gone already is no error."""
-    AcquireGrant: _aio.UnaryUnaryMultiCallable[_link_pb2.AcquireGrantRequest, _link_pb2.Grant]  # type: ignore[assignment]
-    """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-    REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
-    """
-    ReleaseGrants: _aio.UnaryUnaryMultiCallable[_link_pb2.ReleaseGrantsRequest, _link_pb2.ReleaseGrantsResponse]  # type: ignore[assignment]
-    """Ends grants. After the answer no byte is written or read under them any more: this is the
-    fence. A grant that is gone already is no error.
+    ExchangeGrants: _aio.StreamStreamMultiCallable[_link_pb2.ExchangeGrantsRequest, _link_pb2.ExchangeGrantsResponse]  # type: ignore[assignment]
+    """Makes and ends the grants of links, for as long as the caller likes: each transfer needs some, and a call for
+    each would cost more than a small transfer. Requests are answered in any order.
     """
     CopyStaged: _aio.UnaryUnaryMultiCallable[_link_pb2.CopyStagedRequest, _link_pb2.CopyStagedResponse]  # type: ignore[assignment]
-    """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+    """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
     Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
     """
     Flush: _aio.UnaryUnaryMultiCallable[_link_pb2.FlushRequest, _link_pb2.FlushResponse]  # type: ignore[assignment]
@@ -132,23 +124,13 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         """Closes this end of a link and ends its grants. A link that is gone already is no error."""
 
     @_abc_1.abstractmethod
-    def AcquireGrant(
+    def ExchangeGrants(
         self,
-        request: _link_pb2.AcquireGrantRequest,
+        request_iterator: _MaybeAsyncIterator[_link_pb2.ExchangeGrantsRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_link_pb2.Grant, _abc.Awaitable[_link_pb2.Grant]]:
-        """Gives the link a time-limited right to a region of this node. Errors: REGION_NOT_FOUND,
-        REGION_DELETED, REGION_REVOKED, ACCESS_DENIED, LINK_NOT_FOUND, STALE_EPOCH, LIMIT_REACHED.
-        """
-
-    @_abc_1.abstractmethod
-    def ReleaseGrants(
-        self,
-        request: _link_pb2.ReleaseGrantsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_link_pb2.ReleaseGrantsResponse, _abc.Awaitable[_link_pb2.ReleaseGrantsResponse]]:
-        """Ends grants. After the answer no byte is written or read under them any more: this is the
-        fence. A grant that is gone already is no error.
+    ) -> _typing.Union[_abc.Iterator[_link_pb2.ExchangeGrantsResponse], _abc.AsyncIterator[_link_pb2.ExchangeGrantsResponse]]:
+        """Makes and ends the grants of links, for as long as the caller likes: each transfer needs some, and a call for
+        each would cost more than a small transfer. Requests are answered in any order.
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +139,7 @@ class LinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _link_pb2.CopyStagedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_link_pb2.CopyStagedResponse, _abc.Awaitable[_link_pb2.CopyStagedResponse]]:
-        """Copies between the staging buffer that a grant opens and its region, which no NIC can reach.
+        """Copies between the staging buffer that a grant opens and its range of the region, which no NIC can reach.
         Errors: GRANT_REFUSED, OUT_OF_RANGE, REGION_DELETED, REGION_REVOKED.
         """
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 
 import pytest
 
 from peermem import memory
-from peermem.core.types import Path, Ranges
+from peermem.core.types import Path, Ranges, RemoteKey
 from peermem.fabric.base import Fabric, Opcode, Status
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.memory import HostMemory
@@ -52,6 +53,11 @@ class TestVerbsFabric(FabricConformance):
         clock.ahead += seconds
         assert isinstance(connection.target, VerbsFabric)
         await connection.target.expire()
+
+    def before(self, key: RemoteKey) -> tuple[RemoteKey, Ranges]:
+        """See FabricConformance. A NIC is asked by address."""
+        rails = [[replace(part, address=part.address - 1) for part in parts] for parts in key.rails]
+        return replace(key, rails=rails), Ranges.single(0, 0, 1)
 
     @both_ways
     @pytest.mark.parametrize("side", [Status.LOC_PROT_ERR, Status.REM_OP_ERR])

@@ -193,6 +193,40 @@ async def test_the_nic_itself_refuses_forged_keys(wired: Wired, opcode: Opcode, 
         await all_well(wire)
 
 
+@pytest.mark.parametrize("opcode", list(Opcode))
+@pytest.mark.parametrize("mode", ["as it is", "no windows", "three queue pairs"])
+async def test_a_stolen_key_is_refused_from_another_queue_pair_and_after_its_transfer(
+    wired: Wired, far_socket: FilePath, opcode: Opcode, mode: str
+) -> None:
+    async with wired(MODES[mode]) as wire:
+        thief = await Wire(wire.fabric, FarNode(far_socket), wire.local).open()
+        before = await wire.far.content(), wire.local.bytes()
+        key, ranges = await wire.far.grant(MIB + 4096, 8192), Ranges.single(0, 0, 8192)
+        assert await thief.wait([thief.post(opcode, key, ranges)]) == {Status.REM_ACCESS_ERR}
+        assert (await wire.far.content(), wire.local.bytes()) == before
+        assert await wire.wait([wire.post(opcode, key, ranges)]) == {Status.SUCCESS}
+        await wire.far.revoke(key)
+        after = await wire.far.content(), wire.local.bytes()
+        for each in (wire, thief):
+            assert await each.wait([each.post(opcode, key, Ranges.single(16384, 0, 4096))]) == {Status.REM_ACCESS_ERR}
+        assert (await wire.far.content(), wire.local.bytes()) == after
+        await all_well(wire)
+        await all_well(thief)
+        await thief.link.close()
+        assert thief.events.faults == []
+
+
+@pytest.mark.parametrize("opcode", list(Opcode))
+async def test_a_key_opens_no_byte_before_or_behind_its_range(wire: Wire, opcode: Opcode) -> None:
+    before = await wire.far.content(), wire.local.bytes()
+    key = await wire.far.grant(MIB + 100, 1000)
+    for shift, length in ((-1, 1), (1000, 1), (-1, 1002), (999, 2)):
+        rails = [[KeyPart(p.rkey, p.address + shift, length) for p in parts] for parts in key.rails]
+        forged = dataclasses.replace(key, length=length, rails=rails)
+        assert await wire.wait([wire.post(opcode, forged, Ranges.single(0, 0, length))]) == {Status.REM_ACCESS_ERR}
+    assert (await wire.far.content(), wire.local.bytes()) == before
+
+
 async def test_one_bad_request_among_many_hurts_no_other(wire: Wire) -> None:
     key, revoked = await wire.far.grant(), await wire.far.grant()
     await wire.far.revoke(revoked)
