@@ -31,7 +31,7 @@ _CALL, _TRANSFER, _WAIT = "5s", "6s", "25s"
 _ENDLESS = 20.0
 """Seconds of patience with a transfer that no transfer outlasts."""
 _GRAVE = 3.0
-"""Seconds for which the memory of a deleted region is watched."""
+"""Seconds for which the memory of a deleted region, or of a fenced transfer, is watched."""
 _FILL = 80
 """Regions that fill a limit, at most."""
 
@@ -44,6 +44,8 @@ class Held:
     region: peermem.Region
     memory: Words
     is_sink: bool
+    rests_until: float = 0.0
+    """Nobody writes it before: what comes late would show."""
 
 
 @dataclass(slots=True)
@@ -137,7 +139,7 @@ class Job:
 
     def _region(self, home: Home, *, is_sink: bool) -> Held:
         for held in home.held:
-            if held.is_sink is is_sink:
+            if held.is_sink is is_sink and held.rests_until < time.monotonic():
                 return held
         region = home.node.create_region(device="bar0", length=SLOTS * SLOT)
         held = Held(f"{self._number}-{self._count()}", region, words(region.map()), is_sink)
@@ -210,6 +212,7 @@ class Job:
         self._see(flight.sink.key, flight.sink.memory, flight.first, flight.count)
         if outcome == "fenced":
             self._write(flight.sink, flight.first, flight.count)
+            flight.sink.rests_until = time.monotonic() + _GRAVE
         return outcome
 
     def _lose_patience(self, transfer: peermem.Transfer) -> None:

@@ -47,10 +47,11 @@ class Wire:
         self._server = await asyncio.start_server(self._accepted, "127.0.0.1", 0, limit=_PIECE)
         self.address = "{}:{}".format(*self._server.sockets[0].getsockname()[:2])
 
-    def close(self) -> None:
-        """Accept no more; called on the loop."""
+    async def close(self) -> None:
+        """End what is on the wire, and accept no more; called on the loop."""
         if self._server is not None:
             self._server.close()
+        await self._set(Mode.CUT)
 
     def set(self, mode: Mode) -> None:
         """Change what the wire does, from any thread; it is so when this returns."""
@@ -132,10 +133,8 @@ class Network:
 
     async def _stop(self) -> None:
         for wire in self._wires:
-            wire.close()
+            await wire.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
