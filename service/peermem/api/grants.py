@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 _ASKED = 1024
 """Questions of one message, and of one call that wait for their answers."""
+_PATIENCE = 1.0
+"""Seconds that the end of a call waits for the message that is being sent."""
 _RELEASED = 1000
 """Grants of one release."""
 _LONGEST = 600.0
@@ -60,7 +62,8 @@ class GrantExchanges:
 
     async def serve(self, context: Context) -> None:
         """Serve one call until its caller or `close` ends it. Raises InvalidField, MalformedMessage, ShuttingDown."""
-        exchange = self.spawn(_Exchange(self, context).serve())
+        one = _Exchange(self, context)
+        exchange = self.spawn(one.serve())
         closing = self.spawn(self._closing.wait())
         try:
             await asyncio.wait([exchange, closing], timeout=_LONGEST, return_when=asyncio.FIRST_COMPLETED)
@@ -71,6 +74,7 @@ class GrantExchanges:
         finally:
             exchange.cancel()
             closing.cancel()
+            await one.end()
 
     def close(self) -> None:
         """End all calls, now and from now on."""
@@ -92,16 +96,29 @@ class _Exchange:
         self._context = context
         self._room = asyncio.Semaphore(_ASKED)
         self._answers: list[link_pb2.GrantAnswer] = []
-        self._telling = False
+        self._finding: set[asyncio.Task[None]] = set()
+        self._teller: asyncio.Task[None] | None = None
+        self._over = False
 
     async def serve(self) -> None:
-        """Read questions until the caller has no more."""
+        """Read questions until the caller has no more, and answer them all."""
         while (message := await self._context.read()) is not grpc.aio.EOF:
             if len(message.questions) > _ASKED:
                 raise InvalidField(f"questions must hold at most {_ASKED}.", field="questions")
             for question in message.questions:
                 await self._room.acquire()
-                self._exchanges.spawn(self._answer(question))
+                finding = self._exchanges.spawn(self._answer(question))
+                self._finding.add(finding)
+                finding.add_done_callback(self._finding.discard)
+        await asyncio.gather(*self._finding)
+        if self._teller is not None:
+            await asyncio.wait([self._teller])
+
+    async def end(self) -> None:
+        """Return when no answer is being told, and none will be: gRPC can't end a call in the middle of one."""
+        self._over = True
+        if self._teller is not None:
+            await asyncio.wait([self._teller], timeout=_PATIENCE)  # a caller that does not read is left
 
     async def _answer(self, question: link_pb2.GrantQuestion) -> None:
         answer = link_pb2.GrantAnswer(number=question.number)
@@ -119,21 +136,20 @@ class _Exchange:
             self._room.release()
             return
         self._answers.append(answer)
-        if not self._telling:
-            self._telling = True
-            await self._tell()
+        if self._teller is None:
+            self._teller = self._exchanges.spawn(self._tell())
 
     async def _tell(self) -> None:
         try:
-            while self._answers:
+            while self._answers and not self._over:
                 answers, self._answers = self._answers, []
                 await self._context.write(link_pb2.ExchangeGrantsResponse(answers=answers))
                 for _ in answers:
                     self._room.release()
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
-            self._answers = []  # the caller is gone
+            self._over = True  # the caller is gone
         finally:
-            self._telling = False
+            self._teller = None
 
     async def _find(self, question: link_pb2.GrantQuestion) -> GrantedKey | None:
         asked = question.WhichOneof("question")
