@@ -1,4 +1,4 @@
-"""The composition root: the only module that names concrete classes. Opens in order, closes in reverse.
+"""The composition root. Opens in order, closes in reverse; only it and its `app_*` siblings name concrete classes.
 
 Rules of this file:
 
@@ -11,11 +11,9 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 
@@ -31,44 +29,27 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
+from peermem.app_snapshot import snapshot
 from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
 from peermem.broker.settings import Settings
 from peermem.broker.storage import StorageRun
-from peermem.config import AnyDevice, Config, Cuda, Grpc, Memfd, Rocm, Udmabuf, Verbs, Vfio
+from peermem.config import Config, Grpc
 from peermem.core.errors import NodeNotFound
 from peermem.core.failpoints import FailOrder
-from peermem.core.node import ADOPTED, ADOPTED_DMABUF
 from peermem.core.topology import Topology
 from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
-from peermem.device.base import Device
-from peermem.device.cuda import CudaDriver
-from peermem.device.dmabuf import AdoptedDmaBufs
-from peermem.device.gpu import GpuDevice
 from peermem.device.host import read_host
-from peermem.device.memfd import AdoptedMemory, MemfdDevice
-from peermem.device.p2pmem import p2pmem_devices
-from peermem.device.pci_resource import PciResourceDevice
-from peermem.device.rocm import HipDriver
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
-from peermem.device.udmabuf import UdmabufDevice
-from peermem.device.vfio import VfioDevice
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
-from peermem.fabric.base import Fabric, Proof
-from peermem.fabric.local import LocalFabric
-from peermem.fabric.tcp import TcpFabric
-from peermem.fabric.verbs_fabric import VerbsFabric
-from peermem.fabric.verbs_types import Marks, Timing
-from peermem.fabric.verbs_types import Settings as VerbsSettings
 from peermem.remote.client import GrpcRemotes
-from peermem.storage.files import LocalStorage
-from peermem.storage.places import Place
-from peermem.telemetry.metrics import DeviceUse, LinkSide, Metrics, Replayed, Snapshot, watch_event_loop
+from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
 log = structlog.get_logger(__name__)
@@ -112,7 +93,7 @@ class App:
         await self._start_http()
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
-        parts = _Parts(config, lambda link_id: broker.serving.link_lost(link_id))
+        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -123,7 +104,7 @@ class App:
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
-        self.metrics.observe(lambda: _snapshot(broker, sessions, parts))
+        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
         server = self._server(broker, Identity(sessions, trust), trust)
@@ -162,7 +143,7 @@ class App:
         reasons = (*self._reasons, *([over] if over else []))
         return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
 
-    def _broker(self, directory: Directory, parts: _Parts, sessions: SessionTable, trust: Trust) -> Broker:
+    def _broker(self, directory: Directory, parts: Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
         settings = Settings(
             node=config.node,
@@ -242,44 +223,6 @@ class App:
         self._stack.push_async_callback(end)
 
 
-class _Parts:
-    """The devices and fabrics that a configuration asks for."""
-
-    def __init__(self, config: Config, lost: Callable[[bytes], None]) -> None:
-        """`lost` gets the ids of accepted links that end by themselves."""
-        self.tcp: TcpFabric | None = None
-        self.verbs: VerbsFabric | None = None
-        self.fabrics: dict[FabricKind, Fabric] = {}
-        if config.fabric != "tcp":
-            settings = _verbs_settings(config.verbs)
-            self.fabrics[FabricKind.VERBS] = self.verbs = VerbsFabric(
-                config.verbs.nics, settings=settings, on_link_lost=lost
-            )
-        if config.fabric != "verbs":
-            self.fabrics[FabricKind.TCP] = self.tcp = TcpFabric(
-                config.tcp.address,
-                advertise=config.tcp.advertise,
-                stall_timeout=config.tcp.stall_timeout,
-                on_link_lost=lost,
-            )
-        self.fabrics[FabricKind.LOCAL] = LocalFabric(on_link_lost=lost)
-        self.devices: dict[str, Device] = {device.name: _device(device) for device in config.devices}
-        self.devices |= {device.name: device for device in (p2pmem_devices() if config.p2pmem else ())}
-        self.storage = LocalStorage(
-            [Place(folder.path, folder.write) for folder in config.storage.directories],
-            block=config.storage.block,
-            depth=config.storage.depth,
-            limit=config.storage.max_running,
-        )
-        adopted = AdoptedMemory(ADOPTED, config.attach.adopt_limit)
-        self.devices |= {ADOPTED: adopted, ADOPTED_DMABUF: AdoptedDmaBufs(ADOPTED_DMABUF, adopted.room)}
-
-    @property
-    def addresses(self) -> dict[str, str]:
-        """Where the fabrics listen, for the log."""
-        return {"tcp": self.tcp.address} if self.tcp is not None else {}
-
-
 def _limits(config: Grpc) -> Limits:
     return Limits(
         message=config.max_message,
@@ -291,42 +234,6 @@ def _limits(config: Grpc) -> Limits:
 
 def _is_spent(run: StorageRun) -> bool:
     return run.error is not None
-
-
-def _device(config: AnyDevice) -> Device:
-    if isinstance(config, Memfd):
-        return MemfdDevice(config.name, config.size)
-    if isinstance(config, Cuda | Rocm):
-        driver = CudaDriver if isinstance(config, Cuda) else HipDriver
-        return GpuDevice(
-            config.kind, config.name, config.address, config.size, lambda: driver(config.address), adopts=config.adopt
-        )
-    if isinstance(config, Udmabuf):
-        return UdmabufDevice(config.name, config.size)
-    if isinstance(config, Vfio):
-        ranges = [(each.offset, each.size) for each in config.ranges]
-        return VfioDevice(config.name, config.address, config.bar, ranges, bind=config.bind)
-    return PciResourceDevice(config.name, config.address, config.bar, config.offset, config.size or 0)
-
-
-def _verbs_settings(config: Verbs) -> VerbsSettings:
-    exponent = round(math.log2(config.ack_timeout / _ACK_UNIT))
-    timing = Timing(timeout=exponent, retries=config.retries, rnr_retries=7, min_rnr_timer=_RNR_TIMER)
-    return VerbsSettings(
-        timing=timing,
-        mtu=config.mtu or _LARGEST_MTU,
-        marks=Marks(config.hop_limit, config.traffic_class, config.service_level),
-        gid_index=None if config.gid_index < 0 else config.gid_index,
-        queue_pairs=config.queue_pairs,
-        stall_timeout=config.stall_timeout,
-    )
-
-
-_ACK_UNIT = 4.096e-6
-"""Seconds; NICs wait this times a power of two (IBA 1.4, 9.7.6.1.3)."""
-_LARGEST_MTU = 4096
-_RNR_TIMER = 12
-"""0.64 ms until a SEND is tried again for which no receive was posted (IBA 1.4, 9.7.5.2.8)."""
 
 
 class _Recent:
@@ -365,36 +272,3 @@ def _address(directory: Directory, node: str) -> str:
             f"nodes/{node} is not in the directory, which knows {known}. Add it to directory.nodes.", node=node
         )
     return entry.address
-
-
-def _snapshot(broker: Broker, sessions: SessionTable, parts: _Parts) -> Snapshot:
-    held = Counter[str]()
-    for region in broker.regions:
-        held[region.device.name] += region.memory.length
-    leases = Counter(region.lease.kind for region in broker.regions)
-    links = {(kind, LinkSide.OPENED): count for kind, count in broker.links.counts().items()}
-    links |= {(kind, LinkSide.ACCEPTED): count for kind, count in broker.serving.link_counts().items()}
-    return Snapshot(
-        devices=tuple(
-            DeviceUse(
-                facts.name, facts.kind, facts.path, facts.size, facts.available, facts.region_count, held[facts.name]
-            )
-            for facts in broker.device_facts()
-        ),
-        leases=leases,
-        running_transfers=broker.transfers.running_count,
-        links=links,
-        grants_given=broker.serving.grant_count,
-        grants_held=broker.links.grant_count,
-        attach_sessions=len(sessions),
-        rails_down=broker.links.rails_down(),
-        rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
-        verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
-        nics={nic: error is None for nic, error in broker.proofs.nics.items()},
-        paths={
-            (device.name, nic, path): isinstance(outcome, Proof)
-            for device in broker.devices.values()
-            for path in device.paths
-            for nic, outcome in broker.proofs.known(device, path).items()
-        },
-    )

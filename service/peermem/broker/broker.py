@@ -18,7 +18,7 @@ from functools import partial
 
 import structlog
 
-from peermem.broker import facts
+from peermem.broker import ending, facts
 from peermem.broker.access import Use
 from peermem.broker.admission import local_regions
 from peermem.broker.guard import Guard, streams
@@ -202,7 +202,7 @@ class Broker:
         """Have another policy in force: what it does not allow ends at once, limits are counted anew."""
         self.policy.rules = rules
         self.tenants.go_by(rules)
-        self.policy.fail_denied((each, each.subject, *use) for each in self._running() for use in each.uses)
+        self.policy.fail_denied((each, each.subject, *use) for each in self.running() for use in each.uses)
         self.policy.fail_denied(streams(self.regions))
         await self.serving.revoke_denied()
 
@@ -348,44 +348,21 @@ class Broker:
         if region.state is State.READY:
             self._spawn(self.regions.revoke(region))
 
+    def running(self) -> list[Transfer | StorageRun]:
+        """Return what has not ended."""
+        return [*self.transfers.running(), *self.storage.running()]
+
     async def drain(self, grace: float) -> None:
         """Refuse new work, wait up to `grace` seconds for what runs to end, then fail it."""
         self._draining = True
-        waits = [each.ended.wait() for each in self._running()]
-        try:
-            async with asyncio.timeout(grace):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            error = ShuttingDown(f"nodes/{self.node} is shutting down and its grace time of {grace:g} s is over.")
-            running = self._running()
-            for each in running:
-                each.fail(error)
-            await self.links.close()  # what is on the way to a node that stands still comes back now
-            await self._await_fences(running)
-
-    def _running(self) -> list[Transfer | StorageRun]:
-        return [*self.transfers.running(), *self.storage.running()]
-
-    async def _await_fences(self, running: Sequence[Transfer | StorageRun]) -> None:
-        """Wait for what failed to end, but no longer than any grant lives: after that nothing is written."""
-        try:
-            async with asyncio.timeout(self._grant_ttl + _MARGIN):
-                await asyncio.gather(*(transfer.ended.wait() for transfer in running))
-        except TimeoutError:
-            log.error("transfers_did_not_end", count=sum(not transfer.ended.is_set() for transfer in running))
+        await ending.drain(self, grace, self._grant_ttl)
 
     async def close(self) -> None:
         """End regions, links, grants and devices in that order; `drain` has ended the transfers."""
         self._draining = True
-        try:
-            async with asyncio.timeout(self._grant_ttl + _MARGIN):
-                await self.regions.close(ShuttingDown(f"nodes/{self.node} is shutting down."))
-        except TimeoutError:  # what holds them is of a transfer that did not end; the process ends all the same
-            log.error("regions_did_not_end", count=len(self.regions))
-        await self.links.close()
-        await self.serving.close()
+        await ending.close(self, self._grant_ttl)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_MARGIN)
+            await asyncio.wait(self._tasks, timeout=ending.MARGIN)
         await self._remotes.close()
         for device in self.devices.values():
             await device.close()
@@ -395,5 +372,3 @@ _TEND = 1.0
 """Seconds between two looks at what is idle or lost."""
 _HEAVY = 8
 """Transfers with as many segments as one may have that may run at the same time: each keeps about 15 MB."""
-_MARGIN = 5.0
-"""Seconds that an orderly end may take beyond the time of a grant."""

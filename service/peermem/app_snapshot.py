@@ -1,0 +1,46 @@
+"""What the daemon's parts are at when somebody scrapes its metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from peermem.app_parts import Parts
+from peermem.broker.broker import Broker
+from peermem.broker.sessions import SessionTable
+from peermem.core.types import FabricKind
+from peermem.fabric.base import Proof
+from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
+
+
+def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
+    """Return what is held, open and running now."""
+    held = Counter[str]()
+    for region in broker.regions:
+        held[region.device.name] += region.memory.length
+    leases = Counter(region.lease.kind for region in broker.regions)
+    links = {(kind, LinkSide.OPENED): count for kind, count in broker.links.counts().items()}
+    links |= {(kind, LinkSide.ACCEPTED): count for kind, count in broker.serving.link_counts().items()}
+    return Snapshot(
+        devices=tuple(
+            DeviceUse(
+                facts.name, facts.kind, facts.path, facts.size, facts.available, facts.region_count, held[facts.name]
+            )
+            for facts in broker.device_facts()
+        ),
+        leases=leases,
+        running_transfers=broker.transfers.running_count,
+        links=links,
+        grants_given=broker.serving.grant_count,
+        grants_held=broker.links.grant_count,
+        attach_sessions=len(sessions),
+        rails_down=broker.links.rails_down(),
+        rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
+        verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
+        nics={nic: error is None for nic, error in broker.proofs.nics.items()},
+        paths={
+            (device.name, nic, path): isinstance(outcome, Proof)
+            for device in broker.devices.values()
+            for path in device.paths
+            for nic, outcome in broker.proofs.known(device, path).items()
+        },
+    )
