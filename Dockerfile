@@ -1,7 +1,7 @@
 # The container image `peermem`: the daemon, its tool and the Python client, on Debian 13 (trixie).
 #
 # * Python, pyverbs, libibverbs and the NICs' provider libraries are the distribution's, of one release: pyverbs fits
-#   no other libibverbs. The rest are the releases of requirements/runtime.txt, by hash, as wheels: nothing is compiled.
+#   no other libibverbs. The rest are the releases of requirements/image.txt, by hash, as wheels: nothing is compiled.
 # * The last stage has no compiler, no pip and no program that gives its caller other rights.
 # * It runs as a user without rights, and serves its own host and nobody else, until a configuration says more. RDMA
 #   needs locked memory and /dev/infiniband: deploy/k8s and deploy/README.md say what to give it.
@@ -18,10 +18,10 @@ ARG PIP_CERT
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PYTHONDONTWRITEBYTECODE=1
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-hatchling python3-pip
-COPY requirements/runtime.txt /build/requirements/
+COPY requirements/image.txt /build/requirements/
 RUN --mount=type=secret,id=authorities,target=/run/authorities.pem \
     pip3 install --no-warn-script-location --root /out --ignore-installed --no-deps --no-compile --require-hashes \
-        --only-binary :all: --requirement /build/requirements/runtime.txt
+        --only-binary :all: --requirement /build/requirements/image.txt
 COPY pyproject.toml README.md LICENSE /build/
 COPY service /build/service
 RUN pip3 install --no-warn-script-location --root /out --no-deps --no-compile --no-index --no-build-isolation /build \

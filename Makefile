@@ -118,7 +118,8 @@ lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 		--python-version 3.11 --fork-strategy fewest pyproject.toml --extra daemon $(ARGS)" && \
 	$$compile --output-file requirements/runtime.txt && \
 	$$compile --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt && \
-	$$compile --group test --constraint requirements/dev.txt --output-file requirements/lab.txt
+	$$compile --group test --constraint requirements/dev.txt --output-file requirements/lab.txt && \
+	$$compile --extra spiffe --constraint requirements/dev.txt --output-file requirements/image.txt
 
 venv: $(READY) ## Make the environment (PYTHON=python3.13 chooses the interpreter)
 

@@ -29,7 +29,7 @@ _FILES = (
     "pyproject.toml",
     "README.md",
     "LICENSE",
-    "requirements/runtime.txt",
+    "requirements/image.txt",
 )
 _NEEDS = ("buildah", "mmdebstrap")
 _KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
