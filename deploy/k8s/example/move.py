@@ -33,7 +33,8 @@ def main(names: list[str]) -> int:
         source.write(data)
         for first, second in ((source, middle), (middle, back)):
             info = here.transfer(first, second, checksum=True).wait("60s")
-            print(f"{first.name} to {second.name}: {info.bytes_done} bytes over {info.fabric.value if info.fabric else "nothing"}", flush=True)
+            fabric = info.fabric.value if info.fabric else "none"
+            print(f"{first.name} to {second.name}: {info.bytes_done} bytes over {fabric}", flush=True)
         same = back.read() == data
     print(f"SHA-256 {hashlib.sha256(data).hexdigest()}: {'the same' if same else 'DIFFERENT'}")
     return 0 if same else 1

@@ -267,6 +267,10 @@ class RegionInfo:
     """NIC ports that it is registered with, nearest first."""
     why: str
     """Why these, or why none."""
+    slurm_job: str
+    """Number of the Slurm job that made it; empty where it was none, or is not known."""
+    pod: str
+    """UID of the pod, likewise."""
 
     def __getitem__(self, key: slice) -> Slice:
         """Return the range `[start:stop]`, counted as Python counts."""
@@ -289,6 +293,8 @@ class RegionInfo:
             create_time=_time(region.create_time),
             nics=tuple(region.nics),
             why=region.why,
+            slurm_job=region.slurm_job,
+            pod=region.pod,
             **bound,
         )
 

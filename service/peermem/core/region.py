@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from peermem.core.names import ChildName
+from peermem.core.origin import NOWHERE, Origin
 from peermem.core.types import LeaseKind, Path
 
 MIN_TTL, MAX_TTL = 1.0, 7 * 86400.0
@@ -75,6 +76,8 @@ class RegionFacts:
     """NIC ports that it is registered with, nearest first."""
     why: str = ""
     """Why these NICs, or why none."""
+    origin: Origin = NOWHERE
+    """Which job made it, as far as that is certain."""
 
 
 @dataclass(frozen=True, slots=True)
