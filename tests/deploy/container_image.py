@@ -35,6 +35,7 @@ _NEEDS = ("buildah", "mmdebstrap")
 _KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _UNREAD = ("doc", "groff", "info", "linda", "lintian/overrides", "locale", "man")
 """Folders of /usr/share that Debian's slim image has not, but for what they say of copyright."""
+_DISK_BYTES = 400 << 20
 _ALONE = ("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -50,6 +51,15 @@ def built() -> Path:
     base = CACHE.get("debian", (recipe,), _build_base)
     sources = tuple(path.read_text() for path in _sources())
     return CACHE.get("image", (recipe, base.name, *sources), lambda folder: _build(base / "tar", folder))
+
+
+def make_disk(disk: Path) -> None:
+    """Write a disk with the image's root filesystem on it, as ext4."""
+    with CACHE.locked():
+        size = f"{_DISK_BYTES >> 10}K"
+        make = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(built() / "root"), str(disk), size]
+        environ = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        subprocess.run(make, env=environ, check=True)
 
 
 def inspected(folder: Path) -> dict[str, Any]:

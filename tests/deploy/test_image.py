@@ -19,6 +19,7 @@ from bench.daemons import Daemon, Place, daemons
 from bench.demo import move
 
 from tests.deploy import container_image
+from tests.deploy.containers import USER, container
 from tests.e2e.support import MIB, noise
 
 if "PEERMEM_BUILD_IMAGE" not in os.environ:
@@ -29,25 +30,10 @@ if os.geteuid() != 0 or container_image.missing():
 
 pytestmark = pytest.mark.timeout(600)  # for the first, which builds
 
-USER = 7470
 MOST_BYTES = 230 * MIB
 """Of the root filesystem, unpacked; most of it is Debian, Python and gRPC."""
 TOOLCHAIN = {"cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "pip", "pip3", "cargo", "go"}
 RDMA = "from pyverbs import device, mr, qp, cq, wr; from pyverbs.libibverbs_enums import IBV_WR_RDMA_WRITE"
-CONTAINER = """
-set -e
-root=$1 shared=$2; shift 2
-mount --bind "$root" "$root"
-mount -t tmpfs -o mode=1777 tmp "$root/tmp"
-mkdir -p "$root$shared"
-chown -R 7470:7470 "$shared"
-mount --bind "$shared" "$root$shared"
-mount -t proc proc "$root/proc"
-mount --rbind /dev "$root/dev"
-mount -o bind,remount,ro "$root"
-exec chroot "$root" setpriv --reuid=7470 --regid=7470 --clear-groups --inh-caps=-all --bounding-set=-all \\
-    --no-new-privs "$@"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +61,6 @@ def containers(root: Path, folder: Path) -> Iterator[dict[str, Daemon]]:
         folder, names, '[[device]]\nname = "bar0"\nsize = "128MiB"', places=dict.fromkeys(names, place)
     ) as nodes:
         yield nodes
-
-
-def container(root: Path, shared: Path) -> tuple[str, ...]:
-    """Return what a command is handed to, to run in a container that shares a folder with this host."""
-    alone = ("unshare", "--mount", "--ipc", "--uts", "--propagation=private")
-    return (*alone, "sh", "-c", CONTAINER, "container", str(root), str(shared))
 
 
 def said(*command: str) -> str:
