@@ -31,6 +31,7 @@ from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
+from peermem.app_slices import publish_devices
 from peermem.app_snapshot import snapshot
 from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
@@ -131,6 +132,14 @@ class App:
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
         await directory.join(NodeEntry(self.config.node, address))
         self._stack.push_async_callback(directory.leave)
+        preflight = self._preflight(broker)
+        publish_devices(
+            self.config.kubernetes,
+            lambda: preflight.reach(broker.device_facts()),
+            read_topology,
+            self._stack,
+            self._spawn,
+        )
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
         self._supervisor.ready()

@@ -168,13 +168,16 @@ def test_no_pod_gets_variables_that_the_daemon_does_not_know(kustomization: str)
 
 
 @overlays
-def test_it_asks_the_api_server_for_reviews_of_tokens_and_nothing_else(overlay: str) -> None:
-    rules = [each["rules"] for each in objects(f"overlays/{overlay}") if each["kind"] in ("ClusterRole", "Role")]
-    review = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
-    assert rules == [[review]]
-    (subject,) = find(objects(f"overlays/{overlay}"), "ClusterRoleBinding")["subjects"]
-    account = find(objects(f"overlays/{overlay}"), "ServiceAccount")
-    assert (subject["name"], subject["namespace"]) == (account["metadata"]["name"], account["metadata"]["namespace"])
+def test_it_may_ask_the_api_server_for_little(overlay: str) -> None:
+    everything = objects(f"overlays/{overlay}")
+    rules = [rule for each in everything if each["kind"] in ("ClusterRole", "Role") for rule in each["rules"]]
+    may = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
+    published = {"resourceslices": {"get", "create", "update", "delete"}, "nodes": {"get"}}
+    assert may == {"tokenreviews": {"create"}} | (published if overlay == "dra" else {})
+    account = find(everything, "ServiceAccount")["metadata"]
+    for binding in (each for each in everything if each["kind"] == "ClusterRoleBinding"):
+        (subject,) = binding["subjects"]
+        assert (subject["name"], subject["namespace"]) == (account["name"], account["namespace"])
 
 
 @overlays
