@@ -4,10 +4,12 @@ read by the real daemon. None of it ran in a cluster.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +17,15 @@ import kubernetes_validate
 import pytest
 from bench.daemons import daemons
 
-from peermem.config import load
+import peermem
+from peermem import errors
+from peermem.app import App
+from peermem.config import Kubernetes, ListenAddress, Policy, load
+from peermem.config_values import FilePath, HttpsUrl
+from tests.api_server import FakeApiServer, token
+from tests.certificates import Authority
 from tests.deploy.manifests import K8S, Manifest, container, environment, find, pod, render
+from tests.trusting import Node, free_ports
 
 OVERLAYS = ("device-plugin", "dra", "bare-metal", "lab")
 KUSTOMIZATIONS = (*(f"overlays/{name}" for name in OVERLAYS), "example", "example-lab")
@@ -40,6 +49,9 @@ def checked(folder: Path, overlay: str, *, toml: str | None = None, **changes: s
     config = folder / "peermem.toml"
     data = find(objects(f"overlays/{overlay}"), "ConfigMap", "peermem-")["data"]
     config.write_text(toml if toml is not None else data["peermem.toml"])
+    if "policy.toml" in data:
+        (folder / "policy.toml").write_text(data["policy.toml"])
+        changes = {"PEERMEM_POLICY_FILE": str(folder / "policy.toml")} | changes
     workload = daemon_set(overlay)
     (argument,) = container(workload)["args"]
     return subprocess.run(
@@ -141,6 +153,7 @@ def test_manifest_and_configuration_agree(overlay: str, tmp_path: Path) -> None:
     assert config.tls.on is (overlay != "lab")
     assert config.insecure_network is (overlay == "lab")
     if config.tls.on:
+        assert config.policy.file == "/etc/peermem/policy.toml"
         assert config.grpc.token_address
         assert config.grpc.token_address.port == ports["tokens"]
         assert config.kubernetes.token == f"{mounted(workload, 'own-token')}/token"
@@ -248,16 +261,57 @@ def test_the_example_moves_a_region_between_two_nodes(tmp_path: Path) -> None:
     assert done.stdout.endswith(": the same\n")
 
 
+async def test_the_example_moves_a_region_over_tls_with_a_token_by_the_policy(tmp_path: Path) -> None:
+    """And what nobody with a token made, root of a pod that mounts the node's sockets may not even see."""
+    authority = Authority()
+    (tmp_path / "policy.toml").write_text(
+        find(objects("overlays/bare-metal"), "ConfigMap", "peermem-")["data"]["policy.toml"]
+    )
+    ports = free_ports(4)
+    made = []
+    for name, port in zip("ab", ports, strict=False):
+        (tmp_path / name).mkdir()
+        made.append(Node(name, tmp_path / name, port, authority))
+    async with FakeApiServer(tmp_path, authority).serving() as server, AsyncExitStack() as stack:
+        table = Kubernetes(
+            api_server=HttpsUrl(server.url), ca=FilePath(f"{tmp_path}/ca.pem"), token=FilePath(f"{tmp_path}/own")
+        )
+        targets = [f"127.0.0.1:{port}" for port in ports[2:]]
+        for node, target in zip(made, targets, strict=True):
+            config = node.config(
+                {other.name: other.address for other in made if other is not node},
+                token_address=ListenAddress(target),
+                kubernetes=table,
+                policy=Policy(file=FilePath(f"{tmp_path}/policy.toml")),
+            )
+            app = App(config)
+            await app.start()
+            stack.push_async_callback(app.stop)
+        (tmp_path / "token").write_text(server.knows(token()))
+        shown = {"CA": tmp_path / "a/tls/ca.pem", "TOKEN_FILE": tmp_path / "token", "SERVER": "peermem.test"}
+        environ = {f"PEERMEM_CLIENT_{name}": str(value) for name, value in shown.items()}
+        done = await asyncio.to_thread(run_example, *targets, **environ)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(": the same\n")
+        with pytest.raises(errors.AccessDenied):
+            await asyncio.to_thread(make_region, made[0].target)
+
+
+def make_region(target: str) -> None:
+    with peermem.connect(target, attach=False) as node:
+        node.create_region(device="bar0", length=1)
+
+
 def test_the_example_says_when_there_is_one_node_only() -> None:
     done = run_example("127.0.0.1:7470")
     assert done.returncode == 2
     assert "Two nodes are needed, and 127.0.0.1:7470 is 127.0.0.1:7470." in done.stderr
 
 
-def run_example(*words: str) -> subprocess.CompletedProcess[str]:
+def run_example(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, K8S / "example/move.py", *words],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SERVICE)},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SERVICE), **environ},
         capture_output=True,
         text=True,
         timeout=60,
