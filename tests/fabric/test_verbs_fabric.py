@@ -64,7 +64,7 @@ async def test_every_use_gives_the_reason(fabric: VerbsFabric) -> None:
         await fabric.grant(b"?" * 16, memory, 0, 1, Rights.READ, 1.0)
     await fabric.unregister(memory)
     await fabric.hang_up(b"?" * 16)
-    await fabric.revoke(RemoteKey(1, 0, 1))
+    await fabric.revoke(RemoteKey(1, 1))
     memory.close()
 
 

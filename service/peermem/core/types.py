@@ -76,10 +76,8 @@ class RemoteKey:
 
     rkey: int = field(repr=False)
     """Names the grant at the fabric that made it."""
-    address: int = field(repr=False)
-    """What the remote side's fabric adds to an offset; 0 for tcp and local."""
     length: int
-    """Bytes that the key opens, from `address` on: of the grant, or of a staging buffer."""
+    """Bytes that the key opens: of the grant, or of a staging buffer."""
     rails: Sequence[Sequence[KeyPart]] = ()
     """For verbs: per rail of the link the parts that make up the memory, in order; none for a rail whose
     remote NIC does not reach it."""

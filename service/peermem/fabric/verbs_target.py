@@ -109,7 +109,7 @@ class Target:
         doors = await self._open(link, reaching, registration, offset, length, rights)
         name = secrets.randbits(64)
         by_rail = {door.rail: tuple(door.parts) for door in doors}
-        key = RemoteKey(name, 0, length, tuple(by_rail.get(rail, ()) for rail in link.rails))
+        key = RemoteKey(name, length, tuple(by_rail.get(rail, ()) for rail in link.rails))
         grant = Grant(link_id, memory, expires_at, key, doors)
         self._grants[name] = link.grants[name] = grant
         self._watch()

@@ -404,7 +404,6 @@ class Grant(_message.Message):
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
     RKEY_FIELD_NUMBER: _builtins.int
-    ADDRESS_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     REGION_UID_FIELD_NUMBER: _builtins.int
@@ -416,8 +415,6 @@ class Grant(_message.Message):
     """Names the grant in later calls."""
     rkey: _builtins.int
     """What a work request presents to the fabric."""
-    address: _builtins.int
-    """Address of the first byte that the key opens, as the fabric counts it."""
     length: _builtins.int
     """Bytes that the key opens: those asked for, or those of a staging buffer."""
     region_uid: _builtins.int
@@ -445,7 +442,6 @@ class Grant(_message.Message):
         *,
         grant_id: _builtins.int = ...,
         rkey: _builtins.int = ...,
-        address: _builtins.int = ...,
         length: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
         region_uid: _builtins.int = ...,
@@ -456,7 +452,7 @@ class Grant(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
