@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import cast
 
 from peermem.fabric import verbs
+from peermem.fabric.verbs_domains import Domains
 from peermem.fabric.verbs_nic import Port
 
 _DMA_BUF_ACCESS = 1 | 2 | 4 | 8
@@ -115,16 +116,15 @@ def pyverbs() -> Iterator[type[Registered]]:
 def nic_port(*, on_demand: bool = True, windows: bool = True, window_ranges: bool = True) -> Iterator[Port]:
     """A port of a NIC that is not here, as far as registrations look at it."""
     device = verbs.Device("nic0")
-    nic = _Nic(
-        device, verbs.Domain(device), SimpleNamespace(on_demand=on_demand, windows=windows, window_ranges=window_ranges)
-    )
+    caps = SimpleNamespace(on_demand=on_demand, windows=windows, window_ranges=window_ranges)
+    nic = _Nic(device, Domains(device), caps)
     yield cast(Port, SimpleNamespace(name="nic0/1", nic=nic))
-    nic.domain.close()
+    assert device.counts["pd"] == 0
     device.close()
 
 
 @dataclass(eq=False)
 class _Nic:
     device: verbs.Device
-    domain: verbs.Domain
+    domains: Domains
     caps: SimpleNamespace

@@ -136,3 +136,5 @@ class LinkAttributes:
     """What each connection presents, from the accepting side (tcp)."""
     queue_pairs: Sequence[QueuePair] = ()
     """This end of each rail (verbs). The answer has as many as the offer; in the same order."""
+    subject: str = ""
+    """Whose link it is, as nodes speak of a subject, but without groups; from the caller's side (verbs)."""

@@ -71,7 +71,7 @@ class Target:
             link = self._find(offer.link_id)
             answer = link.reopen(ends)
         else:
-            link = AcceptedLink(secrets.token_bytes(16), self._settings, self._lost)
+            link = AcceptedLink(secrets.token_bytes(16), offer.subject, self._settings, self._lost)
             try:
                 windows = self._settings.windows and not self._memories.needs_domains
                 answer = link.open(ends, self._nics.usable(), windows=windows)
@@ -97,14 +97,17 @@ class Target:
         if length < 1 or not inside((offset,), (length,), memory.length):
             raise ValueError(f"bytes {offset} to {offset + length} are no range of a memory of {memory.length} bytes")
         registration = self._memories.find(memory)
-        reaching = [rail for rail in link.rails if registration is not None and rail.port.nic in registration.parts]
+        reaching = [rail for rail in link.rails if registration is not None and rail.port.nic in registration.ports]
         if registration is None or not reaching:
             raise FabricUnavailable("The memory is registered with no NIC of the link's rails. Use tcp for it.")
-        if not registration.takes_windows and not all(rail in link.domains for rail in reaching):
+        if not registration.takes_windows and not all(rail.domain.is_apart for rail in reaching):
             raise LinkNotFound(
                 "The link was opened before this node had memory of path DMABUF, which only links with protection "
                 "domains of their own can be granted. Open a new one."
             )
+        for rail in reaching:
+            if not rail.domain.is_apart:
+                await registration.extend(rail, offset, length)
         expires_at = self._clock() + ttl
         doors = await self._open(link, reaching, registration, offset, length, rights)
         name = secrets.randbits(64)
@@ -130,9 +133,7 @@ class Target:
         while True:
             doors = [Door(rail) for rail in rails if rail.up]
             try:
-                opened = await asyncio.gather(
-                    *(door.open(registration, offset, length, rights, link.domains.get(door.rail)) for door in doors)
-                )
+                opened = await asyncio.gather(*(door.open(registration, offset, length, rights) for door in doors))
             except (VerbsError, TimeoutError) as error:
                 _close(doors)
                 raise RegistrationRefused(f"The NIC refused to open the memory to a link: {error}.") from error

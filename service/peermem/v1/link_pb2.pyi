@@ -58,6 +58,7 @@ class OpenLinkRequest(_message.Message):
     RAILS_FIELD_NUMBER: _builtins.int
     QUEUE_PAIRS_FIELD_NUMBER: _builtins.int
     LINK_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """nodes/{node} of the caller."""
     epoch: _builtins.str
@@ -69,6 +70,10 @@ class OpenLinkRequest(_message.Message):
     link_id: _builtins.bytes
     """From an earlier OpenLinkResponse of this caller: rebuild that link's rails after an error. Its
     grants stay as they are.
+    """
+    subject: _builtins.str
+    """Whose transfers the link is for, as SUBJECT@NODE; for the verbs fabric, where every grant over the link is for
+    this subject. The caller may name its own clients, and those for whom their node has it run a transfer.
     """
     @_builtins.property
     def queue_pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuePair]:
@@ -83,10 +88,11 @@ class OpenLinkRequest(_message.Message):
         rails: _builtins.int = ...,
         queue_pairs: _abc.Iterable[Global___QueuePair] | None = ...,
         link_id: _builtins.bytes = ...,
+        subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "link_id", b"link_id", "node", b"node", "queue_pairs", b"queue_pairs", "rails", b"rails"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "link_id", b"link_id", "node", b"node", "queue_pairs", b"queue_pairs", "rails", b"rails", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,9 +533,11 @@ class ConfirmRelayRequest(_message.Message):
     subject: _builtins.str
     """The client, as SUBJECT[,GROUP...]@NODE with the answering node."""
     region: _builtins.str
-    """nodes/{node}/regions/{region} that the transfer needs."""
+    """nodes/{node}/regions/{region} that the transfer needs; empty to ask whether there is any transfer of the client,
+    before a link is opened for it. Then the client's groups don't matter.
+    """
     right: Global___Right.ValueType
-    """What for."""
+    """What for; of no use without a region."""
     def __init__(
         self,
         *,
