@@ -21,6 +21,7 @@ from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_target import Target
 from peermem.fabric.verbs_types import Access, Settings, WcStatus
 from tests.descriptors import memory_file
+from tests.fabric.nic_double import NICS
 from tests.fabric.pyverbs_double import DmaBufMR, Registered, nic_port, pyverbs
 from tests.fabric.support import FileMemory
 
@@ -144,7 +145,7 @@ def test_memory_that_is_not_of_the_path_is_refused(path: Path) -> None:
 
 async def test_a_refusal_leaves_nothing_registered(library: type[Registered], port: Port) -> None:
     table, memory = MemoryTable(), ExportedMemory(PART)
-    library.fails["DmaBufMR"] = errno.EOPNOTSUPP
+    NICS.fails["DmaBufMR"] = errno.EOPNOTSUPP
     with pytest.raises(errors.DmaBufUnsupported):
         await table.register(memory, Path.DMABUF, [port])
     assert (len(table), table.needs_domains) == (0, False)
@@ -162,7 +163,7 @@ class TestGrants:
         table, memory = MemoryTable(), ExportedMemory(PART + 50)
         await table.register(memory, Path.DMABUF, [port])
         rail = _Rail(port, port.nic.domains.of("uid:1@a"))
-        link = SimpleNamespace(link_id=b"link", rails=[rail], grants={}, fence=fenced)
+        link = SimpleNamespace(link_id=b"link", rails=[rail], grants={}, opening=set(), fence=fenced)
         target = Target(cast(Any, None), table, Settings(), time.monotonic, lambda _: None)
         target._links[b"link"] = cast(Any, link)
         yield target, link, memory

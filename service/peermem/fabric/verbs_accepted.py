@@ -19,7 +19,7 @@ from dataclasses import replace
 from peermem.core.errors import FabricUnavailable
 from peermem.core.gid import Gid
 from peermem.core.types import QueuePair
-from peermem.fabric.verbs_grants import Grant
+from peermem.fabric.verbs_grants import Door, Grant
 from peermem.fabric.verbs_nic import Port, nearest
 from peermem.fabric.verbs_rail import Rail
 from peermem.fabric.verbs_types import Settings, VerbsError, Word
@@ -40,6 +40,8 @@ class AcceptedLink:
         self.rails: list[Rail] = []
         self.grants: dict[int, Grant] = {}
         """By the keys' names."""
+        self.opening: set[Door] = set()
+        """Of grants that are being made."""
         self.news = asyncio.Event()
         """Set whenever a rail comes up."""
         self._settings = settings
@@ -181,7 +183,7 @@ class AcceptedLink:
         self._stop_expecting()
         if self._keeper is not None:
             self._keeper.cancel()
-        doors = [door for grant in self.grants.values() for door in grant.doors]
+        doors = [*self.opening, *(door for grant in self.grants.values() for door in grant.doors)]
         self.grants.clear()
         for door in doors:
             door.shut()

@@ -58,6 +58,8 @@ class Door:
         """
         access, domain = _access(rights), self.rail.domain
         for index in range(offset // PART, -(-(offset + length) // PART)):
+            if not self.rail.up:  # its link may be closed by now, and have closed this door as well
+                return False
             start, end = max(offset, index * PART), min(offset + length, (index + 1) * PART)
             if domain.is_apart:
                 region = registration.tight(domain, start, end - start, access | Access.LOCAL_WRITE)
@@ -85,12 +87,12 @@ class Door:
         self, registration: Registration, index: int, start: int, length: int, access: Access
     ) -> verbs.Window | None:
         rail = self.rail
+        if not rail.free:
+            return None
         region = self._region(registration, index, start, length)
         window = verbs.Window(rail.domain)
         self._windows.append(window)
         bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if not rail.up or not rail.free:
-            return None
         address = registration.address + start
         rail.bind(
             window, region, address, length, access, lambda status: None if bound.done() else bound.set_result(status)

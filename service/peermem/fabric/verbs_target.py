@@ -132,19 +132,17 @@ class Target:
         deadline = loop.time() + _RAIL_WAIT
         while True:
             doors = [Door(rail) for rail in rails if rail.up]
+            link.opening.update(doors)
+            good: list[Door] = []
             try:
-                opened = await asyncio.gather(*(door.open(registration, offset, length, rights) for door in doors))
-            except (VerbsError, TimeoutError) as error:
-                _close(doors)
-                raise RegistrationRefused(f"The NIC refused to open the memory to a link: {error}.") from error
-            except BaseException:
-                _close(doors)
-                raise
-            if link.link_id not in self._links:
-                _close(doors)
-                raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
-            _close([door for door, is_open in zip(doors, opened, strict=True) if not is_open])
-            good = [door for door, is_open in zip(doors, opened, strict=True) if is_open]
+                opening = (door.open(registration, offset, length, rights) for door in doors)
+                opened = await asyncio.gather(*opening, return_exceptions=True)
+                if link.link_id not in self._links:
+                    raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
+                good = _opened(doors, opened)
+            finally:
+                link.opening.difference_update(doors)
+                _close([door for door in doors if door not in good])
             if good:
                 return good
             try:
@@ -259,6 +257,16 @@ class Target:
         task = self._ending.get(what)
         if task is not None:
             await asyncio.wait([task])
+
+
+def _opened(doors: Sequence[Door], opened: Sequence[bool | BaseException]) -> list[Door]:
+    """Return the doors that are open. Raises RegistrationRefused, where the NIC refused one."""
+    for outcome in opened:
+        if isinstance(outcome, (VerbsError, TimeoutError)):
+            raise RegistrationRefused(f"The NIC refused to open the memory to a link: {outcome}.") from outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [door for door, is_open in zip(doors, opened, strict=True) if is_open]
 
 
 def _close(doors: Sequence[Door]) -> None:
