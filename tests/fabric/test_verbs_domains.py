@@ -196,7 +196,7 @@ async def test_a_link_that_closes_at_any_time_while_a_grant_is_made_for_it_leave
         await fabric.start()
     memory = memories(2 * LENGTH)
     await fabrics[1].register(memory, Path.HOST, subject=ANN)
-    before, outcomes = counts(fabrics[1]), set()
+    before, outcomes = counts(fabrics[1]), set[type]()
     for turns in range(100):
         ben = await Connection(*fabrics, BEN).open()
         grant = fabrics[1].grant(ben.link_id, memory, 1, memory.length - 2, BOTH, 30.0)
