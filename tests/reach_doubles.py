@@ -49,6 +49,8 @@ class NicFabric(CuedFabric):
         """Whether it takes every address in a page of memory on demand for the page's first one, as rxe does."""
         self.taken_back: list[Memory] = []
         """Memory whose exporter has let go of it: no NIC accesses it any more."""
+        self.owners: list[str] = []
+        """Whose memory was registered, in order."""
         self._on_demand: list[Memory] = []
 
     @property
@@ -75,6 +77,7 @@ class NicFabric(CuedFabric):
 
     async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
         await super().register(memory, path, nics, subject)
+        self.owners.append(subject)
         if path is Path.P2PDMA:
             self._on_demand.append(memory)
 
