@@ -173,7 +173,7 @@ async def test_what_waits_for_its_rate_learns_at_once_that_its_link_is_down(
     await outcome(await start(a, columns(source.name, sink.name, (0,), (0,), (9,)), fabric=kind, subject=BEN))
     a.broker.tenants.spend(ANN, 1000 * MIB)
     waiting = [await start(a, whole(source, sink), fabric=kind, subject=subject) for subject in (ANN, BEN)]
-    await eventually(lambda: any(way.is_waiting for way in a.broker.links._ways.values()))
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
     link = link_of(a, BEN, kind)
     link.down(LinkEnd.BROKEN, "a test said so")
     await eventually(lambda: a.broker.links.kept("b", kind, BEN) not in (None, link))

@@ -207,7 +207,7 @@ async def test_bytes_above_a_rate_wait_and_arrive(pair: list[Host]) -> None:
     await a.broker.go_by(policy(everything + tenant("team", "anonymous", "bytes_per_second = '16MiB'")))
     a.broker.tenants.spend(ANONYMOUS, 17 * MIB)
     running = await start(a, whole(x, y))
-    await eventually(lambda: any(way.is_waiting for way in a.broker.links._ways.values()))
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
     assert running.facts.bytes_done == 0
     assert (await outcome(running)).state is State.SUCCEEDED
 
@@ -219,5 +219,5 @@ async def test_what_waits_is_cancelled_at_once(pair: list[Host]) -> None:
     await a.broker.go_by(policy(everything + tenant("team", "anonymous", "bytes_per_second = '1MiB'")))
     a.broker.tenants.spend(ANONYMOUS, 1000 * MIB)
     running = await start(a, whole(x, y))
-    await eventually(lambda: any(way.is_waiting for way in a.broker.links._ways.values()))
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
     assert (await a.broker.cancel_transfer(ANONYMOUS, running.facts.name)).state is State.CANCELLED

@@ -2,11 +2,12 @@
 
 Rules of this file:
 
-* One link per remote node and fabric, and where the fabric separates them for each subject, under the name that its
-  node and the far end know it by: that two nodes count it for other tenants changes nothing. One that goes down is
-  forgotten, and opened anew on the next use, also by the transfers that it carried.
+* One link per remote node and fabric, and on a fabric that separates subjects for each of them. A subject goes by the
+  name that all nodes give it, without its groups: its tenant is what this node's policy says, and the far end's may
+  say something else, so that nothing could be held to it there.
+* One that goes down is forgotten, and opened anew on the next use, also by the transfers that it carried.
 * So many links lead to a node over a fabric, at most; then the one that was idle longest makes room.
-* All links to a node over a fabric share its way (`traffic`).
+* All links to a node over a fabric share what goes there (`traffic`).
 * A fabric that did not reach a node or a region is passed over for a while, longer each time it fails again.
 """
 
@@ -93,7 +94,7 @@ class LinkTable:
         self._clock = clock
         self._opening: dict[_Key, asyncio.Task[OutboundLink]] = {}
         self._links: dict[_Key, OutboundLink] = {}
-        self._ways: WeakValueDictionary[tuple[str, FabricKind], Traffic] = WeakValueDictionary()
+        self._traffic: WeakValueDictionary[tuple[str, FabricKind], Traffic] = WeakValueDictionary()
         """Each for as long as it has a link."""
         self._closing: set[asyncio.Task[None]] = set()
         self.detours = Detours(clock)
@@ -154,8 +155,8 @@ class LinkTable:
     async def _open(self, key: _Key) -> OutboundLink:
         node, kind, subject = key
         fabric = self._fabrics[kind]
-        way = self._ways.setdefault((node, kind), Traffic(fabric.limits, self._clock))
-        link = OutboundLink(node, fabric, self._source(node), way, self._clock, subject)
+        traffic = self._traffic.setdefault((node, kind), Traffic(fabric.limits, self._clock))
+        link = OutboundLink(node, fabric, self._source(node), traffic, self._clock, subject)
         link.on_down = lambda: self._lost(link)
         link.on_rail_down = lambda: self.faults.broke(kind, Broken.RAIL)
         await link.open(self._rails)

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* All links to a node over a fabric share one window and take turns, one slice each, so that a large transfer does not
-  hold up a small one, and tenants share the way by bytes (`turns`), however many links they have. At most the fabric's
+* All links to a node over a fabric take turns, one slice each, so that a large transfer does not hold up a small one,
+  and tenants share them by bytes (`turns`), however many links each has. On all of them together at most the fabric's
   window is outstanding.
 * What is to go over a link that is down comes back at once: it waits for nobody's time.
 """

@@ -1,4 +1,4 @@
-"""Whose slice is next on a way: tenants share it by bytes, and the transfers of one tenant take turns.
+"""Whose slice is next on the links to a node over a fabric: tenants share them by bytes, and the transfers of one tenant take turns.
 
 Rules of this file:
 
@@ -6,7 +6,7 @@ Rules of this file:
   may end its turn in debt by one slice, which its next turns pay back.
 * A tenant that had nothing to post is first in turn when it has something, with one credit: whoever asks for little
   waits for nobody's backlog.
-* While several tenants use a way, each has only so much outstanding on it that it keeps busy: what is posted already
+* While several tenants use them, each has only so much outstanding on them that they keep busy: what is posted already
   can't be overtaken.
 * A tenant whose bytes have to wait loses no turn but its own.
 """
@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 from peermem.core.quota import Tenant
 
 _RECENT = 1.0
-"""Seconds for which a tenant counts as using the way."""
+"""Seconds for which a tenant counts as using the links."""
 
 
 class Sharing(Protocol):
@@ -42,7 +42,7 @@ W = TypeVar("W", bound=Sharing)
 
 @dataclass(slots=True, eq=False)
 class Line(Generic[W]):
-    """What one tenant has on the way."""
+    """What one tenant has there."""
 
     key: str
     workers: deque[W] = field(default_factory=deque)
@@ -53,7 +53,7 @@ class Line(Generic[W]):
 
 
 class Turns(Generic[W]):
-    """The turns on one way: all links to a node over a fabric."""
+    """The turns on all links to a node over a fabric."""
 
     def __init__(
         self, quantum: int, window: int, shared_window: int, clock: Callable[[], float] = time.monotonic
@@ -66,7 +66,7 @@ class Turns(Generic[W]):
         self._clock = clock
         self._load = 0
         self._last = ""
-        """Who used the way last, and when;"""
+        """Who used the links last, and when;"""
         self._last_at = -math.inf
         self._before_at = -math.inf
         """when somebody else did before."""
@@ -144,14 +144,14 @@ class Turns(Generic[W]):
         return min((wait for wait in waits if wait > 0), default=0.0)
 
     def _use(self, line: Line[W]) -> None:
-        """Note that a tenant uses the way."""
+        """Note that a tenant uses the links."""
         now = self._clock()
         if line.key != self._last:
             self._last, self._before_at = line.key, self._last_at
         self._last_at = now
 
     def _is_alone(self) -> bool:
-        """Whether only one tenant has used the way lately."""
+        """Whether only one tenant has used the links lately."""
         return self._clock() - self._before_at > _RECENT
 
     def _forget(self, line: Line[W]) -> None:
