@@ -1,4 +1,5 @@
-"""Whose slice is next on the links to a node over a fabric: tenants share them by bytes, and the transfers of one tenant take turns.
+"""Whose slice is next on the links to a node over a fabric: tenants share them by bytes, and the transfers of one
+tenant take turns.
 
 Rules of this file:
 
