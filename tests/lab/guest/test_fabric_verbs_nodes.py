@@ -19,8 +19,6 @@ from tests.fabric.support import MIB, FileMemory, eventually
 from tests.lab.guest.fabric_node import LENGTH, FarNode, far_process
 from tests.lab.guest.wires import QUICK, Wire, Wired, all_well, far_state
 
-pytest_plugins = ["tests.lab.guest.wires"]
-
 
 @pytest.fixture
 def network() -> Iterator[Callable[[str], None]]:

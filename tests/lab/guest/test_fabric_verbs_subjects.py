@@ -12,8 +12,6 @@ from tests.fabric.support import MIB, eventually
 from tests.lab.guest.fabric_node import FarNode
 from tests.lab.guest.wires import QUICK, Wire, Wired, all_well, far_state
 
-pytest_plugins = ["tests.lab.guest.wires"]
-
 ANN, BEN = "uid:1@a", "uid:2@a"
 
 

@@ -6,19 +6,16 @@ import asyncio
 import dataclasses
 import json
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path as FilePath
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 
-import pytest
-
-from peermem.core.types import LinkAttributes, Path, Ranges, RemoteKey
+from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_link import VerbsLink
 from peermem.fabric.verbs_types import Settings
 from tests.fabric.support import MIB, FileMemory, Recorder
-from tests.lab.guest.fabric_node import LENGTH, FarNode, far_process
+from tests.lab.guest.fabric_node import LENGTH, FarNode
 
 QUICK = Settings(stall_timeout=5.0, keepalive=1.0)
 
@@ -68,38 +65,6 @@ class Wire:
 
 
 Wired = Callable[[Settings], AbstractAsyncContextManager[Wire]]
-
-
-@pytest.fixture(scope="module")
-def far_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FilePath]:
-    with far_process(tmp_path_factory.mktemp("far")) as (path, _process):
-        yield path
-
-
-@pytest.fixture
-def wired(far_socket: FilePath) -> Wired:
-    @asynccontextmanager
-    async def open_wire(settings: Settings) -> AsyncIterator[Wire]:
-        fabric, local, far = VerbsFabric(settings=settings), FileMemory(LENGTH, seed=1), FarNode(far_socket)
-        await far.restart(settings)
-        await fabric.start()
-        try:
-            await fabric.register(local, Path.HOST)
-            wire = await Wire(fabric, far, local).open()
-            yield wire
-            await wire.link.close()
-            assert wire.events.faults == []
-        finally:
-            await fabric.close()
-            local.close()
-
-    return open_wire
-
-
-@pytest.fixture
-async def wire(wired: Wired) -> AsyncIterator[Wire]:
-    async with wired(QUICK) as wire:
-        yield wire
 
 
 async def far_state(wire: Wire, is_so: Callable[[list[bytes], int, int, Mapping[str, int]], bool]) -> None:
