@@ -166,6 +166,8 @@ class LegRun:
     async def acquire(self) -> None:
         """See SuppliedLeg."""
         link = self.link
+        if not self._region.reach.stages(self.fabric):
+            await self._be_reached(link)  # before the grant's time runs: it may take seconds
         held = await link.grant(self._wanted)
         try:
             is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
@@ -174,17 +176,15 @@ class LegRun:
                 self._wanted = self._wanted._replace(staged=True)
                 held = await link.grant(self._wanted)
             buffer = await self._region.reach.staging.open() if is_staged_here else None
-            await self._be_reached(link, buffer)
+            if buffer is not None:
+                await link.prepare(buffer.memory, 0, buffer.memory.length)
             self._adopt(held, buffer)
         except BaseException:
             link.release(held)
             raise
 
-    async def _be_reached(self, link: OutboundLink, buffer: StagingBuffer | None) -> None:
+    async def _be_reached(self, link: OutboundLink) -> None:
         """Have this end's memory usable on a link."""
-        if buffer is not None:
-            await link.prepare(buffer.memory, 0, buffer.memory.length)
-            return
         try:
             await link.prepare(self._region.memory, self.leg.local_start, self.leg.local_length)
         except RegionRevoked:
