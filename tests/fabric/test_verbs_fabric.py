@@ -1,4 +1,5 @@
-"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. The rest is in tests/lab."""
+"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. `test_verbs_link.py` runs it over a
+stand-in, and tests/lab over software NICs."""
 
 from __future__ import annotations
 
