@@ -1,5 +1,5 @@
-"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. `test_verbs_link.py` runs it over a
-stand-in, and tests/lab over software NICs."""
+"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. `test_verbs_link.py` runs it
+over a stand-in, and tests/lab over software NICs."""
 
 from __future__ import annotations
 

@@ -146,9 +146,10 @@ class Mender:
                 self._on_down(*end)
                 return
             self._tell_mended()
-            if self._is_whole():
+            is_whole = self._is_whole()
+            self._tell_broken(list(self._causes) if is_whole else self._rails, delay)
+            if is_whole:
                 return
-            self._tell_broken(self._rails, delay)
             await asyncio.sleep(delay)
             is_up = any(rail.up for rail in self._rails)
             delay = min(2 * delay, _MAX_CALM_DELAY if is_up else _MAX_DELAY)
