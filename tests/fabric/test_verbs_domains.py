@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -15,8 +16,9 @@ from peermem.fabric.base import Opcode, Status
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Access, Settings, VerbsError
 from tests.fabric.nic_double import NICS
-from tests.fabric.pyverbs_double import MR, Registered, pyverbs
+from tests.fabric.pyverbs_double import MR, DmaBufMR, Registered, pyverbs
 from tests.fabric.support import Connection, FileMemory, eventually
+from tests.fabric.test_verbs_memory import OFFSET, ExportedMemory
 
 KIB = 1 << 10
 PART = 64 * KIB
@@ -140,6 +142,25 @@ async def test_memory_is_registered_for_another_subject_as_far_as_it_needs_it_an
     for fabric, memory in zip(fabrics, ends, strict=True):
         await fabric.unregister(memory)
     assert [counts(fabric) for fabric in fabrics] == [(0, 0, 0)] * 2
+
+
+async def test_a_dma_buf_is_imported_for_another_subject_as_well(
+    fabrics: Fabrics, ends: tuple[FileMemory, FileMemory], library: type[Registered]
+) -> None:
+    exported = ExportedMemory(2 * PART)
+    await fabrics[0].register(exported, Path.DMABUF, subject=ANN)
+    await fabrics[1].register(ends[1], Path.HOST, subject=ANN)
+    ben = await Connection(*fabrics, BEN).open()
+    await ben.link.prepare(exported, PART + 100, 50)
+    (imported,) = [each for each in library.made[2:] if isinstance(each, DmaBufMR)]
+    assert imported.pd is not library.made[0].pd
+    key = await fabrics[1].grant(ben.link_id, ends[1], 0, 50, Rights.READ, 30.0)
+    read = ben.post(Opcode.READ, exported, key, Ranges.single(PART + 100, 0, 50))
+    assert await ben.events.wait([read]) == [Status.SUCCESS]
+    assert os.pread(exported.exported, 50, OFFSET + PART + 100) == ends[1].bytes()[:50]
+    await closed(ben)
+    await fabrics[0].unregister(exported)
+    exported.close()
 
 
 async def test_whoever_needs_the_same_memory_at_once_shares_it(
