@@ -37,6 +37,7 @@ TABLE = {
     "dmabuf": Settings(seconds=600),
     "fabric_verbs": Settings(releases=("trixie", "bookworm"), namespace="n1"),
     "fabric_verbs_nodes": Settings(namespace="n1"),
+    "fabric_verbs_subjects": Settings(namespace="n1"),
     "faults": Settings(seconds=1800),
     "image": Settings(seconds=600, image=True),
     "lab": Settings(releases=("trixie", "bookworm")),
