@@ -262,11 +262,10 @@ def test_the_example_moves_a_region_between_two_nodes(tmp_path: Path) -> None:
 
 
 async def test_the_example_moves_a_region_over_tls_with_a_token_by_the_policy(tmp_path: Path) -> None:
-    """And what nobody with a token made, root of a pod that mounts the node's sockets may not even see."""
+    """And who only mounts the node's sockets, be it as root, makes nothing."""
     authority = Authority()
-    (tmp_path / "policy.toml").write_text(
-        find(objects("overlays/bare-metal"), "ConfigMap", "peermem-")["data"]["policy.toml"]
-    )
+    data = find(objects("overlays/bare-metal"), "ConfigMap", "peermem-")["data"]
+    (tmp_path / "policy.toml").write_text(data["policy.toml"])
     ports = free_ports(4)
     made = []
     for name, port in zip("ab", ports, strict=False):
@@ -294,12 +293,12 @@ async def test_the_example_moves_a_region_over_tls_with_a_token_by_the_policy(tm
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith(": the same\n")
         with pytest.raises(errors.AccessDenied):
-            await asyncio.to_thread(make_region, made[0].target)
+            await asyncio.to_thread(make_region, made[0])
 
 
-def make_region(target: str) -> None:
-    with peermem.connect(target, attach=False) as node:
-        node.create_region(device="bar0", length=1)
+def make_region(node: Node) -> None:
+    with peermem.connect(node.target, attach=f"{node.folder}/attach.sock") as here:
+        here.create_region(device="bar0", length=1)
 
 
 def test_the_example_says_when_there_is_one_node_only() -> None:
