@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
@@ -315,3 +316,14 @@ def run_example(*words: str, **environ: str) -> subprocess.CompletedProcess[str]
         text=True,
         timeout=60,
     )
+
+
+def test_the_overlay_that_the_readme_shows_is_one(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    shown = (K8S.parent / "README.md").read_text().partition("```yaml\n")[2].partition("   ```")[0]
+    (tmp_path / "k8s/mine").mkdir()
+    (tmp_path / "k8s/mine/kustomization.yaml").write_text(textwrap.dedent(shown))
+    daemon = find(render(tmp_path / "k8s/mine"), "DaemonSet")
+    assert container(daemon)["image"] == "registry.example.com/peermem:0.1.0"
+    assert environment(daemon)["PEERMEM_TLS_NODES"] == "spiffe://your.domain/peermem/{node}"
+    assert environment(daemon)["PEERMEM_GRPC_ADDRESS"] == "10.0.0.7:7470"
