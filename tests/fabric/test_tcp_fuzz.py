@@ -16,7 +16,7 @@ from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.fabric.tcp import TcpFabric
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually
 from tests.fabric.test_tcp_initiator import KEY, impostor, leading_to
-from tests.fabric.test_tcp_target import Raw, hello
+from tests.fabric.test_tcp_target import Raw
 from tests.fuzzing import fuzz, tried
 
 GUARDED = 4096
@@ -59,7 +59,7 @@ class Siege:
         for position, value in changes:
             stream[position % len(stream)] = value
         raw = await Raw.open(self.fabric)
-        raw.writer.write(hello(answer))
+        await raw.join(answer)
         received = await _say(raw, bytes(stream))
         await self.fabric.hang_up(answer.link_id)
         return received
@@ -103,7 +103,7 @@ def siege(runner: asyncio.Runner) -> Iterator[Siege]:
 
 
 @fuzz(80)
-@given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=60).map(lambda tail: b"PMHI\x01" + tail)))
+@given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=60).map(lambda tail: b"PMHI\x02" + tail)))
 def test_garbage_instead_of_a_hello(runner: asyncio.Runner, siege: Siege, data: bytes) -> None:
     tried("tcp hello")
     runner.run(siege.garbage(data))
@@ -117,7 +117,6 @@ def test_changed_frames(
 ) -> None:
     tried("tcp requests")
     received = runner.run(siege.forged(opcode, sizes, changes))
-    assert received.startswith(frames.WELCOME) or not received
     assert siege.secret[:64] not in received
     assert siege.secret[-64:] not in received
     runner.run(siege.check())

@@ -29,7 +29,7 @@ from peermem.core.grant import Wanted
 from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
-from peermem.remote.base import GrantSource
+from peermem.remote.base import Ear, GrantSource
 
 log = structlog.get_logger(__name__)
 
@@ -103,6 +103,7 @@ class OutboundLink:
         self.on_rail_down: Callable[[], None] = lambda: None
         self._clock = clock
         self._link: Link | None = None
+        self._ear: Ear | None = None
         self._link_id = b""
         self._epoch = ""
         self._held: set[HeldGrant] = set()
@@ -119,6 +120,7 @@ class OutboundLink:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
         await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails)
+        self._ear = self.source.use_rails(self._link_id, self._link.carry)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
         opened = await self.source.open_link(offer)
@@ -269,8 +271,14 @@ class OutboundLink:
             worker.completed(request, completion.status)
         self._fill()
 
+    def heard(self, message: bytes) -> None:
+        """See LinkEvents."""
+        if self._ear is not None:
+            self._ear.heard(message)
+
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
+        self._rails_broke()
         self.rail_cause = cause
         log.warning(
             "rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=round(pause, 3)
@@ -284,8 +292,13 @@ class OutboundLink:
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         self.down_cause = (end, cause)
+        self._rails_broke()
         self.on_down()
         self._fill()
+
+    def _rails_broke(self) -> None:
+        if self._ear is not None:
+            self._ear.broke()
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""

@@ -48,6 +48,9 @@ from peermem.remote.base import OpenedLink
 MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
 """Bounds of what remote nodes may open here, and of the ranges of one checksum."""
 _ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
+Voucher = Callable[[], None]
+"""Returns while the certificate that a node showed counts for what comes without one. Raises Unauthenticated where it
+was shown too long ago, AccessDenied where it counts no more."""
 _AT_ONCE = 256
 """Grants that are ended in one turn of the loop."""
 
@@ -71,6 +74,7 @@ class _Grant:
 class _AcceptedLink:
     fabric: Fabric
     node: str
+    vouched: Voucher
     grants: set[int] = field(default_factory=set)
 
 
@@ -113,8 +117,8 @@ class Serving:
             counts[link.fabric.kind] += 1
         return counts
 
-    def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
-        """Accept a link of `node`, or have the one with the id in `offer` rebuilt.
+    def open_link(self, node: str, offer: LinkAttributes, vouched: Voucher = lambda: None) -> OpenedLink:
+        """Accept a link of `node`, or have the one with the id in `offer` rebuilt; `vouched` as in `vouch`.
 
         Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
@@ -128,11 +132,12 @@ class Serving:
             link = self._links.get(offer.link_id)
             if link is None or link.node != node or link.fabric is not fabric:
                 raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
+            link.vouched = vouched
             return OpenedLink(fabric.accept(offer), self.epoch)
         if len(self._links) >= MAX_LINKS:
             raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
         attributes = fabric.accept(offer)
-        self._links[attributes.link_id] = _AcceptedLink(fabric, node)
+        self._links[attributes.link_id] = _AcceptedLink(fabric, node, vouched)
         return OpenedLink(attributes, self.epoch)
 
     def node_of(self, link_id: bytes, epoch: str) -> str:
@@ -145,6 +150,22 @@ class Serving:
         if link is not None and link.node != node:
             raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
 
+    def vouch(self, link_id: bytes, vouched: Voucher) -> None:
+        """The node of a link has shown its certificate again. Unknown ids are no error."""
+        if (link := self._links.get(link_id)) is not None:
+            link.vouched = vouched
+
+    def check_vouched(self, link_id: bytes) -> None:
+        """Return where what comes over a link is its node's, or the link is unknown. One whose node's certificate counts
+        no more is closed. Raises Unauthenticated, AccessDenied."""
+        link = self._links.get(link_id)
+        try:
+            if link is not None:
+                link.vouched()
+        except AccessDenied:
+            self.link_lost(link_id)
+            raise
+
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
         link = self._links.pop(link_id, None)
@@ -155,7 +176,7 @@ class Serving:
             await self._settle(grant)
 
     def link_lost(self, link_id: bytes) -> None:
-        """The fabric reports that an accepted link is gone."""
+        """End an accepted link soon: it is gone, as the fabric reports, or may not go on."""
         self._spawn(self.close_link(link_id))
 
     async def acquire(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
