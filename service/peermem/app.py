@@ -93,9 +93,7 @@ class App:
         await self._start_http()
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
-        parts = Parts(
-            config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker)
-        )
+        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)

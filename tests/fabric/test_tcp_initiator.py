@@ -23,8 +23,11 @@ KEY = RemoteKey(1, 0, 64 * MIB)
 
 
 @asynccontextmanager
-async def impostor(serve: Serve, *, welcome: bytes | None = None, secret: bytes = SECRET) -> AsyncIterator[str]:
-    """A server that greets and welcomes everybody and then does as it likes; `welcome` comes instead of its own."""
+async def impostor(
+    serve: Serve, *, welcome: bytes | None = None, shown: Callable[[Proofs], None] = lambda _: None
+) -> AsyncIterator[str]:
+    """A server that greets and welcomes everybody and then does as it likes; `welcome` comes instead of its own, and
+    `shown` gets what both ends prove."""
 
     over = asyncio.Event()
 
@@ -33,7 +36,8 @@ async def impostor(serve: Serve, *, welcome: bytes | None = None, secret: bytes 
             nonce = tcp_proof.fresh_nonce()
             writer.write(tcp_proof.encode_greeting(nonce))
             hello = tcp_proof.decode_hello(await reader.readexactly(tcp_proof.HELLO_SIZE))
-            proofs = Proofs(secret, hello.link_id, nonce, hello.nonce)
+            proofs = Proofs(SECRET, hello.link_id, nonce, hello.nonce)
+            shown(proofs)
             writer.write(tcp_proof.encode_welcome(proofs.welcome) if welcome is None else welcome)
             await serve(reader, writer)
 

@@ -1,10 +1,10 @@
-"""Other daemons make and end grants, by the ExchangeGrants call or on the rails of their link, for as long as it is open.
+"""Other daemons make and end grants, by the ExchangeGrants call or on the rails of their link, while it is open.
 
 Rules of this file:
 
-* Each question is one of the link's own node, whatever was asked before: as the caller's connection proves it in a call.
-  On rails it is the node that opened the link, whose certificate must still count, and must have been shown a while ago
-  at most; a link of which it counts no more is closed.
+* Each question is one of the link's own node, whatever was asked before: in a call as the caller's connection proves
+  it. On rails it is the node that opened the link, whose certificate must still count, and must have been shown a while
+  ago at most; a link of which it counts no more is closed.
 * Questions are answered when their answers are known, those that are known together in one message.
 * So many questions have no answer, or one that is not told yet, at most; then no more are read, and a caller that
   asks too fast, or does not read, is slowed down.

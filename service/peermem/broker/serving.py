@@ -156,8 +156,8 @@ class Serving:
             link.vouched = vouched
 
     def check_vouched(self, link_id: bytes) -> None:
-        """Return where what comes over a link is its node's, or the link is unknown. One whose node's certificate counts
-        no more is closed. Raises Unauthenticated, AccessDenied."""
+        """Return where what comes over a link is its node's, or the link is unknown. One whose node's certificate
+        counts no more is closed. Raises Unauthenticated, AccessDenied."""
         link = self._links.get(link_id)
         try:
             if link is not None:

@@ -10,8 +10,8 @@ Rules that every fabric keeps (`tests/fabric/conformance.py` runs them on each o
 * The side that owns memory checks each access against the grant: link, right, range, expiry.
 * After `revoke` returns, no byte is read or written under that key. After a link's `close` returns,
   no byte is written into local memory on its behalf.
-* What a link carries for the daemons at its ends arrives once, unchanged and in order on its rail, and is known to be of
-  the link's other end; what was on a rail that breaks is lost. A fabric that can't say so carries nothing.
+* What a link carries for the daemons at its ends arrives once, unchanged and in order on its rail, and is known to be
+  of the link's other end; what was on a rail that breaks is lost. A fabric that can't say so carries nothing.
 * Closing twice is no error. Using a closed link raises LinkClosed.
 """
 

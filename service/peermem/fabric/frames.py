@@ -16,8 +16,8 @@ Rules of this file:
       magic "PM"  kind u8  status u8  length u32  wr_id u64
 
 * Between requests, and between whole responses, either end carries messages for the daemons, which are no part of that
-  order. A request's head and first range, or a response, stand before each, with the message's MAC; in a response's case
-  the MAC follows the head:
+  order. What is as long as a request's head with its first range, or as a response, stands before each, and the MAC
+  in the range's place or behind the head:
 
       magic "PM"  version u8  3 u8  0 u32  0 u64  0 u64  length u64  mac 16
       magic "PM"  3 u8  0 u8  length u32  0 u64  mac 16

@@ -4,8 +4,8 @@ Rules of this file:
 
 * Everything runs on one event loop; the only threads are the resolver's.
 * The fabric owns its listening socket, its accepted links (`Target`) and the links that it opened.
-* Bytes on the wire are not encrypted, and but for what is carried for daemons not signed: a network that others can write
-  to is no place for it.
+* Bytes on the wire are not encrypted, and but for what is carried for daemons not signed: a network that others can
+  write to is no place for it.
 """
 
 from __future__ import annotations

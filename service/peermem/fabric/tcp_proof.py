@@ -12,8 +12,8 @@ Rules of this file:
       "PMWE"  version u8  proof 32
 
 * What is carried has a MAC of 16 bytes under a key of its direction and of this connection alone, over its number in
-  that direction, its head and its bytes. So it can't be made up, changed, left out, told twice, in another order, in the
-  other direction or on another connection.
+  that direction, its head and its bytes. So it can't be made up, changed, left out, told twice, in another order, in
+  the other direction or on another connection.
 * Nothing is hidden: keys of grants and whatever else is carried can be read on the wire.
 """
 

@@ -229,12 +229,13 @@ class Stream:
     def _send_some(self) -> int:
         buffers: list[memoryview] = []
         payload: Payload | None = None
+        limit = self._pace.call_bytes
         for item in self._outgoing:
-            buffers += item.buffers(self._pace.call_bytes)
+            buffers += item.buffers(limit)
             if isinstance(item, Payload):
                 payload = item
                 break
-            if len(buffers) == MAX_BLOCKS:
+            if len(buffers) == MAX_BLOCKS or item.left > limit:
                 break
         hit("tcp.send")
         try:

@@ -39,7 +39,8 @@ log = structlog.get_logger(__name__)
 _CONNECT_TIME = 2
 """Handshake timeouts from `accept` until all rails must be there."""
 _MAX_BACKLOG = 8192
-"""Answers and ranges of answers that may wait on one rail before it takes no more requests."""
+"""Answers and ranges of answers that may wait on one rail before it takes no more requests; of what is carried, each
+256 bytes count as one."""
 _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
 
 

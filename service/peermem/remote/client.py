@@ -6,8 +6,8 @@ Rules of this file:
   NodeUnreachable.
 * Every call has a deadline; a daemon that does not answer is unreachable.
 * A call that found no connection is made again, once, on a new one.
-* Grants are asked for on their link's rails where these carry it, which takes a fraction of the time; where they don't, or
-  not in time, by a call. What is a fence is a call.
+* Grants are asked for on their link's rails where these carry it, which takes a fraction of the time; where they
+  don't, or not in time, by a call. What is a fence is a call.
 """
 
 from __future__ import annotations

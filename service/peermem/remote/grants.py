@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -73,10 +74,8 @@ class GrantExchange:
 
     def flush(self) -> None:
         """Send what is given back."""
-        try:
+        with suppress(Lost):  # these grants end with their link, or when their time is over
             self._send([])
-        except Lost:
-            pass  # these grants end with their link, or when their time is over
 
     def _send(self, questions: list[link_pb2.GrantQuestion]) -> None:
         if self._lingering is not None:
