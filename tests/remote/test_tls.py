@@ -21,6 +21,8 @@ from peermem.core.names import ChildName
 from peermem.core.spiffe import Denied, NodePattern
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.credentials.base import Credentials
+from peermem.fabric.base import LinkEnd
+from peermem.fabric.tcp import TcpFabric
 from peermem.remote.client import GrpcRemotes
 from peermem.remote.connection import look
 from peermem.v1 import (
@@ -34,7 +36,9 @@ from peermem.v1 import (
     transfer_pb2_grpc,
 )
 from peermem.wire import error_from_proto
+from peermem.wire_links import opened_from_proto
 from tests.certificates import HOUR, NOW, PATTERN, Authority, Certificate
+from tests.fabric.support import Recorder, eventually
 from tests.trusting import Node, caller, fault, nodes
 
 AUTHORITY = Authority()
@@ -207,6 +211,30 @@ async def test_a_certificate_that_is_denied_gets_no_more_grants_on_an_exchange_t
                 pass
         assert isinstance(error, errors.Unauthenticated)
         exchange.cancel()
+
+
+async def test_a_link_whose_certificate_is_denied_is_closed_when_it_asks_on_its_rails(a: Node) -> None:
+    node = AUTHORITY.node("b")
+    async with caller(a, node) as channel:
+        link = await open_link(channel)
+        tcp = TcpFabric("127.0.0.1:0")
+        events = Recorder()
+
+        async def exchange(offer: LinkAttributes) -> LinkAttributes:
+            return opened_from_proto(FabricKind.TCP, link)
+
+        rails = await tcp.connect(exchange, events)
+        message = link_pb2.ExchangeGrantsRequest(
+            questions=[link_pb2.GrantQuestion(number=1, acquire=wanted_by("uid:7@b", link))]
+        ).SerializeToString()
+        assert rails.carry(message)
+        await eventually(lambda: events.messages != [])
+        (answer,) = link_pb2.ExchangeGrantsResponse.FromString(events.messages[0]).answers
+        assert isinstance(error_from_proto(answer.error), errors.RegionNotFound)
+        a.denied.write_text(f"{node.fingerprint}\n")
+        await eventually(lambda: not rails.carry(message))
+        assert events.ends == [LinkEnd.REMOTE_CLOSED]
+        await tcp.close()
 
 
 async def test_a_certificate_that_is_denied_counts_no_more_also_on_a_connection_that_there_is(a: Node) -> None:

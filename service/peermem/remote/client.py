@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 _DEADLINE = 5.0
 """Seconds for a call that the other daemon answers at once."""
-_RAILS_DEADLINE = 2.0
+_RAILS_DEADLINE = 3.0
 """Seconds for an answer on rails, until it is asked for by a call."""
 _RIGHTS = {Rights.READ: link_pb2.RIGHT_READ, Rights.WRITE: link_pb2.RIGHT_WRITE}
 _SLOW_DEADLINE = 120.0
