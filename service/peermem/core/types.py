@@ -133,7 +133,7 @@ class LinkAttributes:
     address: str = ""
     """host:port to connect to, from the accepting side (tcp)."""
     secret: bytes = field(default=b"", repr=False)
-    """What each connection presents, from the accepting side (tcp)."""
+    """What each connection proves to know, from the accepting side (tcp)."""
     queue_pairs: Sequence[QueuePair] = ()
     """This end of each rail (verbs). The answer has as many as the offer; in the same order."""
     subject: str = ""
