@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* A directory holds no keys and no bytes, and is believed only about where to ask: a node proves itself who it is, and the
-  node that owns a region decides about it.
+* A directory holds no keys and no bytes, and is believed only about where to ask: a node proves itself who it is, and
+  the node that owns a region decides about it.
 * Its loss never ends running transfers, nor makes known nodes unknown: they stay as they were told last, and `status`
   says since when that is.
 * Nothing here waits for a directory that is away, but `find`.

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* Everything runs on one connection to one member: the watch of the nodes, this node's lease, its regions. Whatever fails
-  ends that connection, and the next member is tried, with pauses that grow.
+* Everything runs on one connection to one member: the watch of the nodes, this node's lease, its regions. Whatever
+  fails ends that connection, and the next member is tried, with pauses that grow.
 * All daemons know all nodes. Published regions are read from etcd when somebody asks, by the label that the fewest
   have.
 * What can't be done is told in the log when it begins, when its cause changes and when it is over; never silently.
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
@@ -35,6 +35,10 @@ log = structlog.get_logger(__name__)
 
 _SHORTEST, _LONGEST = 0.1, 5.0
 """Seconds between two attempts to reach etcd."""
+_PROVEN = 5.0
+"""Seconds after which a connection counts as sound."""
+_PARTS = 2
+"""Of the work on a connection: the nodes' and this node's."""
 _PATIENCE = 3.0
 """Seconds that a start waits for the nodes, and an end for etcd."""
 _PAGES = 10
@@ -57,7 +61,7 @@ class Settings:
     """Regions of this node."""
     machine: str = ""
     """Tells this host from another one of the same address."""
-    proof: Proof = Proof()
+    proof: Proof = field(default_factory=Proof)
 
 
 class EtcdDirectory:
@@ -82,6 +86,9 @@ class EtcdDirectory:
         self._problem: DirectoryUnreachable | None = None
         self._backoff = Backoff(_SHORTEST, _LONGEST)
         self._finding = asyncio.Semaphore(_FINDING)
+        self._tried = asyncio.Event()
+        """Set once etcd was reached, or no member could be."""
+        self._reached_at = 0.0
         self._told: dict[str, str] = {}
         """What the log holds of why a member can't be reached."""
         self._task: asyncio.Task[None] | None = None
@@ -93,8 +100,7 @@ class EtcdDirectory:
         self._task = loop.create_task(self._stay_connected())
         with suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
-                while not self._nodes.is_known:
-                    await self._changes.wait()
+                await self._tried.wait()
 
     async def join(self, entry: NodeEntry) -> None:
         """See Directory."""
@@ -213,6 +219,7 @@ class EtcdDirectory:
                 except Exception:
                     log.exception("directory_defect")
                     self._lost(endpoint, Fault("a defect; the daemon's log has the details"))
+            self._tried.set()
             await asyncio.sleep(self._backoff.pause(random.random()))
 
     async def _session(self, endpoint: str) -> None:
@@ -220,8 +227,9 @@ class EtcdDirectory:
         connection = await connect(endpoint, self._settings.proof)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._nodes.follow(connection, lambda: self._reached(endpoint, connection)))
-                tasks.create_task(self._member.stay(connection))
+                both = self._both(lambda: self._reached(endpoint, connection))
+                tasks.create_task(self._nodes.follow(connection, lambda: both("nodes")))
+                tasks.create_task(self._member.stay(connection, lambda: both("member")))
         except ExceptionGroup as group:
             defects = group.split(Fault)[1]
             raise defects or group.exceptions[0] from None
@@ -229,17 +237,33 @@ class EtcdDirectory:
             self._connection = None
             await connection.close()
 
+    def _both(self, reached: Callable[[], None]) -> Callable[[str], None]:
+        """Return what calls `reached` once, when it has been called for both parts."""
+        done: set[str] = set()
+
+        def call(part: str) -> None:
+            before = len(done)
+            done.add(part)
+            if before < len(done) == _PARTS:
+                reached()
+
+        return call
+
     def _reached(self, endpoint: str, connection: Connection) -> None:
         if self._counts.listings and self._told:
             log.info("directory_reached", endpoint=endpoint, nodes=len(self._nodes.entries()))
         self._connection, self._away_since, self._problem = connection, None, None
+        self._reached_at = asyncio.get_running_loop().time()
         self._told.clear()
-        self._backoff.reset()
+        self._tried.set()
         self._changes.tell()
 
     def _lost(self, endpoint: str, fault: Fault) -> None:
+        now = asyncio.get_running_loop().time()
         if self._away_since is None:
-            self._away_since = asyncio.get_running_loop().time()
+            self._away_since = now
+            if now - self._reached_at >= _PROVEN:
+                self._backoff.reset()
         self._problem = _unreachable(f"{endpoint}: {fault.cause}")
         if self._told.get(endpoint) != fault.cause:
             self._told[endpoint] = fault.cause

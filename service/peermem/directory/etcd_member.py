@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* A name belongs to whoever put it there first. Only the daemon that comes after it on the same host, at the same address,
-  takes it over at once; any other one waits until it is free. A daemon whose name was taken over does not take it back.
+* A name belongs to whoever put it there first. Only the daemon that comes after it on the same host, at the same
+  address, takes it over at once; any other one waits until it is free. A daemon whose name was taken over does not take
+  it back.
 * What hangs on the lease is written only while the name is this daemon's: each write says so to etcd, which compares.
 * A lease that has ended is replaced by a new one, and everything is written again. Its time is counted by the monotonic
   clock, from before the call that renewed it.
@@ -13,7 +14,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -121,18 +122,22 @@ class Member:
             self._dirty[name] = None
         self._wake.set()
 
-    async def stay(self, connection: Connection) -> None:
-        """Be known once this node is to be, and keep it so. Ends with a Fault only."""
+    async def stay(self, connection: Connection, on_settled: Callable[[], None]) -> None:
+        """Be known once this node is to be, and keep it so. Ends with a Fault only.
+
+        `on_settled` is called when etcd has answered whether this node is in it.
+        """
         while True:
             self._wake.clear()
             if self._record is None:
+                on_settled()
                 await self._wake.wait()
             elif self.lease is None:
-                await self._try_to_enter(connection, self._record)
+                await self._try_to_enter(connection, self._record, on_settled)
             else:
-                await self._keep(connection, self.lease)
+                await self._keep(connection, self.lease, on_settled)
 
-    async def _try_to_enter(self, connection: Connection, record: NodeRecord) -> None:
+    async def _try_to_enter(self, connection: Connection, record: NodeRecord, on_settled: Callable[[], None]) -> None:
         try:
             await self._enter(connection, record)
         except LeaseLost:
@@ -141,6 +146,7 @@ class Member:
             if self.refusal is None or self.refusal.message != taken.message:
                 log.error("directory_name_taken", **taken.metadata, cause=taken.message)
             self._refuse(taken)
+            on_settled()
             with suppress(TimeoutError):  # it may be given up without a word, as where its etcd lost its data
                 async with asyncio.timeout(self._ttl):
                     await self._wake.wait()
@@ -212,7 +218,7 @@ class Member:
             other=there,
         )
 
-    async def _keep(self, connection: Connection, lease: Lease) -> None:
+    async def _keep(self, connection: Connection, lease: Lease, on_settled: Callable[[], None]) -> None:
         """Renew the lease in time, and write what is to be written, until the lease is lost."""
         loop, period = asyncio.get_running_loop(), self._ttl / 3
         due = 0.0
@@ -221,6 +227,7 @@ class Member:
                 if loop.time() >= due:
                     due = loop.time() + period
                     await self._renew(connection, lease.id, min(DEADLINE, period))
+                    on_settled()
                 self._wake.clear()
                 if self._dirty:
                     await self._write(connection, lease.id)
@@ -230,8 +237,9 @@ class Member:
                         async with asyncio.timeout_at(due):
                             await self._wake.wait()
         except LeaseLost:
-            self._counts.lost_leases += 1
-            log.warning("directory_lease_lost", ttl=self._ttl)
+            if self._record is not None:  # else it was given back
+                self._counts.lost_leases += 1
+                log.warning("directory_lease_lost", ttl=self._ttl)
         if self._record is not None:
             await self._drop(connection, lease)
 
@@ -255,6 +263,7 @@ class Member:
         self._counts.renewals += 1
         if self.lease is not None:
             self.lease = Lease(lease, asked + self._ttl)
+        self._changes.tell()
 
     async def _write(self, connection: Connection, lease: int) -> None:
         """Write one batch of regions."""
@@ -280,6 +289,7 @@ class Member:
             else:
                 self._written[name] = region
             self._touch(name)
+        self._changes.tell()
 
     def _operations(self, name: ChildName, lease: int) -> Sequence[rpc_pb2.RequestOp]:
         """Return what makes the keys of a region what they should be."""

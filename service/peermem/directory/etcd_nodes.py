@@ -83,19 +83,21 @@ class Nodes:
 
     async def follow(self, connection: Connection, on_known: Callable[[], None]) -> None:
         """Keep the table up to date; `on_known` is called when it is. Ends with a Fault only."""
-        if self._revision == 0:
+        resumes = self.is_known
+        if not resumes:
             await self._read(connection)
-        on_known()
         while True:
             async for answer in connection.watch(self._keys.nodes, self._revision + 1):
-                if answer.created and self._is_another(answer.header):
+                if answer.compact_revision or (answer.created and self._is_another(answer.header)):
                     break
-                if answer.compact_revision:
-                    break
+                if answer.created:
+                    self._counts.resumes += resumes
+                    on_known()
                 if answer.canceled:
                     raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 self._take(answer)
             await self._read(connection)
+            resumes = False
 
     def _is_another(self, header: rpc_pb2.ResponseHeader) -> bool:
         return header.cluster_id != self._cluster or header.revision < self._revision
