@@ -8,7 +8,8 @@ import pytest
 
 from peermem.core.names import ChildName
 from peermem.directory.base import Directory, NodeEntry
-from tests.directory.support import FULL, PATIENCE, region
+from tests.directory.etcd_server import PATIENCE
+from tests.directory.support import FULL, region
 
 A, B = NodeEntry("a", "10.0.0.1:7470"), NodeEntry("b", "10.0.0.2:7470")
 

@@ -40,6 +40,7 @@ from peermem.broker.transfers import TransferTable
 from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
+    LimitReached,
     RegionDeleted,
     RegionInUse,
     ShuttingDown,
@@ -53,7 +54,7 @@ from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
-from peermem.core.region import RegionRequest, State
+from peermem.core.region import PublishedRegion, RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
@@ -132,9 +133,28 @@ class Broker:
             error = ShuttingDown(f"nodes/{self.node} is shutting down.")
             await self.regions.start_end(region, error)
             raise error
+        if request.publish:
+            await self._publish(region)
         if session is not None and session.closed:
             await self.regions.end_session(session.token)
         return region
+
+    async def _publish(self, region: Region) -> None:
+        if region.state is State.READY:
+            try:
+                self.directory.publish(region.told)
+            except LimitReached as error:
+                await self.regions.start_end(region, error)
+                raise
+            region.published = True
+
+    async def find_regions(
+        self, subject: Subject, labels: Mapping[str, str], after: ChildName | None, limit: int
+    ) -> tuple[Sequence[PublishedRegion], ChildName | None]:
+        """Find published regions, see Directory. Raises as RegionService.FindRegions."""
+        self.tenants.request(subject)
+        self.policy.check_finder(subject)
+        return await self.directory.find(labels, after, limit)
 
     def region(self, name: ChildName) -> Region:
         """Return a region of this node, whoever may see it. Raises RegionNotFound, WrongNode."""
@@ -210,6 +230,7 @@ class Broker:
         self._spawn(self.regions.end_session(session.token))
 
     async def _let_go(self, region: Region) -> None:
+        self.directory.withdraw(region.name)
         await self.serving.revoke_region(region)
         await self.registry.unregister(region.memory, region.reach)
 
@@ -334,10 +355,14 @@ class Broker:
         while True:
             await asyncio.sleep(_TEND)
             try:
-                self.links.tend()
+                self.links.tend(self._epoch_of)
                 self.let_go_of_lost_devices()
             except Exception:
                 log.exception("tend_defect")
+
+    def _epoch_of(self, node: str) -> str:
+        entry = self.directory.nodes().get(node)
+        return entry.epoch if entry is not None else ""
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""

@@ -92,6 +92,10 @@ class LinkTable:
             counts[kind] += 1
         return counts
 
+    def count_to(self, node: str) -> int:
+        """Open links to a node."""
+        return sum((node, kind) in self._links for kind in self._fabrics)
+
     @property
     def grant_count(self) -> int:
         """Grants held on regions of remote nodes."""
@@ -148,11 +152,12 @@ class LinkTable:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
-    def tend(self) -> None:
-        """Close the links that had nothing to do for the idle time; call now and then."""
+    def tend(self, epochs: Callable[[str], str] = lambda node: "") -> None:
+        """Close the links that had nothing to do for the idle time, and those to a run of a daemon that has ended; call
+        now and then. `epochs` returns which run of a node the directory tells of; empty: it does not."""
         limit = self._clock() - self._idle
         for link in list(self._links.values()):
-            if link.idle and link.used_at < limit:
+            if link.has_ended(epochs(link.node)) or (link.idle and link.used_at < limit):
                 self.discard(link)
 
     async def close(self) -> None:
