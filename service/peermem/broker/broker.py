@@ -355,12 +355,13 @@ class Broker:
         while True:
             await asyncio.sleep(_TEND)
             try:
-                self.links.tend(self._epoch_of)
+                self.links.tend(self.epoch_of)
                 self.let_go_of_lost_devices()
             except Exception:
                 log.exception("tend_defect")
 
-    def _epoch_of(self, node: str) -> str:
+    def epoch_of(self, node: str) -> str:
+        """Return which run of a node's daemon the directory tells of; empty where it does not."""
         entry = self.directory.nodes().get(node)
         return entry.epoch if entry is not None else ""
 
