@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peermem.config_values import Address, DeviceSize, Name
 from peermem.core.names import ChildName
+from peermem.core.node import NodeDevice
+from peermem.directory.base import NodeEntry
 from peermem.directory.records import (
     BadRecord,
     Keys,
@@ -33,6 +36,12 @@ def test_what_is_written_is_read() -> None:
     assert read_node("a", write_node(NodeRecord(FULL, "m"))) == NodeRecord(FULL, "m")
     named = region("x", "a", **{"a/b": "ü", "k": ""})
     assert read_region(named.name, write_region(named)) == named
+
+
+def test_values_of_a_configuration_are_written_as_they_are() -> None:
+    device = NodeDevice(Name("bar0"), "memfd", DeviceSize("4KiB"))
+    entry = NodeEntry(Name("a"), Address("10.0.0.1:7470"), devices=(device,))
+    assert read_node("a", write_node(NodeRecord(entry))).entry == entry
 
 
 def test_keys_lead_back_to_names() -> None:

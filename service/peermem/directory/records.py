@@ -134,7 +134,7 @@ class Keys:
 def write_node(record: NodeRecord) -> bytes:
     """Return the value for a node."""
     entry = record.entry
-    return msgspec.json.encode(
+    return _ENCODER.encode(
         _Node(
             v=VERSION,
             address=entry.address,
@@ -170,7 +170,7 @@ def read_node(node: str, value: bytes) -> NodeRecord:
 
 def write_region(region: PublishedRegion) -> bytes:
     """Return the value for a region."""
-    return msgspec.json.encode(
+    return _ENCODER.encode(
         _Region(
             v=VERSION,
             length=region.length,
@@ -215,6 +215,12 @@ def _span(start: str) -> Span:
     return Span(start.encode(), start[:-1].encode() + b"0")
 
 
+def _plain(value: object) -> object:
+    """Return a configuration's text or number as what it is."""
+    return int(value) if isinstance(value, int) else str(value)
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_plain)
 _READ_VERSION = msgspec.json.Decoder(_Versioned)
 _READ_NODE = msgspec.json.Decoder(_Node)
 _READ_REGION = msgspec.json.Decoder(_Region)
