@@ -10,12 +10,14 @@ Rules of this file:
   not know one leaves it out.
 * Whoever can write there may be hostile: what is read is bounded and checked, and what makes no sense is a BadRecord.
   No text of a node can hold control characters; keys and values of labels are quoted in keys.
+* Words that many nodes share are kept once: a daemon keeps thousands of entries.
 * No keys, tokens, clients' names or bytes of regions are written.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from sys import intern
 from typing import Annotated, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -160,10 +162,10 @@ def read_node(node: str, value: bytes) -> NodeRecord:
         node=node,
         address=address,
         epoch=found.epoch,
-        version=found.version,
+        version=intern(found.version),
         fabrics=tuple(kinds[name] for name in found.fabrics if name in kinds),
-        nics=tuple(found.nics),
-        devices=tuple(NodeDevice(device.name, device.kind, device.size) for device in found.devices),
+        nics=tuple(map(intern, found.nics)),
+        devices=tuple(NodeDevice(intern(device.name), intern(device.kind), device.size) for device in found.devices),
     )
     return NodeRecord(entry, found.machine)
 
