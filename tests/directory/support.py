@@ -28,7 +28,7 @@ FULL = NodeEntry(
 
 
 def settings(endpoint: str, cluster: str, **changes: object) -> Settings:
-    made = Settings([endpoint], PREFIX, cluster, lease=2, max_published=1000, machine="m1")
+    made = Settings([endpoint], PREFIX, cluster, lease=20, max_published=1000, machine="m1")
     return replace(made, **changes)  # type: ignore[arg-type]
 
 

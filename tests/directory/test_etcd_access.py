@@ -95,7 +95,7 @@ async def test_a_user_with_rights_on_its_cluster_only(guarded: EtcdServer, tmp_p
 
 
 async def test_a_token_that_has_ended_is_replaced(guarded: EtcdServer, tmp_path: Path) -> None:
-    chosen = settings(guarded.endpoint, "mine", proof=as_user(tmp_path))
+    chosen = settings(guarded.endpoint, "mine", lease=2, proof=as_user(tmp_path))
     async with opened(chosen, A) as a:
         alike = guarded.ask("auth/authenticate", name="peermem", password=PASSWORD)["token"]
         for _ in range(4):  # which don't use the token

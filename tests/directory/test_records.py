@@ -28,7 +28,8 @@ from tests.fuzzing import fuzz, tried
 KEYS = Keys("/peermem/v1", "lab")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=6,
 )
 
 
@@ -79,7 +80,7 @@ def refusal(read: Callable[[], object]) -> str | None:
     return None
 
 
-@fuzz(50)
+@fuzz(30)
 @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_a_record_or_refused(value: bytes) -> None:
     tried("directory values")
@@ -90,7 +91,7 @@ def test_any_bytes_are_a_record_or_refused(value: bytes) -> None:
 FIELDS = ("machine", "epoch", "version", "fabrics", "nics", "devices", "more")
 
 
-@fuzz(50)
+@fuzz(30)
 @given(st.fixed_dictionaries({"v": st.just(1), "address": st.just("a:1")}, optional=dict.fromkeys(FIELDS, JSON)))
 def test_a_node_with_any_fields_is_a_node_or_refused(fields: dict[str, object]) -> None:
     tried("directory values")
@@ -101,7 +102,7 @@ def test_a_node_with_any_fields_is_a_node_or_refused(fields: dict[str, object]) 
         assert all(text.isascii() and text.isprintable() for text in texts)
 
 
-@fuzz(50)
+@fuzz(30)
 @given(st.binary())
 def test_any_key_is_a_name_or_refused(key: bytes) -> None:
     tried("directory keys")

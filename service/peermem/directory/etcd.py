@@ -225,16 +225,21 @@ class EtcdDirectory:
     async def _session(self, endpoint: str) -> None:
         """Do everything over one connection. Ends with a Fault."""
         connection = await connect(endpoint, self._settings.proof)
+        both = self._both(lambda: self._reached(endpoint, connection))
+        parts = [
+            asyncio.ensure_future(self._nodes.follow(connection, lambda: both("nodes"))),
+            asyncio.ensure_future(self._member.stay(connection, lambda: both("member"))),
+        ]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                both = self._both(lambda: self._reached(endpoint, connection))
-                tasks.create_task(self._nodes.follow(connection, lambda: both("nodes")))
-                tasks.create_task(self._member.stay(connection, lambda: both("member")))
-        except ExceptionGroup as group:
-            defects = group.split(Fault)[1]
-            raise defects or group.exceptions[0] from None
+            # no TaskGroup: it swallows the end of this task where a part fails at the same moment
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
         finally:
             self._connection = None
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
             await connection.close()
 
     def _both(self, reached: Callable[[], None]) -> Callable[[str], None]:
