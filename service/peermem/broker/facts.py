@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from peermem.core.node import DeviceFacts, NodeDevice, NodeFacts, NodeState
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF, DeviceFacts, NodeDevice, NodeFacts, NodeState
 from peermem.core.transfer import TransferFacts
 from peermem.core.version import VERSION
 from peermem.directory.base import NodeEntry
@@ -33,7 +33,11 @@ def node_facts(broker: Broker) -> NodeFacts:
         link_count=links,
         grant_count=broker.serving.grant_count,
         nics=tuple(nic for nic, error in broker.proofs.nics.items() if error is None),
-        devices=tuple(NodeDevice(each.name, each.kind, each.size) for each in device_facts(broker)),
+        devices=tuple(
+            NodeDevice(name, device.kind, device.size)
+            for name, device in sorted(broker.devices.items())
+            if name not in (ADOPTED, ADOPTED_DMABUF)
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import click
 
@@ -11,7 +11,7 @@ import peermem
 from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
-from peermem.core.units import format_duration, format_size
+from peermem.core.units import format_size
 
 
 @click.command()
@@ -82,8 +82,8 @@ def _node_row(info: peermem.NodeInfo, here: str) -> tuple[object, ...]:
 def _state(info: peermem.NodeInfo) -> str:
     if info.state_time is None:
         return info.state.value.lower()
-    passed = max(0, round((datetime.now(UTC) - info.state_time).total_seconds()))
-    return f"{info.state.value.lower()} for {format_duration(passed)}"
+    passed = max(timedelta(), datetime.now(UTC) - info.state_time)
+    return f"{info.state.value.lower()} for {timedelta(seconds=round(passed.total_seconds()))}"
 
 
 @click.command()

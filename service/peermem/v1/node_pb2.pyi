@@ -144,7 +144,7 @@ class Node(_message.Message):
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeDevice]:
-        """Its devices."""
+        """Its devices, but for those that stand for memory that jobs handed in."""
 
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
