@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from peermem.broker import published
 from peermem.broker.facts import known_nodes
 from peermem.core import errors
 from peermem.core.identity import ANONYMOUS, Subject
@@ -28,7 +29,7 @@ def request(name: str, *, publish: bool = True) -> RegionRequest:
 
 
 async def found(host: Host, subject: Subject = ANN) -> list[str]:
-    regions, _ = await host.broker.find_regions(subject, LABELS, None, 10)
+    regions, _ = await published.find(host.broker, subject, LABELS, None, 10)
     return [each.name.id for each in regions]
 
 
@@ -37,7 +38,7 @@ async def test_a_published_region_is_found_until_it_ends(pair: list[Host]) -> No
     made = await a.broker.create_region(ANN, None, request("x"))
     quiet = await a.broker.create_region(ANN, None, request("y", publish=False))
     assert (made.facts.published, quiet.facts.published) == (True, False)
-    ((told,), last) = await a.broker.find_regions(Subject("uid:2"), LABELS, None, 10)
+    ((told,), last) = await published.find(a.broker, Subject("uid:2"), LABELS, None, 10)
     assert last is None
     assert told == PublishedRegion(ChildName("a", "regions", "x"), MIB, "memfd", Path.HOST, LABELS)
     await a.broker.delete_region(ANN, made.name, force=False)
@@ -82,7 +83,7 @@ async def test_a_link_to_a_run_that_has_ended_is_closed_once_the_directory_says_
 
     def links() -> int:
         a.broker.links.tend(a.broker.epoch_of)
-        return a.broker.links.count_to("b")
+        return a.broker.links.by_node()["b"]
 
     assert links() == 1, "the directory may be late"
     directory.tell(NodeEntry("b", "b.test:1", b.broker.epoch))

@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager
 from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
+from peermem.broker import published
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import Session
 from peermem.broker.storage import StorageRun
@@ -118,7 +119,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         labels = labels_from_proto(list(request.labels.items()))
         after = parse_region(request.page_token, "page_token") if request.page_token else None
         subject = await self._identity.subject(context)
-        found, last = await self._broker.find_regions(subject, labels, after, size)
+        found, last = await published.find(self._broker, subject, labels, after, size)
         return region_pb2.FindRegionsResponse(
             regions=map(published_to_proto, found), next_page_token=str(last) if last is not None else ""
         )

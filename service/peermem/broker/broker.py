@@ -18,7 +18,7 @@ from functools import partial
 
 import structlog
 
-from peermem.broker import ending, facts
+from peermem.broker import ending, facts, published
 from peermem.broker.access import Use
 from peermem.broker.admission import local_regions
 from peermem.broker.guard import Guard, streams
@@ -40,7 +40,6 @@ from peermem.broker.transfers import TransferTable
 from peermem.broker.vouching import Vouching
 from peermem.core.errors import (
     LeaseNotRenewable,
-    LimitReached,
     RegionDeleted,
     RegionInUse,
     ShuttingDown,
@@ -54,7 +53,7 @@ from peermem.core.node import DeviceFacts, NodeFacts
 from peermem.core.plan import plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
-from peermem.core.region import PublishedRegion, RegionRequest, State
+from peermem.core.region import RegionRequest, State
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import FabricKind, LeaseKind
@@ -136,27 +135,10 @@ class Broker:
             await self.regions.start_end(region, error)
             raise error
         if request.publish:
-            await self._publish(region)
+            await published.publish(self, region)
         if session is not None and session.closed:
             await self.regions.end_session(session.token)
         return region
-
-    async def _publish(self, region: Region) -> None:
-        if region.state is State.READY:
-            try:
-                self.directory.publish(region.told)
-            except LimitReached as error:
-                await self.regions.start_end(region, error)
-                raise
-            region.published = True
-
-    async def find_regions(
-        self, subject: Subject, labels: Mapping[str, str], after: ChildName | None, limit: int
-    ) -> tuple[Sequence[PublishedRegion], ChildName | None]:
-        """Find published regions, see Directory. Raises as RegionService.FindRegions."""
-        self.tenants.request(subject)
-        self.policy.check_finder(subject)
-        return await self.directory.find(labels, after, limit)
 
     def region(self, name: ChildName) -> Region:
         """Return a region of this node, whoever may see it. Raises RegionNotFound, WrongNode."""

@@ -43,13 +43,13 @@ def node_facts(broker: Broker) -> NodeFacts:
 
 def known_nodes(broker: Broker) -> list[NodeFacts]:
     """Return the nodes that the directory knows or knew lately, and this one, in order of their names."""
-    directory, now = broker.directory, time.time()
+    directory, now, links = broker.directory, time.time(), broker.links.by_node()
     away = directory.status().away_for
     state = NodeState.UP if away is None else NodeState.UNCONFIRMED
     since = 0.0 if away is None else now - away
-    known = {node: _told(entry, state, since, broker.links.count_to(node)) for node, entry in directory.nodes().items()}
+    known = {node: _told(entry, state, since, links[node]) for node, entry in directory.nodes().items()}
     for node, gone in directory.gone().items():
-        known[node] = _told(gone.entry, NodeState.GONE, now - gone.gone_for, broker.links.count_to(node))
+        known[node] = _told(gone.entry, NodeState.GONE, now - gone.gone_for, links[node])
     known[broker.node] = node_facts(broker)
     return [known[node] for node in sorted(known)]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -106,9 +107,9 @@ class LinkTable:
             counts[kind] += 1
         return counts
 
-    def count_to(self, node: str) -> int:
-        """Open links to a node."""
-        return sum((node, kind) in self._links for kind in self._fabrics)
+    def by_node(self) -> Counter[str]:
+        """Open links by the node that they lead to."""
+        return Counter(node for node, _, _ in self._links)
 
     @property
     def grant_count(self) -> int:
