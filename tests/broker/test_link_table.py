@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from peermem.broker import link_table, serving
+from peermem.broker import accepted, link_table
 from peermem.broker.links import OutboundLink
 from peermem.core import errors
 from peermem.core.grant import Wanted

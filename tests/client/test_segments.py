@@ -33,6 +33,7 @@ def region(name: str, length: int) -> RegionInfo:
         why="",
         slurm_job="",
         pod="",
+        published=False,
     )
 
 

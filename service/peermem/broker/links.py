@@ -94,6 +94,8 @@ class OutboundLink:
         self._ear: Ear | None = None
         self._link_id = b""
         self._epoch = ""
+        self._is_confirmed = False
+        """Whether the directory has told of the run of the far end's daemon that this link was opened to."""
         self._held: set[HeldGrant] = set()
         self._acquiring = 0
         """Grants that are on their way."""
@@ -111,6 +113,12 @@ class OutboundLink:
         opened = await self.source.open_link(replace(offer, subject=self.subject))
         self._link_id, self._epoch = opened.attributes.link_id, opened.epoch
         return opened.attributes
+
+    def has_ended(self, epoch: str) -> bool:
+        """Whether the far end's daemon is another run than when the link was opened. `epoch` is what the directory says
+        now, which may be late: it counts only once it has told of the run that this link is to."""
+        self._is_confirmed |= epoch == self._epoch
+        return self._is_confirmed and epoch not in ("", self._epoch)
 
     @property
     def idle(self) -> bool:

@@ -23,18 +23,18 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from peermem.core.errors import PeermemError
-from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights
+from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights, Word
 from peermem.memory import Memory
 
 
-class Opcode(Enum):
+class Opcode(Word):
     """One-sided operations, seen from the side that posts."""
 
     WRITE = 1
     READ = 2
 
 
-class Status(Enum):
+class Status(Word):
     """How a work request ended, under the names of ibv_wc_status (rdma-core, libibverbs/verbs.h)."""
 
     SUCCESS = "SUCCESS"
