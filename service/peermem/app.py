@@ -95,7 +95,7 @@ class App:
         directory = self._directory
         self._stack.push_async_callback(directory.close)
         await directory.open()
-        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id))
+        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -109,7 +109,9 @@ class App:
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
-        server = self._server(broker, Identity(sessions, trust), trust)
+        identity = Identity(sessions, trust)
+        links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
+        server = self._server(broker, identity, trust, links)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
@@ -183,7 +185,7 @@ class App:
             await server.start()
             self._stack.push_async_callback(server.close)
 
-    def _server(self, broker: Broker, identity: Identity, trust: Trust) -> GrpcServer:
+    def _server(self, broker: Broker, identity: Identity, trust: Trust, links: LinkService) -> GrpcServer:
         config = self.config
         keep = config.transfer.keep_ended
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
@@ -198,7 +200,7 @@ class App:
                 Once(keep, self._replayed(Replayed.TRANSFER)),
                 config.transfer.max_segments,
             ),
-            link=LinkService(broker.serving, broker.vouching, identity, config.tcp.rails),
+            link=links,
         )
         self.metrics.serve_grpc(grpc_methods())
         return GrpcServer(

@@ -29,7 +29,7 @@ from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.memory import Memory
-from peermem.remote.base import GrantSource
+from peermem.remote.base import Ear, GrantSource
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +91,7 @@ class OutboundLink:
         self.on_rail_down: Callable[[], None] = lambda: None
         self._clock = clock
         self._link: Link | None = None
+        self._ear: Ear | None = None
         self._link_id = b""
         self._epoch = ""
         self._is_confirmed = False
@@ -106,6 +107,7 @@ class OutboundLink:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
         await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails, self.subject)
+        self._ear = self.source.use_rails(self._link_id, self._link.carry)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
         opened = await self.source.open_link(replace(offer, subject=self.subject))
@@ -253,8 +255,14 @@ class OutboundLink:
         self._carried -= len(completions)
         self._traffic.ended(completions)
 
+    def heard(self, message: bytes) -> None:
+        """See LinkEvents."""
+        if self._ear is not None:
+            self._ear.heard(message)
+
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
+        self._rails_broke()
         self.rail_cause = cause
         seconds = round(pause, 3) if pause < math.inf else None
         log.warning("rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=seconds)
@@ -267,8 +275,13 @@ class OutboundLink:
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         self.down_cause = (end, cause)
+        self._rails_broke()
         self.on_down()
         self._traffic.went_down(self)
+
+    def _rails_broke(self) -> None:
+        if self._ear is not None:
+            self._ear.broke()
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 from peermem.core.names import ChildName
-from peermem.core.types import LeaseKind, Path
+from peermem.core.types import LeaseKind, Path, Word
 
 MIN_TTL, MAX_TTL = 1.0, 7 * 86400.0
 """Bounds of a lease's time to live, seconds."""
 
 
-class State(Enum):
+class State(Word):
     """Where a region is in its life; values are the contract's enum names."""
 
     READY = "READY"
@@ -27,7 +26,7 @@ class State(Enum):
     GONE = "GONE"
 
 
-class Event(Enum):
+class Event(Word):
     """What happens to a region."""
 
     DELETE = "delete"

@@ -156,6 +156,7 @@ class Metrics:
         self._bytes = self._counter(
             "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
         )
+        self._moving: dict[tuple[Direction, FabricKind, Path], Counter] = {}
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
             "Time from a transfer's acceptance to its end.",
@@ -236,7 +237,11 @@ class Metrics:
 
     def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
         """Some bytes of a running transfer are in place; `path` is that of the region here."""
-        self._bytes.labels(direction.value, fabric.value, path.value).inc(count)
+        known = self._moving.get((direction, fabric, path))
+        if known is None:
+            known = self._bytes.labels(direction.value, fabric.value, path.value)
+            self._moving[direction, fabric, path] = known
+        known.inc(count)
 
     def transfer_ended(
         self,
