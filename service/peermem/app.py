@@ -29,6 +29,7 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_directory import make_directory, notes_of, own_entry, why_unknown
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
 from peermem.app_snapshot import snapshot
@@ -46,8 +47,7 @@ from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
-from peermem.directory.base import Directory, NodeEntry
-from peermem.directory.static import StaticDirectory
+from peermem.directory.base import Directory
 from peermem.remote.client import GrpcRemotes
 from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
@@ -66,6 +66,7 @@ class App:
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
+        self._directory = make_directory(config)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -91,8 +92,9 @@ class App:
         config = self.config
         self._break_on_purpose(config.failpoints)
         await self._start_http()
-        directory = StaticDirectory(config.directory.nodes)
+        directory = self._directory
         self._stack.push_async_callback(directory.close)
+        await directory.open()
         parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
@@ -121,7 +123,7 @@ class App:
         for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
             self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
-        await directory.join(NodeEntry(self.config.node, address))
+        await directory.join(own_entry(broker.node_facts(), address))
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
@@ -141,9 +143,11 @@ class App:
             log.info("http_listening", address=server.address)
 
     def _health(self) -> Health:
+        status = self._directory.status()
         over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
-        reasons = (*self._reasons, *([over] if over else []))
-        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
+        refused = status.refusal.message if status.refusal is not None else ""
+        reasons = (*self._reasons, *filter(None, (over, refused)))
+        return Health(not reasons, reasons, (*filter(None, (self._policy.problem,)), *notes_of(status)))
 
     def _broker(self, directory: Directory, parts: Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -160,7 +164,7 @@ class App:
             retry_for=config.transfer.retry_for,
         )
         epoch = secrets.token_hex(8)
-        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
+        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(config, directory, node), trust.credentials)
         return Broker(
             settings,
             epoch,
@@ -266,11 +270,8 @@ async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
         raise OSError(f"{what} can't listen on {address}: {cause}. Free it, or configure another address.") from error
 
 
-def _address(directory: Directory, node: str) -> str:
+def _address(config: Config, directory: Directory, node: str) -> str:
     entry = directory.nodes().get(node)
     if entry is None:
-        known = ", ".join(sorted(directory.nodes())) or "none"
-        raise NodeNotFound(
-            f"nodes/{node} is not in the directory, which knows {known}. Add it to directory.nodes.", node=node
-        )
+        raise NodeNotFound(f"nodes/{node} is not in the directory, {why_unknown(config, directory)}", node=node)
     return entry.address

@@ -19,7 +19,7 @@ from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventual
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 SECRET = b"s" * 32
-KEY = RemoteKey(1, 0, 64 * MIB)
+KEY = RemoteKey(1, 64 * MIB)
 
 
 @asynccontextmanager

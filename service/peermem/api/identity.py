@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from peermem.api.calls import Context
-from peermem.broker.serving import Voucher
+from peermem.broker.accepted import Voucher
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import AccessDenied, InvalidField, Unauthenticated
 from peermem.core.identity import ANONYMOUS, Subject

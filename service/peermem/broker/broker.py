@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import structlog
 
-from peermem.broker import ending, facts
+from peermem.broker import ending, facts, published
 from peermem.broker.access import Use
 from peermem.broker.admission import local_regions
 from peermem.broker.guard import Guard, streams
@@ -114,7 +114,9 @@ class Broker:
         )
         self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
-        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
+        self.serving = Serving(
+            settings.node, epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back
+        )
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
         self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)
@@ -131,6 +133,8 @@ class Broker:
             error = ShuttingDown(f"nodes/{self.node} is shutting down.")
             await self.regions.start_end(region, error)
             raise error
+        if request.publish:
+            await published.publish(self, region)
         if session is not None and session.closed:
             await self.regions.end_session(session.token)
         return region
@@ -209,6 +213,7 @@ class Broker:
         self._spawn(self.regions.end_session(session.token))
 
     async def _let_go(self, region: Region) -> None:
+        self.directory.withdraw(region.name)
         await self.serving.revoke_region(region)
         await self.registry.unregister(region.memory, region.reach)
 
@@ -348,10 +353,15 @@ class Broker:
         while True:
             await asyncio.sleep(_TEND)
             try:
-                self.links.tend()
+                self.links.tend(self.epoch_of)
                 self.let_go_of_lost_devices()
             except Exception:
                 log.exception("tend_defect")
+
+    def epoch_of(self, node: str) -> str:
+        """Return which run of a node's daemon the directory tells of; empty where it does not."""
+        entry = self.directory.nodes().get(node)
+        return entry.epoch if entry is not None else ""
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""

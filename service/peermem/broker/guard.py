@@ -118,6 +118,19 @@ class Guard:
                 action=action.value,
             )
 
+    def check_finder(self, subject: Subject) -> None:
+        """Return when `subject` may look for published regions: whoever is identified, and whom a rule is for. Raises
+        AccessDenied."""
+        if subject.is_anonymous and not any(rule.is_for(subject) for rule in self.rules.rules):
+            self._metrics.denied(Denial.RIGHT_MISSING)
+            self._audit_it(subject, _FIND, f"nodes/{self._node}", Decision(False, DENY_RULE))
+            raise AccessDenied(
+                f"{subject} may not look for published regions on nodes/{self._node}. Show who you are: attach on this "
+                "host, or connect with a certificate or a token.",
+                subject=subject,
+                action=_FIND,
+            )
+
     def check_transfer(self, subject: Subject, transfer: TransferFacts) -> None:
         """Return when `subject` may cancel a transfer. Raises AccessDenied, TransferNotFound."""
         traits = Traits(transfer.owner)
@@ -175,6 +188,7 @@ class Guard:
 
 
 _SEE = "see"
+_FIND = "find"
 _KNOWN = 4096
 """Decisions about regions that are remembered: neither a region's owner, device and labels nor a policy ever change."""
 

@@ -74,6 +74,20 @@ class RegionFacts:
     """NIC ports that it is registered with, nearest first."""
     why: str = ""
     """Why these NICs, or why none."""
+    published: bool = False
+    """Whether the directory tells of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRegion:
+    """What the directory tells of a region."""
+
+    name: ChildName
+    length: int
+    """Bytes."""
+    device_kind: str
+    path: Path
+    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +109,5 @@ class RegionRequest:
     """By which a GPU's driver opens an allocation of the job, which is adopted; a secret. Empty for the others."""
     offset: int = 0
     """First byte of the region in that allocation."""
+    publish: bool = False
+    """Have the directory tell of it."""

@@ -28,6 +28,7 @@ from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
 from peermem.fabric.tcp_proof import MAC_SIZE, Proofs
 from peermem.fabric.tcp_stream import LITTLE, Pace, Stream, prepare
+from peermem.memory import Memory
 
 
 class Dialled(NamedTuple):
@@ -117,6 +118,9 @@ class TcpLink:
     def rails_down(self) -> int:
         """See Link."""
         return len(self._resting)
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """See Link. The CPU reaches all memory as it is."""
 
     def post(self, request: WorkRequest) -> None:
         """See Link. Raises ValueError for what no frame can carry, such as more than `frames.MAX_TOTAL` bytes."""

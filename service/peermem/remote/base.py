@@ -42,7 +42,7 @@ class GrantSource(Protocol):
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """Have a link accepted, or one with the id in `offer` rebuilt.
 
-        Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
+        Raises AccessDenied, FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
 
     def use_rails(self, link_id: bytes, carry: Callable[[bytes], bool]) -> Ear:
@@ -103,6 +103,9 @@ class RemoteNode(GrantSource, Protocol):
 
         Raises AccessDenied.
         """
+
+    async def confirm_runs(self, node: str, subject: Subject) -> None:
+        """Return where it has `node` run some transfer for its client `subject`. Raises AccessDenied."""
 
     async def node_facts(self) -> NodeFacts:
         """Return what it says of itself."""

@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
-names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), faults (`faults.py`) and the
+directory (`directory.py`): names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -40,6 +40,7 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
@@ -113,6 +114,7 @@ class Snapshot:
     """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
     paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
     """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
+    directory: DirectoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +337,8 @@ class _StateCollector(Collector):
             return
         now = self.snapshot()
         yield from _device_gauges(now.devices)
+        if now.directory is not None:
+            yield from directory_metrics(now.directory)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
         yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
