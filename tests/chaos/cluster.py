@@ -40,14 +40,14 @@ keep_ended = 200
 grace = "2s"
 """
 ENVIRON = {"PEERMEM_TCP_STALL_TIMEOUT": "500ms"}
-_PATIENCE = 45.0
 _DEFECT = re.compile(r'_defect|Traceback|"level": "(error|critical)"')
 
 
 class Cluster:
     """Daemons and wires."""
 
-    def __init__(self, folder: Path, nodes: Sequence[str], wires: Network) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[str], wires: Network, failpoints: Sequence[str]) -> None:
+        """`failpoints` are those of the first start."""
         ports = {node: free_ports(3) for node in nodes}
         self.fabric: dict[str, Wire] = {node: wires.wire(f"127.0.0.1:{ports[node][1]}") for node in nodes}
         """By the node that they lead to."""
@@ -64,7 +64,7 @@ class Cluster:
         for node in nodes:
             others = {there: self.control[node, there].address for there in nodes if there != node}
             self.daemons[node] = Daemon(node, folder / node, ports[node], others, EXTRA)
-            self.start(node, ())
+            self.start(node, failpoints)
 
     def start(self, node: str, failpoints: Sequence[str]) -> None:
         """Start a daemon that breaks as it is told."""
@@ -117,7 +117,7 @@ class Cluster:
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         return int(status["RssAnon"].split()[0]) << 10, len(list((process / "fd").iterdir()))
 
-    def settle(self, node: str) -> dict[str, float]:
+    def settle(self, node: str, patience: float) -> dict[str, float]:
         """Wait until a daemon that nobody uses holds what it held at its start, or the patience is over; return what
         it holds."""
         held: dict[str, float] = {}
@@ -127,7 +127,7 @@ class Cluster:
             return all(count <= self.baselines[node].get(what, 0.0) for what, count in held.items())
 
         with suppress(AssertionError):  # what is left is told
-            eventually(empty, "the end of what a daemon holds", _PATIENCE)
+            eventually(empty, "the end of what a daemon holds", patience)
         return held
 
     def ready(self) -> None:
@@ -146,10 +146,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, nodes: Sequence[str] = ("a", "b", "c")) -> Iterator[Cluster]:
+def cluster(
+    folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = ()
+) -> Iterator[Cluster]:
     """Run daemons for the time of a block."""
     with ExitStack() as stack:
-        made = Cluster(folder, nodes, stack.enter_context(network()))
+        made = Cluster(folder, nodes, stack.enter_context(network()), failpoints)
         stack.callback(made.end)
         made.ready()
         yield made

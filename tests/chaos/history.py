@@ -144,5 +144,6 @@ def parse(line: str) -> Event:
 
 def read(paths: Sequence[Path]) -> Iterator[Event]:
     """Return the events of several processes in the order in which they happened."""
-    events = [parse(line) for path in paths for line in path.read_text().splitlines()]
+    whole = (path.read_text().rpartition("\n")[0] for path in paths)  # the last line may be about to be written
+    events = [parse(line) for text in whole for line in text.splitlines()]
     yield from sorted(events, key=lambda event: event.at)
