@@ -135,18 +135,37 @@ def _growth(soak: Report | None) -> str:
     if soak is None:
         return "Not measured: `make soak ARGS='--report REPORT'`."
     rows = [
-        (each["node"], *(f"{count / (1 << 20):.1f} MiB" for count in each["bytes"]), *each["descriptors"])
+        (
+            each["node"],
+            ", ".join(map(_mib, _some(each["bytes"][:-1]))),
+            _mib(each["bytes"][-1]),
+            each["descriptors"][0],
+            each["descriptors"][-1],
+        )
         for each in soak["growth"]
     ]
-    head = ("daemon", "memory, warm", "at the end", "descriptors, warm", "at the end")
+    head = ("daemon", "memory, from when it is warm", "at the end", "descriptors, warm", "at the end")
     faults, transfers = sum(soak["faults"].values()), sum(soak["transfers"].values())
     text = (
         f"{soak['seconds']:.0f} s with {faults} faults, in which no daemon was ended; {transfers:,} transfers, "
         f"{soak['bytes_verified']:,} bytes verified, {soak['wrong_or_lost'] + soak['late']} wrong, lost or late, "
-        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, and when everybody is gone; "
-        "what is remembered of ended transfers (`transfer.keep_ended`) is part of it:"
+        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, at equal distances after that, and when "
+        "everybody is gone; what is remembered of ended transfers (`transfer.keep_ended`) is part of it:"
     )
     return "\n\n".join((_commands([soak["command"]]), text, _table(head, rows)))
+
+
+def _some(values: Sequence[int]) -> Sequence[int]:
+    """Return some of many, at equal distances, the first one and the last one among them."""
+    gaps = min(_COLUMNS, len(values)) - 1
+    return [values[round(index * (len(values) - 1) / gaps)] for index in range(gaps + 1)] if gaps else values
+
+
+_COLUMNS = 8
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
 
 
 def _inputs(fuzz: Report | None) -> str:

@@ -146,9 +146,7 @@ class Cluster:
 
 
 @contextmanager
-def cluster(
-    folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = ()
-) -> Iterator[Cluster]:
+def cluster(folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = ()) -> Iterator[Cluster]:
     """Run daemons for the time of a block."""
     with ExitStack() as stack:
         made = Cluster(folder, nodes, stack.enter_context(network()), failpoints)

@@ -67,8 +67,8 @@ KINDS = (
     ("node late", 10),
 )
 _PAUSES = (0.05, 0.3, 0.8, 1.5, 2.5)
-"""Seconds that a fault lasts. What is late is so for longer than jobs have patience, so that it comes after their answer:
-that is when a missing fence shows."""
+"""Seconds that a fault lasts. What is late is so for longer than jobs have patience, so that it comes after their
+answer: that is when a missing fence shows."""
 _ON_THE_FABRIC = {"fabric stalled": Mode.STALLED, "fabric late": Mode.LATE, "rails late": Mode.HALF_LATE}
 _AROUND_A_NODE = {
     "node cut off, silently": Mode.STALLED,

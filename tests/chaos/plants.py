@@ -36,7 +36,12 @@ class Plant:
 _WRITTEN = frozenset((Fault.LATE, Fault.WRONG))
 _PLANTS = (
     Plant("no-fence", "a transfer is answered without a fence at the far end", ("fence.skip=on", _DEAF), _WRITTEN),
-    Plant("revoke-ignored", "a grant is told to have ended, and still opens its memory", ("grant.keep=on", _DEAF), _WRITTEN),
+    Plant(
+        "revoke-ignored",
+        "a grant is told to have ended, and still opens its memory",
+        ("grant.keep=on", _DEAF),
+        _WRITTEN,
+    ),
     Plant("wrong-byte", "a byte changes on the way", ("tcp.corrupt=on*1+40",), _WRITTEN),
     Plant("grant-leaked", "a grant is not given back", ("grant.forget=on*1+40",), frozenset((Fault.LEAK,)), True),
 )

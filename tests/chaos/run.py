@@ -32,6 +32,8 @@ _LAST_WORDS = 60.0
 """Seconds that jobs get to end."""
 _WARM = 20.0
 """Seconds after which a daemon counts as warm, and its growth begins to count."""
+_SAMPLED = 60.0
+"""Seconds between two looks at how large daemons are."""
 _LOOKS = 1.0
 """Seconds between two looks for what is planted."""
 _PATIENCE = 45.0
@@ -98,11 +100,19 @@ class Run:
         began = time.monotonic()
         until = began + self._plan.seconds
         self._injector.run(min(until, began + _WARM))
-        warm = {node: self._cluster.memory(node) for node in self._cluster.daemons} if self._plan.soak else {}
-        self._injector.run(until)
+        growth = [Growth(node, [], []) for node in self._cluster.daemons] if self._plan.soak else []
+        while time.monotonic() < until:
+            self._sample(growth)
+            self._injector.run(min(until, time.monotonic() + _SAMPLED))
         self._settle(_PATIENCE)
-        growth = [Growth(node, *_paired(before, self._cluster.memory(node))) for node, before in warm.items()]
+        self._sample(growth)
         return self._judge(time.monotonic() - began, growth)
+
+    def _sample(self, growth: Sequence[Growth]) -> None:
+        for each in growth:
+            memory, descriptors = self._cluster.memory(each.node)
+            each.bytes.append(memory)
+            each.descriptors.append(descriptors)
 
     def hunt(self, plant: Plant) -> float | None:
         """Break things until the checker finds what is planted; return after how many seconds, or None."""
@@ -166,7 +176,3 @@ class Run:
             growth=list(growth),
             defects=self._failed + self._cluster.defects,
         )
-
-
-def _paired(before: tuple[int, int], after: tuple[int, int]) -> tuple[int, int, int, int]:
-    return before[0], after[0], before[1], after[1]
