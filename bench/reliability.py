@@ -81,6 +81,9 @@ def page(chaos: Sequence[Report], soak: Report | None, fuzz: Report | None) -> s
         _table(("fault", "injected"), sorted(_sum(chaos, "faults").items())),
         "What daemons did wrong because a failpoint told them to:",
         _table(("failpoint", "passed"), sorted(_sum(chaos, "failpoints").items())),
+        "What was tried that the policy denies, by what and by whom (as a guest: with a certificate over TLS; as "
+        "nobody: on the unix socket without a session; as an impostor: with the certificate of another node):",
+        _table(("attempt", "tried", "refused"), _denied(chaos)),
         "How transfers ended:",
         _table(("outcome", "transfers"), sorted(_sum(chaos, "transfers").items())),
         "## Recovery",
@@ -110,16 +113,24 @@ def _verdict(chaos: Sequence[Report]) -> str:
             ("slots written late", total["late"]),
             ("leaks", total["leaks"]),
             ("limits of a daemon that were filled", total["limits_filled"]),
-            ("denied attempts tried", total["denied_tried"]),
-            ("denied attempts refused", total["denied_refused"]),
+            ("denied attempts tried", _sum(chaos, "denied_tried").total()),
+            ("denied attempts refused", _sum(chaos, "denied_refused").total()),
+            ("attempts that the policy of the moment allowed", total["allowed_reached"]),
+            ("attempts without an answer, or while the policy changed", total["unanswered"]),
         ],
     )
 
 
 _TOTALS = (
     *("bytes_verified", "fenced_bytes_verified", "wrong_or_lost", "late", "leaks"),
-    *("limits_filled", "denied_tried", "denied_refused"),
+    *("limits_filled", "allowed_reached", "unanswered"),
 )
+
+
+def _denied(chaos: Sequence[Report]) -> Iterable[tuple[object, ...]]:
+    refused = _sum(chaos, "denied_refused")
+    for what, count in sorted(_sum(chaos, "denied_tried").items()):
+        yield what, count, refused[what]
 
 
 def _recoveries(chaos: Sequence[Report]) -> Iterable[tuple[object, ...]]:

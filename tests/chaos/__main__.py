@@ -46,7 +46,7 @@ def hunt(plant: Plant, seeds: Sequence[int], seconds: float, report: Path | None
     for seed in seeds:
         plan = Plan(seed, seconds, plant=plant)
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        with cluster(folder, failpoints=plant.failpoints) as daemons:
+        with cluster(folder, failpoints=plant.failpoints, is_open=plant.opens) as daemons:
             found = Run(plan, folder, daemons).hunt(plant)
         shutil.rmtree(folder)
         times.append(found)

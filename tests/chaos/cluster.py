@@ -3,6 +3,7 @@
 Rules of this file:
 
 * Every daemon reaches every other one only over wires: one for each pair's gRPC, one for each node's tcp fabric.
+* They know each other by certificates, and each has a policy.
 * Times are short, and little is remembered of what ended, so that what is given up is given up within a run, and what
   grows is seen; nothing else differs from a real daemon.
 """
@@ -16,11 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from bench.daemons import Daemon, free_ports
+from bench.daemons import Daemon, Place, free_ports
 
 import peermem
+from tests.chaos.history import Governed, Record
+from tests.chaos.policies import BROKEN, OPEN, Certificates, policy
 from tests.chaos.proxy import Mode, Network, Wire, network
-from tests.e2e.support import eventually, holdings
+from tests.e2e.support import eventually, holdings, metric
 
 LIMIT = 60
 """Regions of one daemon."""
@@ -38,16 +41,28 @@ link_idle = "1s"
 keep_ended = 200
 [shutdown]
 grace = "2s"
+[audit]
+decisions = "denied"
 """
 ENVIRON = {"PEERMEM_TCP_STALL_TIMEOUT": "500ms"}
+_RELOAD = 10.0
+"""Seconds in which a policy is put in force."""
+_EXPECTED = '"policy_refused"'
 _DEFECT = re.compile(r'_defect|Traceback|"level": "(error|critical)"')
 
 
 class Cluster:
     """Daemons and wires."""
 
-    def __init__(self, folder: Path, nodes: Sequence[str], wires: Network, failpoints: Sequence[str]) -> None:
-        """`failpoints` are those of the first start."""
+    def __init__(
+        self, folder: Path, nodes: Sequence[str], wires: Network, failpoints: Sequence[str], *, is_open: bool
+    ) -> None:
+        """`failpoints` are those of the first start. With `is_open` no policy holds, and it is told as if one did."""
+        self.record = Record(folder / "daemons.history")
+        self.certificates = Certificates(folder / "tls", tuple(nodes))
+        self._folder = folder
+        self._is_open = is_open
+        self._guests_read = dict.fromkeys(nodes, True)
         ports = {node: free_ports(3) for node in nodes}
         self.fabric: dict[str, Wire] = {node: wires.wire(f"127.0.0.1:{ports[node][1]}") for node in nodes}
         """By the node that they lead to."""
@@ -63,7 +78,9 @@ class Cluster:
         """Lines of logs that tell of a defect."""
         for node in nodes:
             others = {there: self.control[node, there].address for there in nodes if there != node}
-            self.daemons[node] = Daemon(node, folder / node, ports[node], others, EXTRA)
+            here = Place(config=f'{self.certificates.table(node)}\n[policy]\nfile = "{self._policy_file(node)}"')
+            self.daemons[node] = Daemon(node, folder / node, ports[node], others, EXTRA, here)
+            self._write_policy(node, self._policy(node))
             self.start(node, failpoints)
 
     def start(self, node: str, failpoints: Sequence[str]) -> None:
@@ -79,7 +96,51 @@ class Cluster:
 
     def targets(self) -> dict[str, dict[str, str]]:
         """Return where jobs reach the daemons."""
-        return {node: {"socket": daemon.target, "tcp": daemon.grpc} for node, daemon in self.daemons.items()}
+        return {
+            node: {
+                "socket": daemon.target,
+                "attach": f"{daemon.folder}/attach.sock",
+                "tcp": daemon.grpc,
+                "fabric": daemon.tcp,
+            }
+            for node, daemon in self.daemons.items()
+        }
+
+    def _policy_file(self, node: str) -> Path:
+        return self._folder / f"policy-{node}.toml"
+
+    def _policy(self, node: str) -> str:
+        return OPEN if self._is_open else policy(guests_read=self._guests_read[node])
+
+    def _write_policy(self, node: str, text: str) -> None:
+        fresh = self._folder / f"policy-{node}.new"
+        fresh.write_text(text)
+        fresh.rename(self._policy_file(node))
+
+    def change_policy(self, node: str) -> None:
+        """Let guests of a node read what they could not, or the other way round, and see it in force."""
+        self.record.add(Governed, node=node, guests_read=None)
+        self._guests_read[node] = not self._guests_read[node]
+        self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds")
+        self._govern(node)
+
+    def break_policy(self, node: str) -> None:
+        """Put a file with an error in a policy's place, see it refused, and put it right again."""
+        self._put_policy(node, BROKEN, "peermem_policy_reload_failures_total")
+        self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds")
+
+    def _put_policy(self, node: str, text: str, metric_that_grows: str) -> None:
+        """Have a daemon read another policy; where it dies meanwhile, it reads it when it starts again."""
+        with suppress(OSError):
+            before = metric(self.daemons[node], metric_that_grows)
+            self._write_policy(node, text)
+            self.signal(node, signal.SIGHUP)
+            eventually(lambda: metric(self.daemons[node], metric_that_grows) > before, "the policy", _RELOAD)
+        self._write_policy(node, text)
+
+    def _govern(self, node: str) -> None:
+        if not self.is_dead(node):
+            self.record.add(Governed, node=node, guests_read=self._guests_read[node])
 
     def isolate(self, node: str, mode: Mode) -> None:
         """Have nothing pass to and from a node that is not on a connection that it made to another one's fabric."""
@@ -135,6 +196,7 @@ class Cluster:
         for node, daemon in self.daemons.items():
             daemon.ready()
             self.baselines[node] = self.holds(node)
+            self._govern(node)
 
     def end(self) -> None:
         """End the daemons, and look for defects in their logs."""
@@ -142,14 +204,17 @@ class Cluster:
             self.signal(node, signal.SIGCONT)
             daemon.kill()
             lines = daemon.log.read_text().splitlines()
-            self.defects += [f"{node}: {line}" for line in lines if _DEFECT.search(line)]
+            self.defects += [f"{node}: {line}" for line in lines if _DEFECT.search(line) and _EXPECTED not in line]
+        self.record.close()
 
 
 @contextmanager
-def cluster(folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = ()) -> Iterator[Cluster]:
+def cluster(
+    folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = (), *, is_open: bool = False
+) -> Iterator[Cluster]:
     """Run daemons for the time of a block."""
     with ExitStack() as stack:
-        made = Cluster(folder, nodes, stack.enter_context(network()), failpoints)
+        made = Cluster(folder, nodes, stack.enter_context(network()), failpoints, is_open=is_open)
         stack.callback(made.end)
         made.ready()
         yield made

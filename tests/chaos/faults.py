@@ -12,7 +12,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.chaos.cluster import Cluster
@@ -65,10 +65,19 @@ KINDS = (
     ("fabric late", 14),
     ("rails late", 8),
     ("node late", 10),
+    ("policy changed", 10),
+    ("policy broken", 3),
+    ("certificate renewed", 3),
 )
 _PAUSES = (0.05, 0.3, 0.8, 1.5, 2.5)
 """Seconds that a fault lasts. What is late is so for longer than jobs have patience, so that it comes after their
 answer: that is when a missing fence shows."""
+_AT_ONCE: Mapping[str, Callable[[Cluster, str], None]] = {
+    "links reset": lambda cluster, node: cluster.fabric[node].reset(),
+    "policy changed": lambda cluster, node: cluster.change_policy(node),
+    "policy broken": lambda cluster, node: cluster.break_policy(node),
+    "certificate renewed": lambda cluster, node: cluster.certificates.renew(node),
+}
 _ON_THE_FABRIC = {"fabric stalled": Mode.STALLED, "fabric late": Mode.LATE, "rails late": Mode.HALF_LATE}
 _AROUND_A_NODE = {
     "node cut off, silently": Mode.STALLED,
@@ -150,19 +159,22 @@ class Injector:
             self._jobs[index] = self._renew(index)
         elif kind == "job stopped":
             self._hold(pause, self._random.choice(self._jobs).process.send_signal)
-        elif kind == "links reset":
-            cluster.fabric[node].reset()
-        elif kind in _ON_THE_FABRIC:
-            cluster.fabric[node].set(_ON_THE_FABRIC[kind])
-            time.sleep(pause)
-        elif kind == "one direction of gRPC stalled":
-            pair = self._random.choice(sorted(pair for pair in cluster.control if node in pair))
-            cluster.control[pair].set(Mode.STALLED)
-            time.sleep(pause)
+        elif kind in _AT_ONCE:
+            _AT_ONCE[kind](cluster, node)
         else:
-            cluster.isolate(node, _AROUND_A_NODE[kind])
+            self._change_wires(kind, node)
             time.sleep(pause)
         cluster.heal()
+
+    def _change_wires(self, kind: str, node: str) -> None:
+        cluster = self._cluster
+        if kind in _ON_THE_FABRIC:
+            cluster.fabric[node].set(_ON_THE_FABRIC[kind])
+        elif kind in _AROUND_A_NODE:
+            cluster.isolate(node, _AROUND_A_NODE[kind])
+        else:
+            pair = self._random.choice(sorted(pair for pair in cluster.control if node in pair))
+            cluster.control[pair].set(Mode.STALLED)
 
     def _hold(self, pause: float, send: Callable[[signal.Signals], None]) -> None:
         send(signal.SIGSTOP)

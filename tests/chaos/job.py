@@ -10,6 +10,7 @@ Rules of this file:
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sys
@@ -22,8 +23,11 @@ from typing import Any
 
 import peermem
 from peermem import errors
-from tests.chaos.history import Asked, Deleted, Denied, Ended, Filled, Gone, Made, Record, Saw, Wrote
+from tests.chaos.history import Asked, Deleted, Ended, Filled, Gone, Made, Record, Saw, Tried, Wrote
+from tests.chaos.impostors import Bait
 from tests.chaos.slots import SLOT, Words, fill, look, words
+from tests.chaos.strangers import SHARED, Reach, Victim, outcome_of
+from tests.chaos.trespass import Rumours, Trespass
 
 SLOTS = 48
 """Of a region."""
@@ -44,6 +48,8 @@ class Held:
     region: peermem.Region
     memory: Words
     is_sink: bool
+    request_id: str = ""
+    """Of a region that is there for others to try things on, and is used for nothing else."""
     rests_until: float = 0.0
     """Nobody writes it before: what comes late would show."""
 
@@ -73,14 +79,19 @@ class Flight:
 class Job:
     """The job."""
 
-    def __init__(self, number: int, seed: int, targets: dict[str, dict[str, str]], checksums: bool, out: Path) -> None:
-        """`targets` are the unix socket and the TCP address of each node."""
+    def __init__(
+        self, number: int, seed: int, targets: dict[str, dict[str, str]], checksums: bool, out: Path, tls: Path
+    ) -> None:
+        """`targets` are where each node is reached, `tls` has the certificates of nodes and guests."""
         self._number = number
         self._random = random.Random(seed)
         self._targets = targets
         self._always_checksum = checksums
+        self._tls = tls
+        self._rumours = Rumours(out.with_suffix(".rumours"))
         self._record = Record(out)
         self._homes: dict[str, Home] = {}
+        self._last_transfer = ""
         self._graves: list[tuple[float, str, Words]] = []
         self._next = 0
 
@@ -99,7 +110,7 @@ class Job:
     def _step(self) -> None:
         homes = list(self._homes.values())
         steps = (self._move, self._inspect, self._delete_one, self._trespass, self._fill_up)
-        (step,) = self._random.choices(steps, (80, 8, 6, 4, 2))
+        (step,) = self._random.choices(steps, (78, 8, 6, 12, 2))
         try:
             step(homes)
         except errors.PeermemError:
@@ -139,7 +150,7 @@ class Job:
 
     def _region(self, home: Home, *, is_sink: bool) -> Held:
         for held in home.held:
-            if held.is_sink is is_sink and held.rests_until < time.monotonic():
+            if held.is_sink is is_sink and not held.request_id and held.rests_until < time.monotonic():
                 return held
         region = home.node.create_region(device="bar0", length=SLOTS * SLOT)
         held = Held(f"{self._number}-{self._count()}", region, words(region.map()), is_sink)
@@ -184,6 +195,7 @@ class Job:
                 timeout=_TRANSFER,
                 checksum=self._always_checksum or self._random.random() < 0.5,
             )
+            self._last_transfer = transfer.name
             flights.append(Flight(op, transfer, asked, sink, first, count))
         outcomes = [self._land(flight) for flight in flights]
         if "unknown" in outcomes:
@@ -262,25 +274,58 @@ class Job:
             self._bury(home, self._random.choice(home.held))
 
     def _trespass(self, homes: list[Home]) -> None:
-        """Come from the network, where nobody is known, and end what is a local user's."""
-        home = self._random.choice(homes)
-        held = self._region(home, is_sink=True)
-        with peermem.connect(self._targets[home.name]["tcp"], attach=False, timeout=_CALL) as stranger:
-            try:
-                stranger.delete_region(held.region.name, force=True)
-            except errors.AccessDenied:
-                self._record.add(Denied, what="delete a region of another user", refused=True)
-            else:
-                self._record.add(Denied, what="delete a region of another user", refused=False)
+        """Try what nobody may, on a region that is there for this or on one that is used."""
+        home, asked = self._random.choice(homes), self._random.choice(homes)
+        bait = self._bait(home)
+        victim = bait if self._random.random() < 0.6 else self._region(home, is_sink=True)
+        reach = {each.name: Reach(each.name, self._targets[each.name], self._tls) for each in homes}
+        with Trespass(self._random, reach[home.name], reach[asked.name], self._rumours) as trespass:
+            who, attempt = trespass.choose(
+                Victim(victim.region.name, bool(victim.request_id), self._last_transfer, "", ""),
+                Bait(bait.region.name, f"uid:{os.getuid()}"),
+                list(self._targets),
+            )
+            since = time.monotonic()
+            outcome, reason = outcome_of(attempt.act)
+        if self._epoch(home) != home.epoch:
+            outcome = "unanswered"  # what it was tried on has gone
+        what = f"{attempt.what}, {who}"
+        self._record.add(
+            Tried, what=what, node=home.name, since=since, outcome=outcome, reason=reason, hinges=attempt.hinges
+        )
+
+    def _bait(self, home: Home) -> Held:
+        """Return the region of a node that others try things on; it tells of it to other jobs."""
+        for held in home.held:
+            if held.request_id:
+                return held
+        request_id = f"bait-{self._number}-{self._count()}-{self._random.getrandbits(32)}"
+        region = home.node.create_region(device="bar0", length=SLOT, labels=SHARED, request_id=request_id)
+        held = Held(f"{self._number}-{self._count()}", region, words(region.map()), False, request_id)
+        home.held.append(held)
+        self._record.add(Made, region=held.key, node=home.name, slots=1)
+        self._write(held, 0, 1)
+        self._rumours.tell(home.name, Victim(region.name, False, self._last_transfer, "", request_id))
+        return held
 
     def _fill_up(self, homes: list[Home]) -> None:
-        """Make regions until the node refuses more."""
+        """Make regions until the node refuses more, or the policy's limit does."""
         home = self._random.choice(homes)
         made: list[peermem.Region] = []
         try:
             made.extend(home.node.create_region(device="bar0", length=4096) for _ in range(_FILL))
         except errors.LimitReached:
             self._record.add(Filled, node=home.name)
+        except errors.QuotaExceeded as error:
+            self._record.add(
+                Tried,
+                what="make more regions than the quota, an owner",
+                node=home.name,
+                since=time.monotonic(),
+                outcome="refused",
+                reason=error.reason,
+                hinges=False,
+            )
         for region in made:
             region.delete()
 
@@ -290,7 +335,9 @@ def main() -> None:
     order: dict[str, Any] = json.loads(sys.argv[1])
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    job = Job(order["number"], order["seed"], order["targets"], order["checksums"], Path(order["out"]))
+    job = Job(
+        order["number"], order["seed"], order["targets"], order["checksums"], Path(order["out"]), Path(order["tls"])
+    )
     job.run(lambda: bool(stopping))
 
 

@@ -74,8 +74,10 @@ class Outcome:
             "wrong_or_lost": wrong[Fault.WRONG],
             "late": wrong[Fault.LATE],
             "leaks": wrong[Fault.LEAK],
-            "denied_tried": verdict.denied,
-            "denied_refused": verdict.refused,
+            "denied_tried": dict(verdict.denied),
+            "denied_refused": dict(verdict.refused),
+            "allowed_reached": verdict.reached,
+            "unanswered": verdict.unanswered,
             "recovery": {kind: [round(each, 3) for each in times] for kind, times in self.recoveries.items()},
             "growth": [
                 {"node": each.node, "bytes": each.bytes, "descriptors": each.descriptors} for each in self.growth

@@ -29,8 +29,8 @@ class Plant:
     """What the checker has to find: one of these."""
     is_left_over: bool = False
     """Whether it shows only when everybody is gone."""
-    patience: float = 15.0
-    """Seconds until what is held then is a leak."""
+    opens: bool = False
+    """Whether daemons allow everything."""
 
 
 _WRITTEN = frozenset((Fault.LATE, Fault.WRONG))
@@ -42,7 +42,8 @@ _PLANTS = (
         ("grant.keep=on", _DEAF),
         _WRITTEN,
     ),
-    Plant("wrong-byte", "a byte changes on the way", ("tcp.corrupt=on*1+40",), _WRITTEN),
-    Plant("grant-leaked", "a grant is not given back", ("grant.forget=on*1+40",), frozenset((Fault.LEAK,)), True),
+    Plant("wrong-byte", "a byte changes on the way", ("tcp.corrupt=on*8+40",), _WRITTEN),
+    Plant("grant-leaked", "a grant is not given back", ("grant.forget=on+40",), frozenset((Fault.LEAK,)), True),
+    Plant("policy-unchecked", "everything is allowed to everybody", (), frozenset((Fault.REACHED,)), opens=True),
 )
 PLANTS: Mapping[str, Plant] = {plant.name: plant for plant in _PLANTS}

@@ -21,12 +21,14 @@ from pathlib import Path
 
 from tests.chaos.cluster import Cluster
 from tests.chaos.faults import Injector, Process
-from tests.chaos.history import Held, Record, read
+from tests.chaos.history import Held, read
 from tests.chaos.model import Model, Violation
 from tests.chaos.outcome import Growth, Outcome, filled, passed_failpoints, recoveries
 from tests.chaos.plants import Plant
 
 JOBS = 3
+FIRST_USER = 41000
+"""User id of the first job, where jobs can be users of their own."""
 _ROOT = Path(__file__).parents[2]
 _LAST_WORDS = 60.0
 """Seconds that jobs get to end."""
@@ -36,8 +38,8 @@ _SAMPLED = 60.0
 """Seconds between two looks at how large daemons are."""
 _LOOKS = 1.0
 """Seconds between two looks for what is planted."""
-_PATIENCE = 45.0
-"""Seconds until what a daemon still holds is a leak."""
+_PATIENCE, _SHORT = 45.0, 12.0
+"""Seconds until what a daemon still holds is a leak; where one was planted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ class Run:
         self._corrupts = self._random.random() < 0.34 and plan.plant is None
         self._started = 0
         self._failed: list[str] = []
+        folder.chmod(0o755)
+        (folder / "jobs").mkdir()
+        (folder / "jobs").chmod(0o777)  # jobs are users of their own, where this is root
         jobs = [self._job(index) for index in range(JOBS)]
         self._injector = Injector(
             plan.seed,
@@ -88,12 +93,14 @@ class Run:
             "seed": self._random.randrange(1 << 32),
             "targets": self._cluster.targets(),
             "checksums": self._corrupts,
-            "out": str(self._folder / f"job-{number}.history"),
+            "out": str(self._folder / "jobs" / f"job-{number}.history"),
+            "tls": str(self._cluster.certificates.folder),
         }
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_ROOT / "service"), str(_ROOT)))}
         with (self._folder / f"job-{number}.log").open("wb") as log:
             command = [sys.executable, "-m", "tests.chaos.job", json.dumps(order)]
-            return Process(number, subprocess.Popen(command, env=environ, stdout=log, stderr=log))
+            user = FIRST_USER + index if os.geteuid() == 0 else None
+            return Process(number, subprocess.Popen(command, env=environ, stdout=log, stderr=log, user=user))
 
     def carry_out(self) -> Outcome:
         """Break things for the time of the run, let everything end, and look at what is left."""
@@ -118,13 +125,13 @@ class Run:
         """Break things until the checker finds what is planted; return after how many seconds, or None."""
         began = time.monotonic()
         try:
-            while time.monotonic() - began < self._plan.seconds:
+            while time.monotonic() - began < (_SHORT if plant.is_left_over else self._plan.seconds):
                 self._injector.run(time.monotonic() + _LOOKS)
                 if (found := self._find(plant)) is not None:
                     return found.at - began
             if not plant.is_left_over:
                 return None
-            self._settle(plant.patience)
+            self._settle(_SHORT)
             found = self._find(plant)
             return found.at - began if found is not None else None
         finally:
@@ -133,18 +140,16 @@ class Run:
                 job.process.wait()
 
     def _find(self, plant: Plant) -> Violation | None:
-        violations = Model().follow(read(sorted(self._folder.glob("*.history")))).violations
+        violations = Model().follow(read(sorted(self._folder.rglob("*.history")))).violations
         return next((violation for violation in violations if violation.fault in plant.found), None)
 
     def _settle(self, patience: float) -> None:
         """End all faults and jobs; write down what the daemons hold then."""
         self._injector.heal()
         self._end_jobs()
-        record = Record(self._folder / "holdings.history")
         for node in self._cluster.daemons:
             held = self._cluster.settle(node, patience)
-            record.add(Held, node=node, baseline=self._cluster.baselines[node], now=held)
-        record.close()
+            self._cluster.record.add(Held, node=node, baseline=self._cluster.baselines[node], now=held)
 
     def _end_jobs(self) -> None:
         jobs = self._injector.jobs
@@ -162,7 +167,7 @@ class Run:
                 self._failed.append(f"job {job.number} ended with {status}: {words}")
 
     def _judge(self, seconds: float, growth: Sequence[Growth]) -> Outcome:
-        events = list(read(sorted(self._folder.glob("*.history"))))
+        events = list(read(sorted(self._folder.rglob("*.history"))))
         self._cluster.end()
         return Outcome(
             self._plan.seed,
