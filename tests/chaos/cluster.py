@@ -205,7 +205,6 @@ class Cluster:
             daemon.kill()
             lines = daemon.log.read_text().splitlines()
             self.defects += [f"{node}: {line}" for line in lines if _DEFECT.search(line) and _EXPECTED not in line]
-        self.record.close()
 
 
 @contextmanager
@@ -215,6 +214,7 @@ def cluster(
     """Run daemons for the time of a block."""
     with ExitStack() as stack:
         made = Cluster(folder, nodes, stack.enter_context(network()), failpoints, is_open=is_open)
+        stack.callback(made.record.close)
         stack.callback(made.end)
         made.ready()
         yield made

@@ -95,12 +95,12 @@ class Run:
             "checksums": self._corrupts,
             "out": str(self._folder / "jobs" / f"job-{number}.history"),
             "tls": str(self._cluster.certificates.folder),
+            "user": FIRST_USER + index if os.geteuid() == 0 else os.geteuid(),
         }
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_ROOT / "service"), str(_ROOT)))}
         with (self._folder / f"job-{number}.log").open("wb") as log:
             command = [sys.executable, "-m", "tests.chaos.job", json.dumps(order)]
-            user = FIRST_USER + index if os.geteuid() == 0 else None
-            return Process(number, subprocess.Popen(command, env=environ, stdout=log, stderr=log, user=user))
+            return Process(number, subprocess.Popen(command, env=environ, stdout=log, stderr=log))
 
     def carry_out(self) -> Outcome:
         """Break things for the time of the run, let everything end, and look at what is left."""

@@ -43,16 +43,17 @@ class Rumours:
     def tell(self, node: str, victim: Victim) -> None:
         """Tell the other jobs of a region of this one."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"node": node, **asdict(victim)}) + "\n")
+            file.write(json.dumps({"node": node, "user": os.geteuid(), **asdict(victim)}) + "\n")
 
     def heard(self, node: str) -> Sequence[Victim]:
         """Return what others of other users told of a node."""
         found = []
         paths = self._path.parent.glob(f"*{self._path.suffix}")
         for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-            if path.stat().st_uid != os.getuid():
-                lines = map(json.loads, path.read_text().splitlines())
-                found += [Victim(**told) for told in lines if told.pop("node") == node]
+            for line in path.read_text().splitlines():
+                told = json.loads(line)
+                if told.pop("node") == node and told.pop("user") != os.geteuid():
+                    found.append(Victim(**told))
         return found
 
 
