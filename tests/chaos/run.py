@@ -38,6 +38,8 @@ _SAMPLED = 60.0
 """Seconds between two looks at how large daemons are."""
 _LOOKS = 1.0
 """Seconds between two looks for what is planted."""
+_CALM = 4.0
+"""Seconds in which jobs go on undisturbed: what they leave behind then, no broken link takes away."""
 _PATIENCE, _SHORT = 45.0, 12.0
 """Seconds until what a daemon still holds is a leak; where one was planted."""
 
@@ -125,12 +127,14 @@ class Run:
         """Break things until the checker finds what is planted; return after how many seconds, or None."""
         began = time.monotonic()
         try:
-            while time.monotonic() - began < (_SHORT if plant.is_left_over else self._plan.seconds):
+            while time.monotonic() - began < (_CALM if plant.is_left_over else self._plan.seconds):
                 self._injector.run(time.monotonic() + _LOOKS)
                 if (found := self._find(plant)) is not None:
                     return found.at - began
             if not plant.is_left_over:
                 return None
+            self._injector.heal()
+            time.sleep(_CALM)
             self._settle(_SHORT)
             found = self._find(plant)
             return found.at - began if found is not None else None

@@ -83,6 +83,10 @@ class Once(Generic[T]):
     def _settled(self, key: tuple[str, str], result: asyncio.Future[T]) -> None:
         if result.cancelled() or result.exception() is not None:
             del self._entries[key]
+        else:
+            kept: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            kept.set_result(result.result())
+            self._entries[key].result = kept  # without the task, and all that it knew
         if len(self._entries) > self._keep:
             ended = (known for known, entry in self._entries.items() if entry.result.done())
             for oldest in list(islice(ended, len(self._entries) - self._keep)):
