@@ -49,7 +49,7 @@ soak: $(READY) ## The same for half an hour without ending a daemon: do they gro
 
 fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a socket (EXAMPLES=N for each test)
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest --timeout 1800 $(ARGS) \
-		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/fabric/test_tcp_fuzz.py
+		$(wildcard tests/*_fuzz.py tests/*/*_fuzz.py)
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)

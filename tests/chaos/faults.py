@@ -122,6 +122,8 @@ class Injector:
         way, with `spares_daemons` no daemon is ended, so that their growth can be seen. Daemons that a `plant` is in
         are told nothing else, and keep it."""
         self._kinds = [(kind, weight) for kind, weight in KINDS if kind != "daemon killed" or not spares_daemons]
+        if plant is not None and plant.among:
+            self._kinds = [(kind, weight) for kind, weight in self._kinds if kind in plant.among]
         self._random = random.Random(seed)
         self._cluster = cluster
         self._jobs = list(jobs)

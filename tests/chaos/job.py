@@ -37,7 +37,7 @@ _ENDLESS = 20.0
 """Seconds of patience with a transfer that no transfer outlasts."""
 _GRAVE = 3.0
 """Seconds for which the memory of a deleted region, or of a fenced transfer, is watched."""
-_ATTEMPTS = 4
+_ATTEMPTS = 3
 """At forbidden things, one after the other."""
 _FILL = 80
 """Regions that fill a limit, at most."""
@@ -113,7 +113,7 @@ class Job:
     def _step(self) -> None:
         homes = list(self._homes.values())
         steps = (self._move, self._inspect, self._delete_one, self._trespass, self._fill_up)
-        (step,) = self._random.choices(steps, (78, 8, 6, 12, 2))
+        (step,) = self._random.choices(steps, (80, 8, 6, 8, 2))
         try:
             step(homes)
         except errors.PeermemError:

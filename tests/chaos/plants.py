@@ -29,18 +29,32 @@ class Plant:
     """What the checker has to find: one of these."""
     is_left_over: bool = False
     """Whether it shows only when everybody is gone."""
+    among: tuple[str, ...] = ()
+    """The only faults beside it; none: all kinds."""
     opens: bool = False
     """Whether daemons allow everything."""
 
 
+_FABRIC = ("daemon stopped", "links reset", "fabric stalled", "fabric late", "rails late")
+_WIRES = (
+    *_FABRIC,
+    *("node late", "node cut off, silently", "node cut off, with resets", "one direction of gRPC stalled"),
+)
 _WRITTEN = frozenset((Fault.LATE, Fault.WRONG))
 _PLANTS = (
-    Plant("no-fence", "a transfer is answered without a fence at the far end", ("fence.skip=on", _DEAF), _WRITTEN),
+    Plant(
+        "no-fence",
+        "a transfer is answered without a fence at the far end",
+        ("fence.skip=on", _DEAF),
+        _WRITTEN,
+        among=_WIRES,
+    ),
     Plant(
         "revoke-ignored",
         "a grant is told to have ended, and still opens its memory",
         ("grant.keep=on", _DEAF),
         _WRITTEN,
+        among=_FABRIC,
     ),
     Plant("wrong-byte", "a byte changes on the way", ("tcp.corrupt=on*8+40",), _WRITTEN),
     Plant("grant-leaked", "a grant is not given back", ("grant.forget=on+40",), frozenset((Fault.LEAK,)), True),

@@ -27,7 +27,7 @@ from peermem.v1 import region_pb2, region_pb2_grpc, transfer_pb2, transfer_pb2_g
 GUEST = "spiffe://example.org/job/guest"
 SHARED = {"shared": "yes"}
 """Labels of regions that guests may read where the policy lets them."""
-TIMEOUT = 5.0
+TIMEOUT = 2.0
 _REFUSALS = (
     errors.AccessDenied,
     errors.Unauthenticated,
@@ -170,7 +170,7 @@ class Caller:
         one.ranges.source_offsets.append(0)
         one.ranges.destination_offsets.append(128)
         one.ranges.lengths.append(64)
-        request = transfer_pb2.CreateTransferRequest(segments=[one], wait=Duration(seconds=4))
+        request = transfer_pb2.CreateTransferRequest(segments=[one], wait=Duration(seconds=2))
         moved: transfer_pb2.Transfer = self._transfers.CreateTransfer(request, **self._told)
         if moved.HasField("error"):
             raise from_proto(moved.error)
