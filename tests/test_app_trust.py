@@ -54,11 +54,17 @@ async def test_a_daemon_whose_certificate_is_over_is_not_ready(node: Node, monke
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://{address}/readyz") as answer:
                 assert answer.status == 200
+            async with session.get(f"http://{address}/metrics") as answer:
+                page = await answer.text()
             later = (NOW + 25 * HOUR).timestamp()
             monkeypatch.setattr("time.time", lambda: later)
             async with session.get(f"http://{address}/readyz") as answer:
                 assert answer.status == 503
                 assert "The certificate of spiffe://example.org/peermem/a ended" in await answer.text()
+        for whose, end in {"node": NOW + 24 * HOUR, "authority": NOW + 240 * HOUR}.items():
+            name = f'peermem_tls_certificate_expiry_timestamp_seconds{{certificate="{whose}"}} '
+            (told,) = (float(line.removeprefix(name)) for line in page.splitlines() if line.startswith(name))
+            assert told == int(end.timestamp())
     finally:
         monkeypatch.undo()
         await app.stop()

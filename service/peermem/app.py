@@ -104,7 +104,7 @@ class App:
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
-        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        self.metrics.observe(lambda: snapshot(broker, sessions, parts, trust.credentials))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
         server = self._server(broker, Identity(sessions, trust), trust)

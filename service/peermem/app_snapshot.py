@@ -8,11 +8,13 @@ from peermem.app_parts import Parts
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
 from peermem.core.types import FabricKind
+from peermem.credentials.base import Credentials
 from peermem.fabric.base import Proof
+from peermem.telemetry.certificates import Whose
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
 
 
-def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
+def snapshot(broker: Broker, sessions: SessionTable, parts: Parts, credentials: Credentials | None) -> Snapshot:
     """Return what is held, open and running now."""
     held = Counter[str]()
     for region in broker.regions:
@@ -37,6 +39,7 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
         rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
         verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
         nics={nic: error is None for nic, error in broker.proofs.nics.items()},
+        certificates=_ends(credentials) if credentials is not None else {},
         paths={
             (device.name, nic, path): isinstance(outcome, Proof)
             for device in broker.devices.values()
@@ -44,3 +47,8 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
             for nic, outcome in broker.proofs.known(device, path).items()
         },
     )
+
+
+def _ends(credentials: Credentials) -> dict[Whose, float]:
+    own, authorities = credentials.ends()
+    return {Whose.NODE: own, **({Whose.AUTHORITY: authorities} if authorities is not None else {})}

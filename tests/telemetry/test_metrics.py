@@ -14,6 +14,7 @@ from peermem.core.plan import Direction
 from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.telemetry.certificates import Whose
 from peermem.telemetry.metrics import (
     DURATION_BUCKETS,
     SIZE_BUCKETS,
@@ -41,6 +42,7 @@ SNAPSHOT = Snapshot(
     rejected_connections={FabricKind.TCP: 9},
     verbs_objects={"qp": 2, "mr": 3},
     nics={"mlx5_0/1": True, "mlx5_1/1": False},
+    certificates={Whose.NODE: 1.8e9, Whose.AUTHORITY: 1.9e9},
     paths={("bar0", "mlx5_0/1", Path.P2PDMA): True, ("bar1", "mlx5_0/1", Path.STAGED): False},
 )
 
@@ -180,6 +182,8 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     assert read("peermem_device_available_bytes", **device) == 600
     assert [read("peermem_leases", kind=kind) for kind in ("none", "session", "ttl")] == [0, 0, 2]
     assert [read("peermem_links", fabric="tcp", side=side) for side in ("opened", "accepted")] == [1, 2]
+    expiry = "peermem_tls_certificate_expiry_timestamp_seconds"
+    assert [read(expiry, certificate=whose) for whose in ("node", "authority")] == [1.8e9, 1.9e9]
     assert [read("peermem_grants", side=side) for side in ("given", "held")] == [7, 8]
     assert (read("peermem_running_transfers"), read("peermem_attach_sessions")) == (5, 4)
     assert read("peermem_fabric_connections_rejected_total", fabric="tcp") == 9

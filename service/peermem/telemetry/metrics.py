@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
-names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), certificates
+(`certificates.py`) and faults (`faults.py`): names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -40,6 +40,7 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.certificates import Whose, certificate_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
@@ -113,6 +114,8 @@ class Snapshot:
     """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
     paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
     """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
+    certificates: Mapping[Whose, float] = field(default_factory=dict)
+    """When they end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +333,7 @@ class _StateCollector(Collector):
             return
         now = self.snapshot()
         yield from _device_gauges(now.devices)
+        yield from certificate_metrics(now.certificates)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
         yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
