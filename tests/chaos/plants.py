@@ -57,7 +57,7 @@ _PLANTS = (
         among=_FABRIC,
     ),
     Plant("wrong-byte", "a byte changes on the way", ("tcp.corrupt=on*8+40",), _WRITTEN),
-    Plant("grant-leaked", "a grant is not given back", ("grant.forget=on+40",), frozenset((Fault.LEAK,)), True),
+    Plant("grant-leaked", "a grant is not given back", ("grant.forget=on",), frozenset((Fault.LEAK,)), True),
     Plant("policy-unchecked", "everything is allowed to everybody", (), frozenset((Fault.REACHED,)), opens=True),
 )
 PLANTS: Mapping[str, Plant] = {plant.name: plant for plant in _PLANTS}

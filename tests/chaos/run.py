@@ -38,7 +38,7 @@ _SAMPLED = 60.0
 """Seconds between two looks at how large daemons are."""
 _LOOKS = 1.0
 """Seconds between two looks for what is planted."""
-_CALM = 4.0
+_CALM = 6.0
 """Seconds in which jobs go on undisturbed: what they leave behind then, no broken link takes away."""
 _PATIENCE, _SHORT = 45.0, 12.0
 """Seconds until what a daemon still holds is a leak; where one was planted."""
