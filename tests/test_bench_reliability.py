@@ -32,7 +32,8 @@ def outcome(seed: int) -> Outcome:
 
 def test_the_page_adds_up_what_the_reports_tell() -> None:
     reports = [outcome(1).as_json(), outcome(2).as_json()]
-    told = page(reports, reports[0], {"command": "make fuzz EXAMPLES=300", "inputs": {"tcp hello": 1200}})
+    plants = [{"command": "plant it", "plant": "no-fence", "what": "none", "found_after": [3.0, None, 5.0]}]
+    told = page(reports, reports[0], {"command": "make fuzz EXAMPLES=300", "inputs": {"tcp hello": 1200}}, plants)
     for line in (
         "$ python -m tests.chaos --seed 2 --seconds 60",
         "| daemon killed | 6 |",
@@ -44,6 +45,8 @@ def test_the_page_adds_up_what_the_reports_tell() -> None:
         "| read a region, a guest | 8 | 8 |",
         "| links reset | 4 | 0.25 s | 0.40 s |",
         "| a | 50.0 MiB, 52.0 MiB | 51.0 MiB | 40 | 40 |",
+        "$ plant it",
+        "| no-fence | none | 3 | 2 | 4.0 s | 5.0 s |",
         "$ make fuzz EXAMPLES=300",
         "| tcp hello | 1,200 |",
     ):
@@ -54,6 +57,7 @@ def test_what_was_not_measured_is_told_so() -> None:
     told = page([outcome(1).as_json()], None, None)
     assert "Not measured: `make soak" in told
     assert "Not counted: `FUZZ_REPORT" in told
+    assert "Not tried: `make chaos" in told
 
 
 def test_an_outcome_says_what_is_wrong() -> None:

@@ -52,7 +52,10 @@ def hunt(plant: Plant, seeds: Sequence[int], seconds: float, report: Path | None
         times.append(found)
         print(f"{plan.command}: {'NOT found' if found is None else f'found after {found:.1f} s'}", flush=True)
     if report:
-        told = {"plant": plant.name, "what": plant.what, "seeds": list(seeds), "seconds": seconds, "found_after": times}
+        command = (
+            f"python -m tests.chaos --plant {plant.name} --seed {seeds[0]} --seeds {len(seeds)} --seconds {seconds:g}"
+        )
+        told = {"command": command, "plant": plant.name, "what": plant.what, "found_after": times}
         report.write_text(json.dumps(told, indent=1) + "\n")
     return None not in times
 
