@@ -69,7 +69,7 @@ KINDS = (
     ("policy broken", 3),
     ("certificate renewed", 3),
 )
-_PAUSES = (0.05, 0.3, 0.8, 1.5, 2.5)
+_PAUSES, _LATE = (0.05, 0.3, 0.8, 1.5, 2.5), (2.0, 3.0)
 """Seconds that a fault lasts. What is late is so for longer than jobs have patience, so that it comes after their
 answer: that is when a missing fence shows."""
 _AT_ONCE: Mapping[str, Callable[[Cluster, str], None]] = {
@@ -149,7 +149,7 @@ class Injector:
             self._revive()
 
     def _break(self, kind: str, node: str) -> None:
-        cluster, pause = self._cluster, self._random.choice((1.5, 2.0, 2.5) if "late" in kind else _PAUSES)
+        cluster, pause = self._cluster, self._random.choice(_LATE if "late" in kind else _PAUSES)
         if kind == "daemon killed":
             self._kill(node, pause)
         elif kind == "daemon stopped":
