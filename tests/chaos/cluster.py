@@ -45,7 +45,7 @@ grace = "2s"
 decisions = "denied"
 """
 ENVIRON = {"PEERMEM_TCP_STALL_TIMEOUT": "500ms"}
-_RELOAD = 10.0
+_RELOAD = 30.0
 """Seconds in which a policy is put in force."""
 _EXPECTED = '"policy_refused"'
 _DEFECT = re.compile(r'_defect|Traceback|"level": "(error|critical)"')
@@ -121,26 +121,28 @@ class Cluster:
         """Let guests of a node read what they could not, or the other way round, and see it in force."""
         self.record.add(Governed, node=node, guests_read=None)
         self._guests_read[node] = not self._guests_read[node]
-        self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds")
-        self._govern(node)
+        if self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds"):
+            self._govern(node)
 
     def break_policy(self, node: str) -> None:
         """Put a file with an error in a policy's place, see it refused, and put it right again."""
         self._put_policy(node, BROKEN, "peermem_policy_reload_failures_total")
         self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds")
 
-    def _put_policy(self, node: str, text: str, metric_that_grows: str) -> None:
-        """Have a daemon read another policy; where it dies meanwhile, it reads it when it starts again."""
-        with suppress(OSError):
+    def _put_policy(self, node: str, text: str, metric_that_grows: str) -> bool:
+        """Have a daemon read another policy, and return whether it has: one that dies meanwhile reads it when it starts
+        again."""
+        self._write_policy(node, text)
+        try:
             before = metric(self.daemons[node], metric_that_grows)
-            self._write_policy(node, text)
             self.signal(node, signal.SIGHUP)
             eventually(lambda: metric(self.daemons[node], metric_that_grows) > before, "the policy", _RELOAD)
-        self._write_policy(node, text)
+        except OSError:
+            return False
+        return True
 
     def _govern(self, node: str) -> None:
-        if not self.is_dead(node):
-            self.record.add(Governed, node=node, guests_read=self._guests_read[node])
+        self.record.add(Governed, node=node, guests_read=self._guests_read[node])
 
     def isolate(self, node: str, mode: Mode) -> None:
         """Have nothing pass to and from a node that is not on a connection that it made to another one's fabric."""
