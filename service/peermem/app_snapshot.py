@@ -8,13 +8,13 @@ from peermem.app_parts import Parts
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
 from peermem.core.types import FabricKind
-from peermem.credentials.base import Credentials
+from peermem.directory.base import Directory
 from peermem.fabric.base import Proof
-from peermem.telemetry.certificates import Whose
+from peermem.telemetry.directory import DirectoryUse
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
 
 
-def snapshot(broker: Broker, sessions: SessionTable, parts: Parts, credentials: Credentials | None) -> Snapshot:
+def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
     """Return what is held, open and running now."""
     held = Counter[str]()
     for region in broker.regions:
@@ -39,16 +39,32 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts, credentials: 
         rejected_connections={FabricKind.TCP: parts.tcp.rejected_count} if parts.tcp is not None else {},
         verbs_objects=parts.verbs.object_counts() if parts.verbs is not None else {},
         nics={nic: error is None for nic, error in broker.proofs.nics.items()},
-        certificates=_ends(credentials) if credentials is not None else {},
         paths={
             (device.name, nic, path): isinstance(outcome, Proof)
             for device in broker.devices.values()
             for path in device.paths
             for nic, outcome in broker.proofs.known(device, path).items()
         },
+        directory=_directory(broker.directory),
     )
 
 
-def _ends(credentials: Credentials) -> dict[Whose, float]:
-    own, authorities = credentials.ends()
-    return {Whose.NODE: own, **({Whose.AUTHORITY: authorities} if authorities is not None else {})}
+def _directory(directory: Directory) -> DirectoryUse:
+    status = directory.status()
+    counts = status.counts
+    return DirectoryUse(
+        kind=status.kind,
+        away_for=status.away_for or 0.0,
+        is_reached=status.away_for is None,
+        is_refused=status.refusal is not None,
+        lease_left=status.lease_left,
+        nodes=len(directory.nodes()),
+        published=status.published,
+        unwritten=status.unwritten,
+        renewals=counts.renewals,
+        failed_renewals=counts.failed_renewals,
+        lost_leases=counts.lost_leases,
+        resumes=counts.resumes,
+        listings=counts.listings,
+        garbage=counts.garbage,
+    )

@@ -16,7 +16,7 @@ import grpc
 
 from peermem import errors
 from peermem.client.errors import from_proto
-from peermem.fabric import frames
+from peermem.fabric import frames, tcp_proof
 from peermem.fabric.base import Opcode, Status
 from peermem.v1 import link_pb2, link_pb2_grpc, transfer_pb2
 from tests.chaos.strangers import TIMEOUT, Attempt, Caller, Reach
@@ -101,6 +101,7 @@ def attempts(reach: Reach, others: Sequence[str], bait: Bait) -> Sequence[Attemp
         Attempt("close another node's link", lambda: _close_link(reach, rogue, honest)),
         Attempt("join a link with a wrong secret", lambda: _join_wrongly(reach, rogue)),
         Attempt("join a link with an old secret", lambda: _join_late(reach, rogue)),
+        Attempt("forge a question on a rail", lambda: _forge_question(reach, rogue)),
         Attempt("use a key over another link", lambda: _use_key_elsewhere(reach, rogue, bait)),
         Attempt("use a key after its grant ended", lambda: _use_key_late(reach, rogue, bait)),
         Attempt("use a key beyond its range", lambda: _use_key_beyond(reach, rogue, bait)),
@@ -200,17 +201,29 @@ def _dial(reach: Reach, link: link_pb2.OpenLinkResponse, secret: bytes) -> socke
     host, _, port = reach.fabric.rpartition(":")  # not over a wire, which ends connections itself
     sock = socket.create_connection((host, int(port)), TIMEOUT)
     try:
-        sock.sendall(frames.encode_hello(frames.Hello(link.link_id, secret)))
-        try:
-            answer = sock.recv(len(frames.WELCOME), socket.MSG_WAITALL)
-        except ConnectionResetError:
-            answer = b""
-        if answer != frames.WELCOME:
-            raise errors.AccessDenied("The connection was ended instead of welcomed.")
+        greeting = tcp_proof.decode_greeting(_receive(sock, tcp_proof.GREETING_SIZE))
+        nonce = tcp_proof.fresh_nonce()
+        proofs = tcp_proof.Proofs(secret, link.link_id, greeting, nonce)
+        sock.sendall(tcp_proof.encode_hello(tcp_proof.Hello(link.link_id, nonce, proofs.hello)))
+        _unless_ended(sock, tcp_proof.WELCOME_SIZE)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _unless_ended(sock: socket.socket, count: int) -> None:
+    """Receive an answer. Raises AccessDenied where the connection is ended instead; OSError."""
+    try:
+        _receive(sock, count)
+    except ConnectionError:
+        raise errors.AccessDenied("The connection was ended.") from None
+
+
+def _forge_question(reach: Reach, rogue: str) -> None:
+    with reach.over_tls(rogue) as channel, Links(channel).link(rogue) as link, closing(_join(reach, link)) as rail:
+        rail.sendall(frames.question_head(4) + random.randbytes(tcp_proof.MAC_SIZE + 4))
+        _unless_ended(rail, 1)
 
 
 def _is_readable(rail: socket.socket, rkey: int) -> bool:
@@ -226,6 +239,8 @@ def _read(rail: socket.socket, rkey: int, offset: int = 0) -> None:
     head = frames.RequestHead(Opcode.READ, 1, 1, rkey, 16)
     rail.sendall(frames.encode_request(head, (offset,), (16,)))
     response = frames.decode_response(_receive(rail, frames.RESPONSE_SIZE))
+    if not isinstance(response, frames.Response):
+        raise ConnectionError("it carries something")
     if response.length is not None:
         _receive(rail, response.length + frames.RESPONSE_SIZE)
     elif response.status is Status.REM_ACCESS_ERR:

@@ -35,8 +35,8 @@ SLOTS = 48
 _CALL, _TRANSFER, _WAIT = "5s", "6s", "25s"
 _ENDLESS = 20.0
 """Seconds of patience with a transfer that no transfer outlasts."""
-_GRAVE = 3.0
-"""Seconds for which the memory of a deleted region, or of a fenced transfer, is watched."""
+_GRAVE = 3.5
+"""Seconds for which the memory of a deleted region, or of a fenced transfer, is watched: longer than what is late."""
 _ATTEMPTS = 3
 """At forbidden things, one after the other."""
 _FILL = 80
@@ -259,6 +259,12 @@ class Job:
         self._graves.append((time.monotonic() + _GRAVE, held.key, held.memory))
 
     def _watch_graves(self) -> None:
+        """Look once more at memory that nobody was to write, when its time is over."""
+        for home in self._homes.values():
+            for held in home.held:
+                if 0 < held.rests_until < time.monotonic():
+                    held.rests_until = 0.0
+                    self._see(held.key, held.memory)
         for grave in list(self._graves):
             until, key, memory = grave
             if time.monotonic() > until:

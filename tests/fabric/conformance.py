@@ -47,6 +47,8 @@ class FabricConformance:
     """The tests. A subclass gives `make_fabrics`, a `Factory`."""
 
     make_fabrics: Factory
+    carries = False
+    """Whether messages for the daemons cross its links; `test_tcp_carry.py` has what more is asked of them."""
 
     async def pass_time(self, connection: Connection, clock: Clock, seconds: float) -> None:
         """Let grants grow older."""
@@ -143,7 +145,7 @@ class FabricConformance:
             start = MIB if kind == "behind" else MIB - 1
             return await connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])
         if kind == "unknown":
-            return RemoteKey(12345, 0, LENGTH), ranges
+            return RemoteKey(12345, LENGTH), ranges
         if kind == "other link":
             other = await connection.another()
             return await other.grant(remote), ranges
@@ -334,7 +336,7 @@ class FabricConformance:
             await eventually(lambda: connection.events.ends != [])
             assert connection.events.ends == [LinkEnd.REMOTE_CLOSED]
         with pytest.raises(LinkClosed):
-            connection.post(opcode, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+            connection.post(opcode, local, RemoteKey(1, 1), Ranges.single(0, 0, 1))
         assert lost == []
 
     async def test_closing_the_fabric_flushes_its_links(
@@ -347,7 +349,7 @@ class FabricConformance:
         assert set(connection.events.statuses) == set(posted)
         assert connection.events.ends == []
         with pytest.raises(LinkClosed):
-            connection.post(Opcode.WRITE, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+            connection.post(Opcode.WRITE, local, RemoteKey(1, 1), Ranges.single(0, 0, 1))
 
     async def test_posting_from_a_completion(self, connection: Connection, memories: Callable[..., FileMemory]) -> None:
         memory, remote = memories(seed=1), memories()
@@ -363,6 +365,9 @@ class FabricConformance:
         connection.events.completed = completed  # type: ignore[method-assign,assignment]
         connection.post(Opcode.WRITE, memory, key, Ranges.single(0, 0, 4096))
         await connection.events.wait(range(1, 51))
+
+    async def test_carries_messages_or_says_that_it_does_not(self, connection: Connection) -> None:
+        assert connection.link.carry(b"message") is self.carries
 
     # Opening
 

@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peermem.core.types import LinkAttributes, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkEnd, Opcode, Status, WorkRequest
@@ -94,6 +94,8 @@ class Recorder:
     """What became of rails."""
     pauses: list[float] = field(default_factory=list)
     """Seconds for which rails were set aside."""
+    messages: list[bytes] = field(default_factory=list)
+    """What the far end's daemon answered."""
     posting: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -106,6 +108,12 @@ class Recorder:
             if completion.wr_id in self.statuses:
                 self.faults.append(f"{completion} came twice")
             self.statuses[completion.wr_id] = completion.status
+        self.news.set()
+
+    def heard(self, message: bytes) -> None:
+        if self.ends:
+            self.faults.append("heard after down")
+        self.messages.append(message)
         self.news.set()
 
     def rail_down(self, cause: str, pause: float) -> None:
@@ -134,7 +142,9 @@ class Recorder:
 class Connection:
     """An open link with its recorder, as a test uses it. It registers what it is given, for both sides."""
 
-    def __init__(self, initiator: Fabric, target: Fabric) -> None:
+    def __init__(self, initiator: Fabric, target: Fabric, subject: str = "") -> None:
+        """`subject` is whose link it is."""
+        self.subject = subject
         self.initiator = initiator
         self.target = target
         self.events = Recorder()
@@ -144,7 +154,7 @@ class Connection:
         self._next_id = 0
 
     async def open(self, rails: int = 1) -> Connection:
-        self.link = await self.initiator.connect(self._exchange, self.events, rails)
+        self.link = await self.initiator.connect(self._exchange, self.events, rails, self.subject)
         return self
 
     async def another(self) -> Connection:
@@ -161,7 +171,7 @@ class Connection:
         self._registered.clear()
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
-        answer = self.target.accept(offer)
+        answer = self.target.accept(replace(offer, subject=self.subject))
         self.link_id = answer.link_id
         return answer
 

@@ -42,7 +42,6 @@ SNAPSHOT = Snapshot(
     rejected_connections={FabricKind.TCP: 9},
     verbs_objects={"qp": 2, "mr": 3},
     nics={"mlx5_0/1": True, "mlx5_1/1": False},
-    certificates={Whose.NODE: 1.8e9, Whose.AUTHORITY: 1.9e9},
     paths={("bar0", "mlx5_0/1", Path.P2PDMA): True, ("bar1", "mlx5_0/1", Path.STAGED): False},
 )
 
@@ -72,6 +71,7 @@ def lines(metrics: Metrics) -> list[str]:
 def everything(metrics: Metrics) -> None:
     """Let everything happen once."""
     metrics.observe(lambda: SNAPSHOT)
+    metrics.certificates.observe(lambda: {Whose.NODE: 1.8e9, Whose.AUTHORITY: 1.9e9})
     metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 10)
     metrics.transfer_ended(State.SUCCEEDED, None, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 0.1)
     metrics.transfer_ended(State.FAILED, "TIMEOUT", Direction.RELAYED, None, None, 1, 0.1)
@@ -182,8 +182,6 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     assert read("peermem_device_available_bytes", **device) == 600
     assert [read("peermem_leases", kind=kind) for kind in ("none", "session", "ttl")] == [0, 0, 2]
     assert [read("peermem_links", fabric="tcp", side=side) for side in ("opened", "accepted")] == [1, 2]
-    expiry = "peermem_tls_certificate_expiry_timestamp_seconds"
-    assert [read(expiry, certificate=whose) for whose in ("node", "authority")] == [1.8e9, 1.9e9]
     assert [read("peermem_grants", side=side) for side in ("given", "held")] == [7, 8]
     assert (read("peermem_running_transfers"), read("peermem_attach_sessions")) == (5, 4)
     assert read("peermem_fabric_connections_rejected_total", fabric="tcp") == 9
@@ -194,6 +192,14 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0, {}, {}))
     assert read("peermem_running_transfers") == 6
     assert read("peermem_regions", **device) is None
+
+
+def test_when_certificates_end_is_asked_for_each_time(metrics: Metrics, read: Read) -> None:
+    name = "peermem_tls_certificate_expiry_timestamp_seconds"
+    assert read(name, certificate="node") is None
+    for end in (1.8e9, 1.9e9):
+        metrics.certificates.observe(lambda end=end: {Whose.NODE: end, Whose.AUTHORITY: 2.1e9})  # type: ignore[misc]
+        assert [read(name, certificate=whose) for whose in ("node", "authority")] == [end, 2.1e9]
 
 
 def test_what_else_is_counted(metrics: Metrics, read: Read) -> None:

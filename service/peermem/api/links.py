@@ -3,9 +3,12 @@
 Rules of this file:
 
 * Only a node's daemon gets in. Over TLS it is the node that its certificate says, and a link is that node's only.
+* Each call about a link vouches for a while for what comes on its rails, without a certificate.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from peermem.api.calls import Context
 from peermem.api.grants import GrantExchanges
@@ -15,6 +18,7 @@ from peermem.broker.vouching import Vouching
 from peermem.core.errors import AccessDenied, FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes
+from peermem.fabric.base import Asker
 from peermem.v1 import link_pb2, link_pb2_grpc
 from peermem.wire import fabric_from_proto
 from peermem.wire_links import opened_to_proto, queue_pairs_from_proto, right_from_proto
@@ -31,7 +35,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         self._vouching = vouching
         self._identity = identity
         self._max_rails = max_rails
-        self._exchanges = GrantExchanges(serving, vouching, self._check_link)
+        self._exchanges = GrantExchanges(serving, vouching)
 
     async def OpenLink(self, request: link_pb2.OpenLinkRequest, context: Context) -> link_pb2.OpenLinkResponse:
         """See the contract."""
@@ -41,10 +45,15 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
         if not 1 <= request.rails <= 16:
             raise InvalidField(f"rails {request.rails} must be 1 to 16.", field="rails")
+        subject = spoken_subject(request.subject, "subject") if request.subject else None
+        if subject is not None and not request.link_id:
+            await self._vouching.check_link(node, subject)
         ends = queue_pairs_from_proto(request.queue_pairs)
         rails = request.rails if ends else min(request.rails, self._max_rails)
-        offer = LinkAttributes(fabric, rails, request.link_id, queue_pairs=ends)
-        opened = self._serving.open_link(node, offer)
+        offer = LinkAttributes(
+            fabric, rails, request.link_id, queue_pairs=ends, subject=str(subject) if subject is not None else ""
+        )
+        opened = self._serving.open_link(node, offer, self._identity.voucher(context))
         return opened_to_proto(opened.attributes, opened.epoch)
 
     async def CloseLink(self, request: link_pb2.CloseLinkRequest, context: Context) -> link_pb2.CloseLinkResponse:
@@ -57,7 +66,11 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         self, requests: object, context: Context
     ) -> None:
         """See the contract."""
-        await self._exchanges.serve(context)
+        await self._exchanges.serve(context, lambda link_id: self._check_link(link_id, context))
+
+    def met(self, asker: Asker) -> Callable[[bytes], None]:
+        """Return what takes what another daemon asks on a rail of its link. See `fabric.base.Met`."""
+        return self._exchanges.met(asker)
 
     def close(self) -> None:
         """End the exchanges of grants, which else go on for as long as their callers like."""
@@ -68,10 +81,12 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
     ) -> link_pb2.ConfirmRelayResponse:
         """See the contract."""
         self._identity.node(context)
-        node, region = parse_node(request.node, "node"), parse_region(request.region, "region")
-        self._vouching.check_relayed(
-            node, spoken_subject(request.subject, "subject"), region, right_from_proto(request.right)
-        )
+        node, subject = parse_node(request.node, "node"), spoken_subject(request.subject, "subject")
+        if not request.region:
+            self._vouching.check_runs(node, str(subject))
+        else:
+            region, right = parse_region(request.region, "region"), right_from_proto(request.right)
+            self._vouching.check_relayed(node, subject, region, right)
         return link_pb2.ConfirmRelayResponse()
 
     async def CopyStaged(self, request: link_pb2.CopyStagedRequest, context: Context) -> link_pb2.CopyStagedResponse:
@@ -117,3 +132,4 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         node = self._identity.node(context)
         if node:
             self._serving.check_node(link_id, node)
+        self._serving.vouch(link_id, self._identity.voucher(context))

@@ -5,6 +5,7 @@ Rules of this file:
 * A grant belongs to one accepted link, one range of one region and one run of this daemon, and ends with each of
   them, by release, or by time; whichever is first. Whatever is done under it counts from its first byte.
 * What releases a grant returns only when no access runs under it: that is the fence of a transfer.
+* A link of a fabric that separates subjects is one subject's, and no grant over it is another's.
 * A region that no NIC reaches, or not where the transfer needs it, is granted by a staging buffer of the grant's own,
   with the same end.
 * The policy is asked here, at the node that owns the region, for the client's identity.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
 
+from peermem.broker.accepted import AcceptedLink, AcceptedLinks, Voucher
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
@@ -45,8 +47,8 @@ from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
 
-MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
-"""Bounds of what remote nodes may open here, and of the ranges of one checksum."""
+MAX_GRANTS_OF_LINK, MAX_CHECKED = 16_384, 262_144
+"""Bounds of what remote nodes may hold here, and of the ranges of one checksum."""
 _ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
 _AT_ONCE = 256
 """Grants that are ended in one turn of the loop."""
@@ -67,18 +69,12 @@ class _Grant:
     """Copies between the region and the staging buffer that are under way."""
 
 
-@dataclass(slots=True)
-class _AcceptedLink:
-    fabric: Fabric
-    node: str
-    grants: set[int] = field(default_factory=set)
-
-
 class Serving:
     """Accepted links and their grants."""
 
     def __init__(
         self,
+        node: str,
         epoch: str,
         fabrics: Mapping[FabricKind, Fabric],
         find: Callable[[ChildName], Region],
@@ -87,13 +83,14 @@ class Serving:
         taken_back: Callable[[Region], None],
     ) -> None:
         """`taken_back` is told of a region whose memory its exporter has taken back, as a grant showed."""
+        self._node = node
         self.epoch = epoch
         self._fabrics = fabrics
         self._find = find
         self._policy = policy
         self._ttl = grant_ttl
         self._taken_back = taken_back
-        self._links: dict[bytes, _AcceptedLink] = {}
+        self._links = AcceptedLinks(fabrics)
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
         self._making: dict[Region, set[asyncio.Future[None]]] = {}
@@ -108,32 +105,17 @@ class Serving:
 
     def link_counts(self) -> dict[FabricKind, int]:
         """Accepted links by fabric."""
-        counts = dict.fromkeys(self._fabrics, 0)
-        for link in self._links.values():
-            counts[link.fabric.kind] += 1
-        return counts
+        return self._links.counts()
 
-    def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
-        """Accept a link of `node`, or have the one with the id in `offer` rebuilt.
+    def open_link(self, node: str, offer: LinkAttributes, vouched: Voucher = lambda: None) -> OpenedLink:
+        """Accept a link of `node`, or have the one with the id in `offer` rebuilt; `vouched` as in `vouch`.
 
         Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
         hit("link.accept")
         if self._closed:
             raise ShuttingDown("This daemon is shutting down; it takes no new links.")
-        fabric = self._fabrics.get(offer.fabric)
-        if fabric is None:
-            raise FabricUnavailable(f"This node does not serve the {offer.fabric.value} fabric.")
-        if offer.link_id:
-            link = self._links.get(offer.link_id)
-            if link is None or link.node != node or link.fabric is not fabric:
-                raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
-            return OpenedLink(fabric.accept(offer), self.epoch)
-        if len(self._links) >= MAX_LINKS:
-            raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
-        attributes = fabric.accept(offer)
-        self._links[attributes.link_id] = _AcceptedLink(fabric, node)
-        return OpenedLink(attributes, self.epoch)
+        return OpenedLink(self._links.open(node, offer, vouched), self.epoch)
 
     def node_of(self, link_id: bytes, epoch: str) -> str:
         """Return the node that opened a link. Raises LinkNotFound, StaleEpoch."""
@@ -141,13 +123,29 @@ class Serving:
 
     def check_node(self, link_id: bytes, node: str) -> None:
         """Return where a link is unknown or of `node`. Raises AccessDenied."""
-        link = self._links.get(link_id)
+        link = self._links.find(link_id)
         if link is not None and link.node != node:
             raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
 
+    def vouch(self, link_id: bytes, vouched: Voucher) -> None:
+        """The node of a link has shown its certificate again. Unknown ids are no error."""
+        if (link := self._links.find(link_id)) is not None:
+            link.vouched = vouched
+
+    def check_vouched(self, link_id: bytes) -> None:
+        """Return where what comes over a link is its node's, or the link is unknown. One whose node's certificate
+        counts no more is closed. Raises Unauthenticated, AccessDenied."""
+        link = self._links.find(link_id)
+        try:
+            if link is not None:
+                link.vouched()
+        except AccessDenied:
+            self.link_lost(link_id)
+            raise
+
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
-        link = self._links.pop(link_id, None)
+        link = self._links.pop(link_id)
         if link is None:
             return
         await link.fabric.hang_up(link_id)
@@ -155,12 +153,13 @@ class Serving:
             await self._settle(grant)
 
     def link_lost(self, link_id: bytes) -> None:
-        """The fabric reports that an accepted link is gone."""
+        """End an accepted link soon: it is gone, as the fabric reports, or may not go on."""
         self._spawn(self.close_link(link_id))
 
     async def acquire(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """Give a link the right to a range of a region. Raises as GrantSource.acquire_grant."""
         link = self._link(link_id, epoch)
+        self._check_subject(link, wanted)
         region = self._find(wanted.region)
         self._policy.check_region(wanted.subject, _ACTIONS[wanted.right], region, under=link_id)
         region.check_usable()
@@ -184,10 +183,19 @@ class Serving:
             if not self._making[region]:
                 del self._making[region]
 
-    async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
+    def _check_subject(self, link: AcceptedLink, wanted: Wanted) -> None:
+        """Return where a link may have a grant for a subject. Raises AccessDenied."""
+        subject = wanted.subject.named_by(self._node)
+        if link.subject not in ("", subject):
+            raise AccessDenied(
+                f"A grant for {subject} was asked for over a link of {link.subject}. Ask over a link of {subject}.",
+                subject=subject,
+            )
+
+    async def _make(self, link_id: bytes, link: AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
         await reach("grant.make")
         grant = await self._grant(link_id, link.fabric, region, wanted)
-        if self._links.get(link_id) is not link or region.state is not State.READY:
+        if self._links.find(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()
             raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
@@ -208,7 +216,8 @@ class Serving:
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, wanted: Wanted) -> _Grant:
         staging = None
         if wanted.staged or region.reach.stages(fabric.kind):
-            staging = await StagingBuffer.open([fabric], region.reach.way.nics, wanted.length)
+            nics, subject = region.reach.way.nics, wanted.subject.named_by(self._node)
+            staging = await StagingBuffer.open([fabric], nics, subject, wanted.length)
         try:
             if staging is None:
                 key = await fabric.grant(link_id, region.memory, wanted.offset, wanted.length, wanted.right, self._ttl)
@@ -305,13 +314,13 @@ class Serving:
     async def close(self) -> None:
         """End all links and grants and accept no more."""
         self._closed = True
-        await asyncio.gather(*(self.close_link(link_id) for link_id in list(self._links)))
+        await asyncio.gather(*(self.close_link(link_id) for link_id in self._links.ids()))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _link(self, link_id: bytes, epoch: str) -> _AcceptedLink:
+    def _link(self, link_id: bytes, epoch: str) -> AcceptedLink:
         if epoch != self.epoch:
             raise StaleEpoch("The link belongs to an earlier run of this daemon. Open a new one.")
-        link = self._links.get(link_id)
+        link = self._links.find(link_id)
         if link is None:
             raise LinkNotFound("The link is not open here (any more). Open a new one.")
         return link
@@ -352,7 +361,7 @@ class Serving:
         held.discard(grant_id)
         if not held:
             del self._by_region[grant.region]
-        if (link := self._links.get(grant.link_id)) is not None:
+        if (link := self._links.find(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

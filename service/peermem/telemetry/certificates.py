@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 
 class Whose(Enum):
@@ -18,14 +19,26 @@ class Whose(Enum):
     """That of the authorities it believes that ends first."""
 
 
-def certificate_metrics(ends: Mapping[Whose, float]) -> Iterator[Metric]:
-    """Yield when certificates end, in seconds since 1970; nothing where there are none."""
-    if ends:
-        family = GaugeMetricFamily(
-            "peermem_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate in force ends; of the authorities', the first to end.",
-            labels=("certificate",),
-        )
-        for whose, end in ends.items():
-            family.add_metric((whose.value,), end)
-        yield family
+class CertificateMetrics(Collector):
+    """When certificates end."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ends: Callable[[], Mapping[Whose, float]] = dict
+        registry.register(self)
+
+    def observe(self, ends: Callable[[], Mapping[Whose, float]]) -> None:
+        """Ask `ends` each time the page is made: seconds since 1970."""
+        self._ends = ends
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector. Where there are no certificates, there is nothing."""
+        ends = self._ends()
+        if ends:
+            family = GaugeMetricFamily(
+                "peermem_tls_certificate_expiry_timestamp_seconds",
+                "When the certificate in force ends; of the authorities', the first to end.",
+                labels=("certificate",),
+            )
+            for whose, end in ends.items():
+                family.add_metric((whose.value,), end)
+            yield family

@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), certificates
-(`certificates.py`) and faults (`faults.py`): names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports, the policy, certificates, faults and the directory, which have
+files of their own: names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -40,7 +40,8 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
-from peermem.telemetry.certificates import Whose, certificate_metrics
+from peermem.telemetry.certificates import CertificateMetrics
+from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
@@ -114,8 +115,7 @@ class Snapshot:
     """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
     paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
     """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
-    certificates: Mapping[Whose, float] = field(default_factory=dict)
-    """When they end."""
+    directory: DirectoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,7 @@ class Metrics:
         self._declare_storage()
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
+        self.certificates = CertificateMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version()})
         ProcessCollector(registry=self._registry)
@@ -157,6 +158,7 @@ class Metrics:
         self._bytes = self._counter(
             "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
         )
+        self._moving: dict[tuple[Direction, FabricKind, Path], Counter] = {}
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
             "Time from a transfer's acceptance to its end.",
@@ -195,9 +197,7 @@ class Metrics:
         self._storage_failures = self._counter(
             "peermem_storage_failures", "Loads and stores that failed, by reason.", "operation", "reason"
         )
-        self._storage_bytes = self._counter(
-            "peermem_storage_bytes", "Bytes that loads and stores moved.", "operation", "way"
-        )
+        self._storage_bytes = self._counter("peermem_storage_bytes", "Bytes loaded and stored.", "operation", "way")
         self._storage_duration = self._histogram(
             "peermem_storage_duration_seconds",
             "Time from a load's or store's beginning to its end.",
@@ -237,7 +237,11 @@ class Metrics:
 
     def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
         """Some bytes of a running transfer are in place; `path` is that of the region here."""
-        self._bytes.labels(direction.value, fabric.value, path.value).inc(count)
+        known = self._moving.get((direction, fabric, path))
+        if known is None:
+            known = self._bytes.labels(direction.value, fabric.value, path.value)
+            self._moving[direction, fabric, path] = known
+        known.inc(count)
 
     def transfer_ended(
         self,
@@ -333,7 +337,8 @@ class _StateCollector(Collector):
             return
         now = self.snapshot()
         yield from _device_gauges(now.devices)
-        yield from certificate_metrics(now.certificates)
+        if now.directory is not None:
+            yield from directory_metrics(now.directory)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
         yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
