@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 
@@ -34,7 +35,7 @@ from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
 from peermem.app_slices import publish_devices
 from peermem.app_snapshot import snapshot
-from peermem.app_trust import open_trust
+from peermem.app_trust import ends, open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
@@ -111,6 +112,8 @@ class App:
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        if trust.credentials is not None:
+            self.metrics.certificates.observe(partial(ends, trust.credentials))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         attach = self._listen_for_jobs(broker, sessions)
         identity = Identity(sessions, trust)
