@@ -275,6 +275,9 @@ class Broker:
 
     async def _drive(self, name: ChildName, drive: Coroutine[None, None, None], hold: Hold) -> None:
         await drive
+        asyncio.get_running_loop().call_soon(self._ended, name, hold)  # once who waits for the end has been told
+
+    def _ended(self, name: ChildName, hold: Hold) -> None:
         self.tenants.release(hold)
         facts.count_ended(self._metrics, self.transfers.ended(name))
 
