@@ -67,6 +67,13 @@ def test_nodes_and_devices(run: Run) -> None:
     run("nics")
 
 
+def test_regions_are_deleted_by_name_or_by_job(run: Run) -> None:
+    assert "Name regions, or a Slurm job" in run("regions", "delete", code=2).stderr
+    assert "Name regions, or a Slurm job" in run("regions", "delete", "life", "--slurm-job", "7", code=2).stderr
+    assert facts(run("regions", "delete", "--slurm-job", "7", "--json")) == {"deleted": []}
+    assert facts(run("regions", "list", "--slurm-job", "7", "--json")) == {"regions": []}
+
+
 def test_the_life_of_a_region(run: Run) -> None:
     made = facts(
         run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "life", "--label", "k=v", "--json")

@@ -350,7 +350,9 @@ class _StateCollector(Collector):
         yield _gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
         yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
-            "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)
+            "peermem_fabric_connections_rejected",
+            "Connections that proved no good secret, or carried what was forged.",
+            labels=("fabric",),
         )
         for fabric, count in now.rejected_connections.items():
             rejected.add_metric((fabric.value,), count)
