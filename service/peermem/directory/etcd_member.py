@@ -9,7 +9,7 @@ Rules of this file:
 * A lease that has ended is replaced by a new one, and everything is written again. Its time is counted by the monotonic
   clock, from before the call that renewed it.
 * Regions are written in batches with pauses between, the longer the busier etcd is, and never keep the lease from being
-  renewed; one that came and went meanwhile is never written.
+  renewed; one that came and went meanwhile is never written. Where etcd takes none, nothing else ends.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import structlog
 from peermem.core.errors import LimitReached, NodeNameTaken
 from peermem.core.names import ChildName
 from peermem.core.region import PublishedRegion
+from peermem.core.retries import Backoff
 from peermem.directory.base import Changes, Counts, NodeEntry
 from peermem.directory.etcd_connection import DEADLINE, MAX_OPERATIONS, Connection, Fault, LeaseLost, first_of
 from peermem.directory.records import BadRecord, Keys, NodeRecord, read_node, write_node, write_region
@@ -34,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 BETWEEN_BATCHES = 0.05
 """Seconds, more or less."""
+_SHORTEST, _LONGEST = 1.0, 10.0
+"""Seconds until a batch is tried again that etcd did not take, and the longest pause."""
 _REST = 4.0
 """Pause between two batches, by the time that the last one took: a busy etcd is left more time."""
 _ATTEMPTS = 5
@@ -70,6 +73,8 @@ class Member:
         self._evicted = False
         self._wake = asyncio.Event()
         """Set when this node is to be known, or was thrown out."""
+        self._unwritten_cause = ""
+        """Why the last batch of regions was not written, as the log says."""
         self._pending = asyncio.Event()
         """Set when regions are to be written."""
         self._regions: dict[ChildName, PublishedRegion] = {}
@@ -251,14 +256,21 @@ class Member:
                     await self._wake.wait()
 
     async def _write_in_batches(self, connection: Connection, lease: int) -> None:
-        loop = asyncio.get_running_loop()
+        loop, backoff = asyncio.get_running_loop(), Backoff(_SHORTEST, _LONGEST)
         while True:
             self._pending.clear()
             while self._dirty:
-                began = loop.time()
-                await self._write(connection, lease)
-                took = loop.time() - began
-                await asyncio.sleep(max(BETWEEN_BATCHES, took * _REST) * (0.5 + random.random()))
+                began, cause = loop.time(), ""
+                try:
+                    await self._write(connection, lease)
+                    backoff.reset()
+                    pause = min(max(BETWEEN_BATCHES, (loop.time() - began) * _REST), _LONGEST)
+                except Fault as fault:  # whether the connection is at an end is for the renewals and the watch to say
+                    pause, cause = backoff.pause(random.random()), fault.cause
+                if cause and cause != self._unwritten_cause:
+                    log.warning("directory_regions_unwritten", regions=len(self._dirty), cause=cause)
+                self._unwritten_cause = cause
+                await asyncio.sleep(pause * (0.5 + random.random()))
             await self._pending.wait()
 
     async def _drop(self, connection: Connection, lease: Lease) -> None:
