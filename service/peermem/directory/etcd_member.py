@@ -8,8 +8,8 @@ Rules of this file:
 * What hangs on the lease is written only while the name is this daemon's: each write says so to etcd, which compares.
 * A lease that has ended is replaced by a new one, and everything is written again. Its time is counted by the monotonic
   clock, from before the call that renewed it.
-* Regions are written in batches with pauses between, the longer the busier etcd is, and never keep the lease from being
-  renewed; one that came and went meanwhile is never written. Where etcd takes none, nothing else ends.
+* Regions are written in batches with pauses between, smaller and longer the busier etcd is, and never keep the lease
+  from being renewed; one that came and went meanwhile is never written. Where etcd takes none, nothing else ends.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ log = structlog.get_logger(__name__)
 
 BETWEEN_BATCHES = 0.05
 """Seconds, more or less."""
+_SMALL = 16
+"""Operations of the first batch, and of one after another that took long; they double where etcd is quick."""
+_QUICK = 0.5
+"""Seconds."""
 _SHORTEST, _LONGEST = 1.0, 10.0
 """Seconds until a batch is tried again that etcd did not take, and the longest pause."""
 _REST = 4.0
@@ -256,17 +260,19 @@ class Member:
                     await self._wake.wait()
 
     async def _write_in_batches(self, connection: Connection, lease: int) -> None:
-        loop, backoff = asyncio.get_running_loop(), Backoff(_SHORTEST, _LONGEST)
+        loop, backoff, size = asyncio.get_running_loop(), Backoff(_SHORTEST, _LONGEST), _SMALL
         while True:
             self._pending.clear()
             while self._dirty:
                 began, cause = loop.time(), ""
                 try:
-                    await self._write(connection, lease)
+                    await self._write(connection, lease, size)
                     backoff.reset()
-                    pause = min(max(BETWEEN_BATCHES, (loop.time() - began) * _REST), _LONGEST)
+                    took = loop.time() - began
+                    size = min(size * 2, MAX_OPERATIONS) if took < _QUICK else max(size // 2, _SMALL)
+                    pause = min(max(BETWEEN_BATCHES, took * _REST), _LONGEST)
                 except Fault as fault:  # whether the connection is at an end is for the renewals and the watch to say
-                    pause, cause = backoff.pause(random.random()), fault.cause
+                    size, pause, cause = _SMALL, backoff.pause(random.random()), fault.cause
                 if cause and cause != self._unwritten_cause:
                     log.warning("directory_regions_unwritten", regions=len(self._dirty), cause=cause)
                 self._unwritten_cause = cause
@@ -295,13 +301,13 @@ class Member:
             self.lease = Lease(lease, asked + self._ttl)
         self._changes.tell()
 
-    async def _write(self, connection: Connection, lease: int) -> None:
-        """Write one batch of regions."""
+    async def _write(self, connection: Connection, lease: int, size: int) -> None:
+        """Write one batch of regions, of at most so many operations, but one region at least."""
         operations: list[rpc_pb2.RequestOp] = []
         batch: dict[ChildName, PublishedRegion | None] = {}
         for name in self._dirty:
             more = self._operations(name, lease)
-            if operations and len(operations) + len(more) > MAX_OPERATIONS:
+            if operations and len(operations) + len(more) > size:
                 break
             operations += more
             batch[name] = self._regions.get(name)
