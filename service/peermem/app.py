@@ -112,8 +112,7 @@ class App:
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
-        if trust.credentials is not None:
-            self.metrics.certificates.observe(partial(ends, trust.credentials))
+        self._observe_certificates(trust)
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         attach = self._listen_for_jobs(broker, sessions)
         identity = Identity(sessions, trust)
@@ -150,6 +149,10 @@ class App:
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
         self._supervisor.ready()
+
+    def _observe_certificates(self, trust: Trust) -> None:
+        if trust.credentials is not None:
+            self.metrics.certificates.observe(partial(ends, trust.credentials))
 
     def _break_on_purpose(self, texts: Sequence[str]) -> None:
         if self.config.break_on_purpose:
