@@ -26,6 +26,8 @@ from peermem.api.identity import Identity, Trust
 from peermem.api.links import LinkService
 from peermem.api.nodes import NodeService
 from peermem.api.once import Once
+from peermem.api.page.document import Document
+from peermem.api.page.door import Page
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
@@ -66,6 +68,7 @@ class App:
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
+        self._page = Page(config.http.page, config.http.names)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -107,7 +110,9 @@ class App:
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
-        server = self._server(broker, Identity(sessions, trust), trust)
+        preflight = self._preflight(broker)
+        self._page.facts = Document(broker, preflight, self._topology, self.metrics.history, self._health)
+        server = self._server(broker, preflight, Identity(sessions, trust), trust)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
@@ -116,7 +121,8 @@ class App:
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""
-        for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
+        watching = watch_event_loop(self.metrics), self.metrics.history.keep()
+        for work in (broker.tend(), self._policy.tend(broker.go_by), *watching):
             self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
         await directory.join(NodeEntry(self.config.node, address))
@@ -133,7 +139,7 @@ class App:
 
     async def _start_http(self) -> None:
         if self.config.http.address:
-            server = HttpServer(self.config.http.address, self.metrics, self._health)
+            server = HttpServer(self.config.http.address, self.metrics, self._health, self._page)
             await _listening("HTTP", server.address, server.start())
             self._stack.push_async_callback(server.close)
             log.info("http_listening", address=server.address)
@@ -179,12 +185,12 @@ class App:
             await server.start()
             self._stack.push_async_callback(server.close)
 
-    def _server(self, broker: Broker, identity: Identity, trust: Trust) -> GrpcServer:
+    def _server(self, broker: Broker, preflight: Preflight, identity: Identity, trust: Trust) -> GrpcServer:
         config = self.config
         keep = config.transfer.keep_ended
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
         services = Services(
-            node=NodeService(broker, read_topology, self._preflight(broker)),
+            node=NodeService(broker, read_topology, preflight),
             region=RegionService(
                 broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep), loaded, stored
             ),

@@ -41,6 +41,7 @@ from peermem.config_values import (
     BlockSize,
     Failpoint,
     FilePath,
+    HostName,
     Keep,
     MessageSize,
     NicName,
@@ -101,10 +102,14 @@ class Attach(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Http(Struct, frozen=True, forbid_unknown_fields=True):
-    """Health, readiness and metrics."""
+    """Health, readiness, metrics and the page."""
 
     address: ListenAddress | None = ListenAddress("127.0.0.1:7472")
     """None: it is not served."""
+    page: Literal["loopback", "everyone", "off"] = "loopback"
+    """Who gets the page, which names regions and owners: callers of this host, whoever reaches the port, or nobody."""
+    names: tuple[HostName, ...] = ()
+    """Under which browsers may ask for the page, besides localhost and the address that they reach."""
 
 
 class Tcp(Struct, frozen=True, forbid_unknown_fields=True):

@@ -170,6 +170,19 @@ def _ip(host: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
+class HostName(str):
+    """The name of a host, as browsers send it."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'the name of a host in lower case, such as "gpu-01.example.org"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", text, re.ASCII):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
 class ListenAddress(Address):
     """host:port to serve on; port 0 takes any free one."""
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peermem.api.http import HttpServer
+from peermem.api.page.door import Page
 from peermem.telemetry.metrics import Metrics
 from tests.api.test_http import connect, end, get, ready
 from tests.fuzzing import fuzz, tried
@@ -41,7 +42,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def server(runner: asyncio.Runner) -> Iterator[HttpServer]:
-    server = HttpServer("127.0.0.1:0", Metrics("1.2.3"), ready)
+    server = HttpServer("127.0.0.1:0", Metrics("1.2.3"), ready, Page())
     runner.run(server.start())
     yield server
     runner.run(server.close())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peermem.broker.links import Clock, OutboundLink
@@ -96,6 +96,9 @@ class LinkTable:
     def grant_count(self) -> int:
         """Grants held on regions of remote nodes."""
         return sum(link.grant_count for link in self._links.values())
+
+    def __iter__(self) -> Iterator[OutboundLink]:
+        return iter(self._links.values())
 
     def kept(self, node: str, kind: FabricKind) -> OutboundLink | None:
         """Return the open link to a node, if there is one."""

@@ -62,6 +62,7 @@ class Relay:
             created_at=time.time(),
             duration=None,
             crc32c=None,
+            ends=request.ends,
         )
         self._node = node
         self._remote = remote

@@ -113,6 +113,7 @@ class TransferRun:
             crc32c=self._crc32c,
             path=first.path,
             fabric_why=first.why,
+            ends=self._request.ends,
         )
 
     @property

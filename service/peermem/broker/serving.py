@@ -113,6 +113,10 @@ class Serving:
             counts[link.fabric.kind] += 1
         return counts
 
+    def links(self) -> list[tuple[str, FabricKind, int]]:
+        """Each accepted link: the node that opened it, its fabric, and how many grants it has."""
+        return [(link.node, link.fabric.kind, len(link.grants)) for link in self._links.values()]
+
     def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
         """Accept a link of `node`, or have the one with the id in `offer` rebuilt.
 

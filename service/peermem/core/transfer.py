@@ -144,6 +144,11 @@ class TransferRequest:
         return sum(entry.total for entry in self.lists)
 
     @property
+    def ends(self) -> tuple[ChildName, ChildName] | None:
+        """Source and destination region of the first segments; None where there are none."""
+        return (self.lists[0].source, self.lists[0].destination) if self.lists else None
+
+    @property
     def weight(self) -> int:
         """Ranges that are kept for it: what it costs in time and memory."""
         return sum(len(entry.lengths) for entry in self.lists)
@@ -178,3 +183,5 @@ class TransferFacts:
     """Name of the transfer on the node that runs it, for a relayed one."""
     fabric_why: str = ""
     """Why the fabric was chosen, in words; empty for a relayed one."""
+    ends: tuple[ChildName, ChildName] | None = None
+    """Source and destination region of its first segments, as it was asked for here; None where that is not known."""

@@ -41,6 +41,7 @@ from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
 from peermem.telemetry.faults import FaultMetrics
+from peermem.telemetry.history import History
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
 
@@ -139,6 +140,7 @@ class Metrics:
         self._registry.register(self._state)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
+        self.history = History(self._bytes, self._duration)
         self._declare_storage()
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
