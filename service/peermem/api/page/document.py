@@ -28,7 +28,7 @@ from peermem.offload import in_thread
 from peermem.telemetry.history import STEP, History
 
 REGIONS, TRANSFERS, NODES, LINKS = 200, 50, 200, 200
-ENDED = 12
+ENDED = 8
 """Transfers that have ended, the last ones."""
 _LABELS, _TEXT = 8, 120
 """Labels of a region, and characters of what a caller chose, that are shown."""

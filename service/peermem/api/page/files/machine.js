@@ -9,37 +9,46 @@ import { bdi, fill, h, s } from "./dom.js";
 import { bits, rate, shortPath, time } from "./words.js";
 
 const ROW = 40;
-const HEAD = 56;
-const STEP = 78; // from one depth of the tree to the next
-const BOX = 62;
-const END = 132;
-const CELL = 82;
+const BOX = 58;
+const DOT = 10; // a switch's downstream port
+const GAP = 14; // from one depth of the tree to the next
+const END = 136;
+const CELL = 72;
 const KINDS = {
-  good: ["✓", "works"],
-  fair: ["◐", "works, by a copy of the CPU or the device"],
   bad: ["✕", "fails"],
+  fair: ["◐", "works, by copies"],
+  good: ["✓", "works"],
   off: ["?", "not tried"],
+  down: ["–", "its NIC does not work"],
 };
 const VENDORS = { "10de": "NVIDIA", "1002": "AMD", "15b3": "NVIDIA networking", "8086": "Intel", "144d": "Samsung" };
 
 const drawing = document.getElementById("drawing");
 let chosen = null;
+let top = 0; // where the rows begin: below the heads of the NICs
 let last = null;
 
 export function showMachine(facts) {
   last = facts;
   const { devices, nics, pairs } = facts;
-  const crossings = gather(pairs);
+  const crossings = gather(pairs, new Set(nics.listed.filter((nic) => nic.error).map((nic) => nic.name)));
   if (!crossings.has(chosen)) chosen = worst(crossings);
   const counts = Object.keys(KINDS).map((kind) => [...crossings.values()].filter((each) => each.kind === kind).length);
   document.getElementById("machine-count").textContent = crossings.size ? `${crossings.size} pairs` : "";
   fill(drawing, devices.listed.length + nics.listed.length ? draw(facts, crossings) : h("p", { class: "empty" }, "There is nothing to draw: no device and no NIC."));
   fill(document.getElementById("inspector"), inspector(crossings.get(chosen), facts));
-  fill(document.getElementById("key"), crossings.size ? Object.entries(KINDS).map(([kind, [glyph, words]], index) => h("span", { class: kind }, h("b", {}, glyph), ` ${words} (${counts[index]})`)) : []);
+  fill(document.getElementById("key"), crossings.size ? key(counts) : []);
 }
 
+function key(counts) {
+  const kinds = Object.entries(KINDS).map(([kind, [glyph, words]], index) => h("span", { class: kind }, h("b", {}, glyph), ` ${words} (${counts[index]})`));
+  return [...kinds, h("span", { class: "fair" }, h("b", {}, "▲"), " ACS sends what passes there up to the root complex")];
+}
+
+const kindOf = (verdict, isDown) => (isDown ? "down" : { works: verdict.path === "STAGED" ? "fair" : "good", fails: "bad", untried: "off" }[verdict.state]);
+
 // Crossings by device and NIC: all verdicts on it, and the one that counts: the first that works, else the first.
-function gather(pairs) {
+function gather(pairs, down) {
   const crossings = new Map();
   for (const pair of pairs) {
     const id = `${pair.device}|${pair.nic}`;
@@ -49,14 +58,14 @@ function gather(pairs) {
   }
   for (const each of crossings.values()) {
     each.best = each.verdicts.find((verdict) => verdict.state === "works") ?? each.verdicts[0];
-    each.kind = { works: each.best.path === "STAGED" ? "fair" : "good", fails: "bad", untried: "off" }[each.best.state];
+    each.kind = kindOf(each.best, down.has(each.nic));
   }
   return crossings;
 }
 
 function worst(crossings) {
   const every = [...crossings.values()];
-  for (const kind of ["bad", "fair", "good", "off"]) {
+  for (const kind of Object.keys(KINDS)) {
     const found = every.find((each) => each.kind === kind);
     if (found) return found.id;
   }
@@ -77,7 +86,8 @@ function plant({ pci, devices, nics }) {
     }
     let at = grow(roots, own.host_bridge, { kind: "root", label: own.host_bridge, numa: own.numa });
     [...own.bridges].reverse().forEach((address, depth) => {
-      at = grow(at.children, address, { kind: depth === 0 ? "root port" : "switch", label: address, redirects: functions.get(address)?.redirects });
+      const kind = depth === 0 ? "root port" : depth % 2 ? "switch" : "port";
+      at = grow(at.children, address, { kind, label: address, redirects: functions.get(address)?.redirects });
     });
     at.ends.push({ ...end, function: own });
   };
@@ -104,17 +114,18 @@ function lay(roots) {
 
 const short = (address) => address.replace(/^0000:/, "");
 const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-const y = (row) => HEAD + row * ROW + ROW / 2;
+const y = (row) => top + row * ROW + ROW / 2;
 
 function draw(facts, crossings) {
   const roots = plant(facts);
   const { ends, deepest } = lay(roots);
   const nics = ends.filter((end) => end.end === "nic");
-  const left = (depth) => 4 + depth * STEP;
-  const endsAt = left(deepest + 1);
-  const cellsAt = endsAt + END + 18;
+  top = nics.length ? 56 : 8;
+  const left = (depth) => 11 + Array.from({ length: depth }, (_, above) => broad(above) + GAP).reduce((sum, each) => sum + each, 0);
+  const endsAt = left(deepest + 1) + 4;
+  const cellsAt = endsAt + END + 12;
   const width = cellsAt + Math.max(nics.length * CELL, 12) + 4;
-  const height = HEAD + ends.length * ROW + 6;
+  const height = top + ends.length * ROW + 6;
   const column = (nic) => cellsAt + nics.findIndex((each) => each.name === nic) * CELL + CELL / 2;
   const strong = way(crossings.get(chosen), ends);
   const parts = { lines: [], boxes: [] };
@@ -122,16 +133,18 @@ function draw(facts, crossings) {
     parts.boxes.push(box(node, left(node.depth), strong.has(node)));
     for (const below of [...node.children.values(), ...node.ends]) {
       const x = below.end ? endsAt : left(below.depth);
-      parts.lines.push(elbow(left(node.depth) + BOX, y(node.row), x, y(below.row), strong.has(below)));
+      parts.lines.push(elbow(left(node.depth) + broad(node.depth), y(node.row), x, y(below.row), strong.has(below)));
       if (!below.end) visit(below);
     }
   };
   roots.forEach(visit);
+  const crossed = roots.filter((root) => strong.has(root));
+  if (crossed.length === 2) parts.lines.push(s("path", { class: "edge on beyond", d: `M11 ${y(crossed[0].row)}H4V${y(crossed[1].row)}H11` }, s("title", {}, "between root complexes")));
   const size = { width, height, viewBox: `0 0 ${width} ${height}` };
   return s(
     "svg",
     { class: "tree", role: "group", "aria-label": `PCI tree with ${ends.length} ends and the verdicts of ${crossings.size} pairs`, ...size },
-    s("g", { key: "bands" }, ends.filter((end) => end.end === "device").map((end) => s("rect", { key: end.name, class: "band", x: endsAt, y: y(end.row) - ROW / 2 + 2, width: width - endsAt, height: ROW - 4, rx: 4 }))),
+    s("g", { key: "bands" }, ends.filter((end) => nics.length && end.end === "device").map((end) => s("rect", { key: end.name, class: "band", x: endsAt, y: y(end.row) - ROW / 2 + 2, width: width - endsAt, height: ROW - 4, rx: 4 }))),
     s("g", { key: "lines" }, sorted(parts.lines)),
     s("g", { key: "wires" }, wires(ends, nics, crossings.get(chosen), column, endsAt)),
     s("g", { key: "boxes" }, parts.boxes),
@@ -167,8 +180,12 @@ function elbow(x1, y1, x2, y2, on) {
   return s("path", { class: on ? "edge on" : "edge", d });
 }
 
+// How broad what stands at a depth is: below a root port switches and their downstream ports take turns.
+const broad = (depth) => (depth >= 3 && depth % 2 ? DOT : BOX);
+
 function box(node, x, on) {
   const at = y(node.row);
+  if (node.kind === "port") return port(node, x + DOT / 2, at, on);
   const root = node.kind === "root" || node.kind === "memory";
   const acs = node.redirects === true ? "ACS redirects" : node.redirects === null ? "ACS unknown" : "";
   const words = node.kind === "root" ? `NUMA ${node.numa < 0 ? "?" : node.numa}` : node.kind === "memory" ? "" : node.kind;
@@ -180,7 +197,17 @@ function box(node, x, on) {
     s("rect", { x, y: at - 15, width: BOX, height: 30, rx: root ? 2 : 5 }),
     s("text", { x: x + BOX / 2, y: at - 2, class: node.kind === "memory" ? "" : "mono" }, text[0]),
     s("text", { x: x + BOX / 2, y: at + 10, class: node.kind === "memory" ? "" : "small" }, text[1]),
-    node.redirects === true ? s("text", { x: x + BOX / 2, y: at + 24, class: "acs" }, "ACS up") : null,
+    node.redirects === true ? s("text", { x: x + BOX, y: at - 11, class: "acs" }, "▲") : null,
+  );
+}
+
+function port(node, x, at, on) {
+  const words = ["switch port", node.redirects === true ? "ACS redirects" : node.redirects === null ? "ACS unknown" : ""];
+  return s(
+    "g",
+    { key: node.id, class: `box port ${node.redirects === true ? "up" : ""} ${on ? "on" : ""}` },
+    s("title", {}, [node.label, ...words].filter(Boolean).join(", ")),
+    s("path", { d: node.redirects === true ? `M${x - 6} ${at + 5}L${x} ${at - 6}L${x + 6} ${at + 5}Z` : `M${x - 4} ${at - 4}h8v8h-8Z` }),
   );
 }
 
@@ -196,8 +223,8 @@ function tip(end, x, on) {
     s("title", {}, title),
     s("rect", { x, y: at - 16, width: END, height: 32, rx: end.end === "nic" ? 16 : 3 }),
     end.end === "device" ? s("rect", { class: "mark", x, y: at - 16, width: 5, height: 32 }) : s("circle", { class: "mark", cx: x + 13, cy: at, r: 4 }),
-    s("text", { x: x + (end.end === "nic" ? 24 : 13), y: at - 2, class: "name" }, cut(end.name, 17)),
-    s("text", { x: x + (end.end === "nic" ? 24 : 13), y: at + 11, class: "small mono" }, cut(what, 18)),
+    s("text", { x: x + (end.end === "nic" ? 24 : 13), y: at - 2, class: "name" }, cut(end.name, 15)),
+    s("text", { x: x + (end.end === "nic" ? 24 : 13), y: at + 11, class: "small mono" }, cut(what, 17)),
   );
 }
 
@@ -208,7 +235,7 @@ function head(nic, x) {
     { key: nic.name, class: `head ${down ? "down" : ""}` },
     s("title", {}, nic.error ? `${nic.name}: ${nic.error.message}` : nic.name),
     s("text", { x, y: 20, class: "name" }, cut(nic.name, 12)),
-    s("text", { x, y: 34, class: "small" }, down ? `✕ ${nic.error ? cut(nic.error.reason.toLowerCase().replaceAll("_", " "), 14) : nic.state}` : bits(nic.rate) || nic.link_layer),
+    s("text", { x, y: 34, class: "small" }, down ? `✕ ${nic.error ? cut(nic.error.reason.toLowerCase().replaceAll("_", " "), 10) : nic.state}` : bits(nic.rate) || nic.link_layer),
   );
 }
 
@@ -223,7 +250,7 @@ function wires(ends, nics, crossing, column, endsAt) {
     return s(
       "g",
       { key: nic.name },
-      s("path", { class: "wire", d: `M${endsAt + END} ${own}H${x}M${x} ${HEAD - 12}V${Math.max(own, ...rows)}` }),
+      s("path", { class: "wire", d: `M${endsAt + END} ${own}H${x}M${x} ${top - 12}V${Math.max(own, ...rows)}` }),
       on ? s("path", { class: "wire on", d: `M${endsAt + END} ${own}H${x}V${device}H${endsAt + END}` }) : null,
       s("circle", { class: on ? "joint on" : "joint", cx: x, cy: own, r: 3 }),
     );
@@ -234,7 +261,7 @@ function cell(crossing, x, at) {
   if (!crossing) return null;
   const { best, kind, id } = crossing;
   const [glyph, words] = KINDS[kind];
-  const figure = best.state === "works" ? rate(best.write) : best.state === "fails" ? cut(best.reason.toLowerCase().replaceAll("_", " "), 13) : "not tried";
+  const figure = kind === "down" ? "NIC down" : best.state === "works" ? rate(best.write) : best.state === "fails" ? cut(best.reason.toLowerCase().replaceAll("_", " "), 12) : "not tried";
   const label = `${crossing.device} with ${crossing.nic}: ${words}${best.state === "works" ? `, by ${best.path}, writes ${rate(best.write)}, reads ${rate(best.read)}` : best.message ? `, ${best.message}` : ""}`;
   const on = id === chosen;
   return s(
@@ -255,7 +282,7 @@ function inspector(crossing, { node }) {
   return [
     h("h3", {}, bdi(crossing.device), " and ", bdi(crossing.nic)),
     crossing.verdicts.map((verdict) => {
-      const kind = { works: verdict.path === "STAGED" ? "fair" : "good", fails: "bad", untried: "off" }[verdict.state];
+      const kind = kindOf(verdict, false);
       return h(
         "div",
         { class: "verdict", key: verdict.path },

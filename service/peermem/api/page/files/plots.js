@@ -59,9 +59,8 @@ function show(plot, history, now) {
 function legend(plot, mine) {
   const index = mine.chart.cursor.idx ?? mine.data[0].length - 1;
   const hovered = mine.chart.cursor.idx !== null && mine.chart.cursor.idx !== undefined;
-  const when = hovered ? clock(mine.data[0][index]) : "now";
   const item = (name, number) => h("span", { key: name, class: `item line-${number}` }, h("i", { "aria-hidden": "true" }), `${name} `, h("b", {}, plot.words(mine.data[number + 1][index])));
-  fill(document.getElementById(`${plot.id}-legend`), plot.names.map(item), h("span", { key: "when", class: "when" }, when));
+  fill(document.getElementById(`${plot.id}-legend`), plot.names.map(item), hovered ? h("span", { key: "when" }, clock(mine.data[0][index])) : null);
 }
 
 function make(plot) {
@@ -101,7 +100,7 @@ function chart(plot, mine) {
       scales: { x: { range: () => [mine.now - mine.span, mine.now] }, y: plot.log ? { distr: 3, range: decades } : { range: highest } },
       axes: [
         { ...axis, size: 24, space: 70, values: (_, splits) => splits.map(short) },
-        { ...axis, size: 66, space: 34, incrs: plot.incrs, values: (_, splits) => splits.map((value) => (value === null ? "" : plot.words(value))) },
+        { ...axis, size: 66, space: 34, incrs: plot.incrs, splits: plot.log ? powers : undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : plot.words(value))) },
       ],
       series: [{}, ...series],
       hooks: { setCursor: [() => mine.chart && legend(plot, mine)] },
@@ -112,6 +111,11 @@ function chart(plot, mine) {
 }
 
 const short = (unix) => new Date(unix * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
+
+const powers = (_, __, least, most) => {
+  const first = Math.round(Math.log10(least));
+  return Array.from({ length: Math.round(Math.log10(most)) - first + 1 }, (_, power) => 10 ** (first + power));
+};
 
 // Whole decades around what there is; some where there is nothing.
 function decades(_, least, most) {

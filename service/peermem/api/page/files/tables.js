@@ -54,7 +54,7 @@ function table(name, heads, rows) {
   const cells = (row) => row.cells.map((cell, index) => h("td", { class: heads[index][1], "data-head": heads[index][0] }, cell));
   return h(
     "div",
-    { class: "scroll", key: "table", tabindex: "0", role: "region", "aria-label": name },
+    { class: rows.length > 16 ? "scroll tall" : "scroll", key: "table", tabindex: "0", role: "region", "aria-label": name },
     h(
       "table",
       { class: "cards" },
@@ -76,7 +76,7 @@ export function showTransfers({ at: now, node, transfers, files }, before) {
     key: each.name,
     cells: [
       [bdi(route(each, node), { class: "strong" }), sub(each.name, each.segments > 1 ? `, ${each.segments} segments` : "")],
-      [progress(each, each.state.toLowerCase()), sub(`${size(each.done)} of ${size(each.total)}`)],
+      [progress(each), sub(`${each.state === "RUNNING" ? "" : `${each.state.toLowerCase()}, `}${size(each.done)} of ${size(each.total)}`)],
       speed.has(each.name) ? rate(speed.get(each.name)) : "–",
       [way(each), sub(each.direction)],
       [bdi(each.owner), sub(age(now - each.created_at))],
@@ -84,12 +84,12 @@ export function showTransfers({ at: now, node, transfers, files }, before) {
   }));
   const moves = files.map((each) => ({
     key: `${each.order} ${each.region} ${each.file}`,
-    cells: [[bdi(`${each.order} ${each.region}`, { class: "strong" }), sub(bdi(each.file))], [progress(each, "running"), sub(`${size(each.done)} of ${size(each.total)}`)], "–", each.way ?? "–", bdi(each.owner)],
+    cells: [[bdi(`${each.order} ${each.region}`, { class: "strong" }), sub(bdi(each.file))], [progress(each), sub(`${size(each.done)} of ${size(each.total)}`)], "–", each.way ?? "–", bdi(each.owner)],
   }));
   const heads = [["From and to"], ["Progress", "bar"], ["Rate", "number"], ["Way"], ["Owner and age"]];
   fill(
     at("transfers"),
-    running.length + moves.length ? table("Running transfers", heads, [...running, ...moves]) : empty("Nothing moves now. ", code(`peermemctl transfer REGION nodes/NODE/regions/REGION`), " has bytes move."),
+    running.length + moves.length ? table("Running transfers", heads, [...running, ...moves]) : empty("Nothing moves now. ", code(`peermemctl transfer REGION nodes/NODE/regions/REGION`), " starts a transfer."),
     more(transfers, "transfer"),
     transfers.ended.length ? h("h3", { key: "h" }, "Ended last") : null,
     transfers.ended.length ? h("ul", { class: "ended", key: "ended" }, transfers.ended.map((each) => ended(each, node))) : null,
@@ -97,11 +97,11 @@ export function showTransfers({ at: now, node, transfers, files }, before) {
 }
 
 const route = (each, node) => `${place(each.source, node.name)} → ${place(each.destination, node.name)}`;
-const way = (each) => [each.fabric ?? "–", each.path ? ` ${shortPath(each.path)}` : ""].join("");
+const way = (each) => each.state === "PENDING" ? "–" : [each.fabric ?? "–", each.path ? ` ${shortPath(each.path)}` : ""].join("");
 
-function progress(each, word) {
+function progress(each) {
   const share = each.total ? each.done / each.total : 0;
-  return [h("progress", { max: "1", value: share.toFixed(4), "aria-label": "progress" }), h("span", { class: "percent" }, `${Math.floor(share * 100)} %`), word === "running" ? null : sub(word)];
+  return [h("progress", { max: "1", value: share.toFixed(4), "aria-label": "progress" }), h("span", { class: "percent" }, `${Math.floor(share * 100)} %`)];
 }
 
 function speeds(now, transfers, before) {
@@ -156,7 +156,7 @@ function group(listed) {
 }
 
 function link({ fabric: kind, side, grants, rails_down: down }) {
-  const words = `${kind} ${side === "opened" ? "to" : "from"}`;
+  const words = `${side} ${kind}`;
   const title = `${side} link over ${kind}, ${count(grants, "grant")}${down ? `, ${count(down, "rail")} down` : ""}`;
   return badge(down ? "fair" : "plain", down ? "▲" : side === "opened" ? "→" : "←", `${words}, ${count(grants, "grant")}${down ? `, ${count(down, "rail")} down` : ""}`, title);
 }
@@ -169,10 +169,10 @@ export function showDevices({ devices }) {
       [bdi(each.name, { class: "strong" }), sub(each.kind)],
       shortPath(each.path),
       [h("progress", { max: "1", class: "held", value: (each.size ? 1 - each.available / each.size : 0).toFixed(4), "aria-label": "held" }), sub(`${size(each.size - each.available)} of ${size(each.size)}, ${count(each.regions, "region")}`)],
-      [each.nics.length ? each.nics.join(", ") : "no NIC", h("span", { class: "why", title: each.why }, each.why)],
+      h("span", { class: "why", title: each.why }, each.nics.length ? h("b", {}, each.nics.join(", ")) : each.why),
     ],
   }));
-  const heads = [["Device"], ["Path"], ["Held", "bar"], ["NICs, and why"]];
+  const heads = [["Device"], ["Path"], ["Held", "bar"], ["NICs, or why none"]];
   fill(at("devices"), rows.length ? table("Devices", heads, rows) : empty("No device. Add a ", code("[[device]]"), " to the configuration."), more(devices, "device"));
 }
 

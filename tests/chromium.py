@@ -15,7 +15,9 @@ import base64
 import itertools
 import os
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,7 @@ _OPTIONS = (
     "--disable-sync",
     "--no-proxy-server",
     "--hide-scrollbars",
+    "--disable-lcd-text",
     "--force-color-profile=srgb",
 )
 
@@ -89,6 +92,7 @@ class Tab:
             const ask = () => {{
                 let value = null;
                 try {{ value = ({script}); }} catch {{}}
+                value = Array.isArray(value) || typeof value !== "object" ? value : !!value;
                 if (value || performance.now() > end) done(value); else setTimeout(ask, 20);
             }};
             ask();
@@ -109,7 +113,7 @@ class Tab:
             )
             clip = {"clip": {**box, "scale": 1}, "captureBeyondViewport": True}
         answer = await self.call("Page.captureScreenshot", format="png", **clip)
-        file.write_bytes(base64.b64decode(answer["data"]))
+        file.write_bytes(packed(base64.b64decode(answer["data"])))
 
     async def close(self) -> None:
         """End it."""
@@ -137,6 +141,21 @@ class Tab:
                 self.complaints.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
 
 
+def packed(png: bytes) -> bytes:
+    """Return a PNG whose data are compressed as far as they can be; the browser hurries (PNG, third edition, 5.3)."""
+    kept, data, at = [png[:8]], b"", 8
+    while at < len(png):
+        length, kind = struct.unpack_from(">I4s", png, at)
+        if kind == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        elif kind in (b"IHDR", b"PLTE", b"IEND"):
+            kept.append(png[at : at + 12 + length])
+        at += 12 + length
+    body = b"IDAT" + zlib.compress(zlib.decompress(data), 9)
+    kept.insert(-1, struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)))
+    return b"".join(kept)
+
+
 @asynccontextmanager
 async def browser() -> AsyncIterator[Tab]:
     """Run Chromium with one tab, and end it."""
@@ -151,8 +170,10 @@ async def browser() -> AsyncIterator[Tab]:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
+        draining: asyncio.Future[tuple[bytes, bytes]] | None = None
         try:
             port = await _port(process)
+            draining = asyncio.ensure_future(process.communicate())
             async with aiohttp.ClientSession() as session:
                 async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                     (target, *_) = [each for each in await answer.json() if each["type"] == "page"]
@@ -165,7 +186,7 @@ async def browser() -> AsyncIterator[Tab]:
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.communicate()
+            await (draining or process.communicate())
 
 
 async def _port(process: asyncio.subprocess.Process) -> int:
