@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test chaos soak fuzz lab lab-soak bench check fix protos lock clean
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak bench screenshots check fix protos lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
@@ -53,6 +53,9 @@ fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
+
+screenshots: $(READY) ## Take the pictures of the daemon's page that docs/ holds, of real daemons under load
+	$(BIN)/python -m tests.api.page $(ARGS)
 
 check: $(READY) ## Run every check of the code, all of them even if one fails
 	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated

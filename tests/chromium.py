@@ -61,7 +61,7 @@ class Tab:
         number = next(self._numbers)
         self._waiting[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE + 10):
             return await self._waiting[number]
 
     async def open(self, url: str) -> None:
@@ -113,7 +113,7 @@ class Tab:
             )
             clip = {"clip": {**box, "scale": 1}, "captureBeyondViewport": True}
         answer = await self.call("Page.captureScreenshot", format="png", **clip)
-        file.write_bytes(packed(base64.b64decode(answer["data"])))
+        await asyncio.to_thread(file.write_bytes, packed(base64.b64decode(answer["data"])))
 
     async def close(self) -> None:
         """End it."""
@@ -180,8 +180,6 @@ async def browser() -> AsyncIterator[Tab]:
                 async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                     tab = Tab(socket)
                     yield tab
-                    with suppress(RuntimeError, TimeoutError):
-                        await tab.call("Browser.close")
                     await tab.close()
         finally:
             with suppress(ProcessLookupError):

@@ -21,7 +21,7 @@ import structlog
 from bench.daemons import Daemon, daemons
 
 import peermem
-from tests.api.page.doubled import shown
+from tests.api.page.doubled import GPUS, shown
 from tests.chromium import BINARY, browser
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -68,8 +68,8 @@ def main() -> int:
 
 async def drawing(folder: Path) -> None:
     """The drawing of a server with GPUs, with the verdict that there is most to say of."""
-    async with shown("gpu_server", folder) as it, browser() as tab:
-        await it.prove(*(name for name in it.host.devices if name != "gpu5"))
+    async with shown("gpu_server", folder, (*GPUS[:3], GPUS[-1])) as it, browser() as tab:
+        await it.prove(*(name for name in it.host.devices if name != "gpu3"))
         await tab.look(1600)
         await tab.open(it.url)
         await tab.until("document.querySelectorAll('.cell').length > 50")
@@ -79,12 +79,12 @@ async def drawing(folder: Path) -> None:
 async def pages(daemon: Daemon) -> None:
     """The page under load, light and dark."""
     async with browser() as tab:
-        await tab.look(1480, 1000)
+        await tab.look(1400, 900)
         await tab.open(f"http://{daemon.http}/")
         await asyncio.sleep(LOADED_FOR)
         await tab.until("document.querySelector('#transfers progress') && !document.body.className")
         await tab.picture(DOCS / "page.png")
-        await tab.look(1480, 1000, dark=True)
+        await tab.look(1400, 900, dark=True)
         await asyncio.sleep(2)
         await tab.picture(DOCS / "page-dark.png")
 

@@ -90,6 +90,11 @@ class Shown:
     def url(self) -> str:
         return f"http://{self.server.address}/"
 
+    def refuse_everything(self) -> None:
+        """Have no NIC reach anything from now on."""
+        assert self._nics is not None
+        self._nics.unreachable = set(Path)
+
     async def prove(self, *names: str) -> None:
         """Try these devices with all NICs, as a preflight does."""
         for name in names:
@@ -102,11 +107,11 @@ class Shown:
 
 
 @asynccontextmanager
-async def shown(machine: str, folder: File) -> AsyncIterator[Shown]:
-    """Serve the page of a machine; empty for one without NICs."""
+async def shown(machine: str, folder: File, functions: Sequence[str] = GPUS) -> AsyncIterator[Shown]:
+    """Serve the page of a machine with GPUs on these PCI functions; an empty name is of one without NICs."""
     topology = machines.build(machine, folder).read() if machine else Topology(Machine(), {}, {})
     nics = PlacedNics(topology) if machine else None
-    gpus = [PlacedDevice(f"gpu{at}", 64 * MIB, address, "cuda", Path.DMABUF) for at, address in enumerate(GPUS)]
+    gpus = [PlacedDevice(f"gpu{at}", 64 * MIB, address, "cuda", Path.DMABUF) for at, address in enumerate(functions)]
     nvme = PlacedDevice("p2pmem-0000-4a-00-0", 64 * MIB, NVME, "p2pmem", Path.P2PDMA)
     devices = {device.name: device for device in [*gpus, nvme]} if machine == "gpu_server" else {}
     plain = {"fpga0": StagedDevice("fpga0", 64 * MIB)} if machine == "gpu_server" else {}

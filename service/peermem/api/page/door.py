@@ -16,6 +16,7 @@ import asyncio
 import gzip
 import ipaddress
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -159,11 +160,9 @@ class Page:
 
 
 def _host(header: str) -> str:
-    """Return the host of a Host header, without its port and brackets."""
-    host, colon, port = header.strip().lower().rpartition(":")
-    if not colon or not port.isdecimal() or (host.startswith("[") and not host.endswith("]")):
-        host = header.strip().lower()
-    return host.removeprefix("[").removesuffix("]")
+    """Return the host of a Host header, without its port and brackets; nothing for one that is malformed."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9.-]+))(?::[0-9]*)?", header.strip().lower(), re.ASCII)
+    return (found[1] or found[2]) if found else ""
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:

@@ -8,7 +8,7 @@ import { age, clock } from "./words.js";
 
 const STEP = 1000;
 const PATIENCE = 5000;
-const STALE = 4000; // milliseconds without an answer after which what is shown is called old
+const STALE = 3000; // milliseconds without an answer after which what is shown is called old
 const PARTS = [showHead, showTiles, showPlots, showTransfers, showNodes, showMachine, showDevices, showNics, showRegions];
 
 let shown = null;
@@ -28,7 +28,7 @@ async function refresh() {
     for (const show of PARTS) show(facts, shown);
     shown = facts;
     shownAt = performance.now();
-    document.title = `${facts.node.name} – peermem`;
+    document.title = `${facts.node.name} · peermem`;
   } catch (error) {
     problem = error.name === "TimeoutError" ? "it takes too long" : error.message;
     if (error instanceof TypeError && error.message === "Failed to fetch") problem = "the connection failed";
