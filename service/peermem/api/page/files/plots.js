@@ -99,7 +99,7 @@ function chart(plot, mine) {
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 5 } },
       scales: { x: { range: () => [mine.now - mine.span, mine.now] }, y: plot.log ? { distr: 3, range: decades } : { range: highest } },
       axes: [
-        { ...axis, size: 24, space: 70, values: (_, splits) => splits.map(short) },
+        { ...axis, size: 24, space: 48, values: (_, splits) => splits.map(short) },
         { ...axis, size: 66, space: 34, incrs: plot.incrs, splits: plot.log ? powers : undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : plot.words(value))) },
       ],
       series: [{}, ...series],
