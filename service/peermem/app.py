@@ -50,9 +50,11 @@ from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.directory.base import Directory, NodeEntry
 from peermem.directory.static import StaticDirectory
+from peermem.offload import in_thread
 from peermem.remote.client import GrpcRemotes
 from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
+from peermem.telemetry.tracing import start_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +70,7 @@ class App:
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
+        self._epoch = secrets.token_hex(8)
         self._page = Page(config.http.page, config.http.names)
         self._stack = AsyncExitStack()
 
@@ -94,6 +97,9 @@ class App:
         config = self.config
         self._break_on_purpose(config.failpoints)
         await self._start_http()
+        if config.tracing.endpoint:
+            end = start_tracing(config.tracing.endpoint, config.tracing.sample, config.node, self._epoch)
+            self._stack.push_async_callback(in_thread, end)
         directory = StaticDirectory(config.directory.nodes)
         self._stack.push_async_callback(directory.close)
         parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id))
@@ -163,11 +169,10 @@ class App:
             link_idle=config.transfer.link_idle,
             retry_for=config.transfer.retry_for,
         )
-        epoch = secrets.token_hex(8)
-        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
+        remotes = GrpcRemotes(config.node, self._epoch, lambda node: _address(directory, node), trust.credentials)
         return Broker(
             settings,
-            epoch,
+            self._epoch,
             parts.devices,
             parts.fabrics,
             remotes,

@@ -39,12 +39,14 @@ from peermem.config_values import (
     AckTimeout,
     AdoptSize,
     BlockSize,
+    CollectorUrl,
     Failpoint,
     FilePath,
     HostName,
     Keep,
     MessageSize,
     NicName,
+    Share,
     Wait,
 )
 from peermem.config_values import Address as Address
@@ -226,6 +228,15 @@ class Directory(Struct, frozen=True, forbid_unknown_fields=True):
     """gRPC address of each node by its short name; this node may be among them."""
 
 
+class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
+    """Spans of what the daemon does."""
+
+    endpoint: CollectorUrl | None = None
+    """None: none are made."""
+    sample: Share = Share(0.01)
+    """Share of the traces that begin here which are kept; of those that a caller began it decided."""
+
+
 class Shutdown(Struct, frozen=True, forbid_unknown_fields=True):
     """The end of the daemon."""
 
@@ -278,6 +289,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     audit: Audit = Audit()
     devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
+    tracing: Tracing = Tracing()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
 

@@ -162,7 +162,9 @@ def transfer_request_from_proto(
     timeout = None
     if message.HasField("timeout"):
         timeout = duration_from_proto(message.timeout, "timeout", 0.001, 7 * 86400.0)
-    return core_transfer.TransferRequest(lists, timeout, message.checksum, fabric_from_proto(message.fabric))
+    return core_transfer.TransferRequest(
+        lists, timeout, message.checksum, fabric_from_proto(message.fabric), message.traceparent
+    )
 
 
 def transfer_request_to_proto(
@@ -174,6 +176,7 @@ def transfer_request_to_proto(
         segments=[_list_to_proto(entry) for entry in request.lists],
         checksum=request.checksum,
         fabric=FABRICS[request.fabric] if request.fabric else transfer_pb2.FABRIC_UNSPECIFIED,
+        traceparent=request.traceparent,
     )
     if request.timeout is not None:
         message.timeout.CopyFrom(duration_to_proto(request.timeout))

@@ -174,5 +174,5 @@ class _Exchange:
         node = serving.node_of(asked.link_id, asked.epoch)
         spoken = spoken_subject(asked.subject, "subject")
         subject = await self._exchanges.vouching.confirmed(node, spoken, region, right)
-        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged)
+        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged, asked.traceparent)
         return await serving.acquire(asked.link_id, asked.epoch, wanted)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 
-from peermem.api.calls import Context
+from peermem.api.calls import Context, traceparent_of
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.api.regions import page_size
@@ -56,6 +56,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """See the contract."""
         wait = duration_from_proto(request.wait, "wait", 0.0, _MAX_WAIT) if request.HasField("wait") else 0.0
         subject = await self._identity.subject(context)
+        request.traceparent = request.traceparent or traceparent_of(context)
         transfer = await self.start(subject, request, relayed=self._identity.relayed(context))
         if wait and not transfer.ended.is_set():
             await _ended_within(transfer, wait)
@@ -121,7 +122,8 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         wanted = transfer_request_from_proto(request, self._max_segments)
         if not request.request_id:
             return await self._broker.create_transfer(subject, wanted, relayed=relayed)
-        request.ClearField("wait")  # how long the caller waits is not part of what is asked for
+        request.ClearField("wait")  # how long the caller waits, and what for, is not part of what is asked for
+        request.ClearField("traceparent")
         content = request.SerializeToString(deterministic=True)
         return await self._created.run(
             subject, request.request_id, content, lambda: self._broker.create_transfer(subject, wanted, relayed=relayed)

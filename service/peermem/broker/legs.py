@@ -23,6 +23,7 @@ import structlog
 from peermem.broker.arrival import Arrival
 from peermem.broker.causes import cause_of
 from peermem.broker.holdings import Holdings
+from peermem.broker.leg_trace import LegTrace
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
@@ -43,6 +44,7 @@ from peermem.core.failpoints import hit
 from peermem.core.grant import Wanted
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.policy import Action
+from peermem.core.spans import Span
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
@@ -60,6 +62,7 @@ class LegHost(Protocol):
 
     share: Share
     machine: TransferMachine
+    span: Span
     clock: Callable[[], float]
 
     moved: Callable[[LegRun, int], None]
@@ -107,6 +110,7 @@ class LegRun:
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+        self._trace = LegTrace(host.span, leg)
 
     @property
     def use(self) -> tuple[Action, Region]:
@@ -163,13 +167,13 @@ class LegRun:
     async def acquire(self) -> None:
         """See SuppliedLeg."""
         link = self.link
-        held = await link.grant(self._wanted)
+        held = await self._trace.grant(link, self._wanted)
         try:
             is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
             if is_staged_there and held.slots is None:
                 link.release(held)
                 self._wanted = self._wanted._replace(staged=True)
-                held = await link.grant(self._wanted)
+                held = await self._trace.grant(link, self._wanted)
             self._adopt(held, await self._region.reach.staging.open() if is_staged_here else None)
         except BaseException:
             link.release(held)
@@ -192,6 +196,9 @@ class LegRun:
 
     def next_request(self, wr_id: int) -> WorkRequest | None:
         """See Worker."""
+        return self._trace.posted(self._next_request(wr_id))
+
+    def _next_request(self, wr_id: int) -> WorkRequest | None:
         if self._host.machine.error is not None:
             self.give_up()
             self._host.check_drained()
@@ -227,6 +234,7 @@ class LegRun:
 
     def completed(self, request: WorkRequest, status: Status) -> None:
         """See Worker."""
+        self._trace.completed(request, status)
         if self._stager is not None:
             self._stager.completed(request, status)
         else:
@@ -348,6 +356,7 @@ class LegRun:
     def release(self) -> None:
         """Give the grants back: the transfer has ended."""
         self.holdings.give_back()
+        self._trace.end(self.fabric, self.path, self._host.machine.error)
 
     @property
     def needs_flush(self) -> bool:

@@ -23,6 +23,7 @@ from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
 from peermem.broker.slots import StagingBuffer, spoil
+from peermem.core import spans
 from peermem.core.errors import (
     AccessDenied,
     FabricUnavailable,
@@ -41,6 +42,7 @@ from peermem.core.names import ChildName
 from peermem.core.policy import Action
 from peermem.core.region import State
 from peermem.core.segments import check_count
+from peermem.core.spans import Span
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
@@ -60,6 +62,7 @@ class _Grant:
     link_id: bytes = field(repr=False)
     key: RemoteKey = field(repr=False)
     fabric: Fabric
+    span: Span
     staging: StagingBuffer | None = None
     timer: asyncio.TimerHandle | None = None
     ended: bool = False
@@ -211,6 +214,14 @@ class Serving:
 
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, wanted: Wanted) -> _Grant:
         staging = None
+        span = spans.join(
+            "grant",
+            wanted.traceparent,
+            region=str(wanted.region),
+            right=_ACTIONS[wanted.right].value,
+            length=wanted.length,
+            fabric=fabric.kind.value,
+        )
         if wanted.staged or region.reach.stages(fabric.kind):
             staging = await StagingBuffer.open([fabric], region.reach.way.nics, wanted.length)
         try:
@@ -218,11 +229,12 @@ class Serving:
                 key = await fabric.grant(link_id, region.memory, wanted.offset, wanted.length, wanted.right, self._ttl)
             else:
                 key = await fabric.grant(link_id, staging.memory, 0, staging.memory.length, wanted.right, self._ttl)
-        except BaseException:
+        except BaseException as error:
+            span.end(error)
             if staging is not None:
                 await staging.close()
             raise
-        return _Grant(secrets.randbits(63) | 1, region, wanted, link_id, key, fabric, staging)
+        return _Grant(secrets.randbits(63) | 1, region, wanted, link_id, key, fabric, span, staging)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
@@ -339,6 +351,7 @@ class Serving:
             await asyncio.wait(list(grant.copies))
         if grant.staging is not None:
             await grant.staging.close()
+        grant.span.end()
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:

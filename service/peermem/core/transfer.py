@@ -137,6 +137,8 @@ class TransferRequest:
     checksum: bool = False
     fabric: FabricKind | None = None
     """Insist on this fabric; None lets the daemon choose."""
+    traceparent: str = ""
+    """Of the work that it is a part of, if that is traced."""
 
     @property
     def total(self) -> int:
@@ -185,3 +187,5 @@ class TransferFacts:
     """Why the fabric was chosen, in words; empty for a relayed one."""
     ends: tuple[ChildName, ChildName] | None = None
     """Source and destination region of its first segments, as it was asked for here; None where that is not known."""
+    trace_id: str = ""
+    """Of the trace that it is kept in; empty for none."""

@@ -148,6 +148,7 @@ class GrpcRemoteNode:
             offset=wanted.offset,
             length=wanted.length,
             staged=wanted.staged,
+            traceparent=wanted.traceparent,
         )
         grant = await self._ask(lambda exchange: exchange.acquire(question, _DEADLINE))
         with self._faults():

@@ -247,15 +247,16 @@ class Metrics:
         path: Path | None,
         size: int,
         seconds: float,
+        trace_id: str = "",
     ) -> None:
-        """A transfer of `size` bytes ended. `reason` is that of its error.
+        """A transfer of `size` bytes ended. `reason` is that of its error, `trace_id` of the trace that has it.
 
         `fabric` and `path` are those of the first leg; None for a relayed transfer and for one that ended before
         they were chosen.
         """
         word, way = OUTCOMES[outcome], (direction.value, _label(fabric))
         self._transfers.labels(word, *way, _label(path)).inc()
-        self._duration.labels(word, *way).observe(seconds)
+        self._duration.labels(word, *way).observe(seconds, {"trace_id": trace_id} if trace_id else None)
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
             self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
