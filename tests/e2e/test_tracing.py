@@ -34,7 +34,7 @@ with (
     trace.get_tracer("job").start_as_current_span("step"),
 ):
     try:
-        node.transfer(owner.get_region(source), destination).wait()
+        node.transfer(owner.region(source), destination).wait()
     except peermem.PeermemError as error:
         print(error.reason)
 provider.shutdown()

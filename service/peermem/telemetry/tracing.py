@@ -9,13 +9,14 @@ Rules of this file:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from peermem.core.spans import keep_with
 from peermem.core.version import VERSION
 
-_PATIENCE = 2000
-"""Milliseconds that the end of a daemon waits for the last spans to be taken."""
+_PATIENCE = 2.0
+"""Seconds that the end of a daemon waits for the last spans to be taken."""
 
 
 def start_tracing(endpoint: str, share: float, node: str, epoch: str) -> Callable[[], None]:
@@ -47,7 +48,10 @@ def start_tracing(endpoint: str, share: float, node: str, epoch: str) -> Callabl
 
     def end() -> None:
         keep_with(None)
-        provider.force_flush(_PATIENCE)
-        provider.shutdown()
+        closing = threading.Thread(target=provider.shutdown, name="tracing-end", daemon=True)  # which has no limit
+        closing.start()
+        closing.join(_PATIENCE)
+        exporter.shutdown()
+        closing.join(_PATIENCE)
 
     return end
