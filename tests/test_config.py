@@ -178,7 +178,10 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("tcp.address = ''", f"tcp.address is '': expected {LISTEN}"),
         ("tcp.address = 5", f"tcp.address is 5: expected {LISTEN}"),
         ("http.address = '127.0.0.1'", f"http.address is '127.0.0.1': expected {LISTEN}, or empty for none"),
-        ("tracing.endpoint = 'collector'", f"tracing.endpoint is 'collector': expected {CollectorUrl.expected}, or empty for none"),
+        (
+            "tracing.endpoint = 'collector'",
+            f"tracing.endpoint is 'collector': expected {CollectorUrl.expected}, or empty for none",
+        ),
         ("tracing.sample = 1.5", "tracing.sample is 1.5: expected a number from 0.0 to 1.0"),
         ("tracing.sample = true", "tracing.sample is True: expected a number from 0.0 to 1.0"),
         ("http.page = 'on'", "http.page is 'on': expected one of \"loopback\", \"everyone\", \"off\""),

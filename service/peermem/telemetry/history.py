@@ -4,6 +4,7 @@ Rules of this file:
 
 * It reads the metrics' own counters and keeps nothing else, so that the page and Prometheus never disagree.
 * It costs the same however long the daemon runs and however much it does: `KEPT` points, one each `STEP` seconds.
+* Of a second in which no transfer ended the times are not looked at: that is most of the cost.
 * A quantile is what Prometheus' histogram_quantile would say of that second, but between a bucket's bounds by their
   ratio, because the buckets grow so.
 """
@@ -55,10 +56,11 @@ class _Totals:
 class History:
     """The last `KEPT` points."""
 
-    def __init__(self, moved: Counter, durations: Histogram) -> None:
-        """`moved` counts bytes, with a label `fabric`; `durations` has the times of transfers, with a label
-        `outcome`."""
+    def __init__(self, moved: Counter, ended: Counter, durations: Histogram) -> None:
+        """`moved` counts bytes, with a label `fabric`; `ended` counts transfers and `durations` has their times, both
+        with a label `outcome`."""
         self._moved = moved
+        self._ended = ended
         self._durations = durations
         self._points: deque[Point] = deque(maxlen=KEPT)
         self._before = _Totals()
@@ -95,14 +97,15 @@ class History:
 
     def _totals(self) -> _Totals:
         totals = _Totals()
-        for sample in _samples(self._moved):
-            if sample.name.endswith("_total"):
-                _add(totals.moved, sample.labels["fabric"], sample.value)
+        for counter, label, into in ((self._moved, "fabric", totals.moved), (self._ended, "outcome", totals.ended)):
+            for sample in _samples(counter):
+                if sample.name.endswith("_total"):
+                    _add(into, sample.labels[label], sample.value)
+        if totals.ended == self._before.ended:
+            totals.buckets = self._before.buckets
+            return totals
         for sample in _samples(self._durations):
-            outcome = sample.labels["outcome"]
-            if sample.name.endswith("_count"):
-                _add(totals.ended, outcome, sample.value)
-            elif sample.name.endswith("_bucket") and outcome == _SUCCEEDED:
+            if sample.name.endswith("_bucket") and sample.labels["outcome"] == _SUCCEEDED:
                 _add(totals.buckets, float(sample.labels["le"]), sample.value)
         return totals
 

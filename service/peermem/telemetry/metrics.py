@@ -140,7 +140,7 @@ class Metrics:
         self._registry.register(self._state)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
-        self.history = History(self._bytes, self._duration)
+        self.history = History(self._bytes, self._transfers, self._duration)
         self._declare_storage()
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path as File
 
 import pytest
+import pytest_asyncio
 from bench.daemons import Daemon, daemons
 
 import peermem
@@ -15,7 +16,10 @@ from tests.broker.support import region
 from tests.chromium import BINARY, Tab, browser
 from tests.policies import rule, tenant
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="Chromium is missing: install the package chromium")
+pytestmark = [
+    pytest.mark.skipif(BINARY is None, reason="Chromium is missing: install the package chromium"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 SLOW = rule("all", "anyone anyone@*", "read write manage create") + tenant(
     "slow", "anyone", "bytes_per_second = '8MiB'"
@@ -33,10 +37,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Daemon]
         yield nodes
 
 
-@pytest.fixture
-async def tab() -> AsyncIterator[Tab]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Tab]:
     async with browser() as tab:
         yield tab
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def tab(chromium: Tab) -> Tab:
+    """The browser's tab, in which nothing is shown and nothing has gone wrong yet."""
+    await chromium.open("about:blank")
+    await chromium.until("location.href === 'about:blank'")
+    chromium.complaints.clear()
+    return chromium
 
 
 async def shows(tab: Tab, text: str, where: str = "main") -> None:
@@ -119,6 +132,24 @@ async def test_it_fits_a_narrow_window_and_knows_the_dark(tmp_path: File, tab: T
         assert await tab.run(back) != light
         await tab.until("document.querySelectorAll('.uplot').length === 3")
         assert tab.complaints == []
+
+
+async def test_nothing_else_runs_in_it(tmp_path: File, tab: Tab) -> None:
+    async with shown("", tmp_path) as it:
+        await tab.look(1400)
+        await tab.open(it.url)
+        await shows(tab, "No region yet.", "#regions")
+        with pytest.raises(RuntimeError, match="TrustedHTML"):
+            await tab.run("document.querySelector('#regions').innerHTML = '<b>x</b>'")
+        assert tab.complaints != []
+        for word, script in (
+            ("style", "Object.assign(document.createElement('style'), {textContent: '* {color: red}'})"),
+            ("connect", "fetch('http://127.0.0.2:1/').catch(() => '')"),
+            ("image", "Object.assign(new Image(), {src: 'http://127.0.0.2:1/x.png'})"),
+        ):
+            tab.complaints.clear()
+            await tab.run(f"document.body.append({script}); new Promise((done) => setTimeout(done, 50))")
+            assert any("Content Security Policy" in each and word in each for each in tab.complaints), word
 
 
 async def test_a_daemon_that_is_gone_is_told(tmp_path: File, tab: Tab) -> None:

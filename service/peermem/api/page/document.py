@@ -9,6 +9,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -55,21 +56,26 @@ class Document:
         self._health = health
 
     async def __call__(self) -> Mapping[str, Any]:
-        """Return it as of now."""
-        broker = self._broker
+        """Return it as of now; the loop has turns between its parts."""
+        made: Json = {"at": time.time()}
+        for name, part in self._parts().items():
+            made[name] = part()
+            await asyncio.sleep(0)
         topology = await in_thread(self._topology)
-        devices = await self._preflight.reach(broker.device_facts())
+        devices = await self._preflight.reach(self._broker.device_facts())
         verdicts = await self._preflight.known(topology)
+        errors = {nic: self._preflight.nic_error(nic) for nic in topology.nics}
+        return made | await in_thread(lambda: machine(devices, topology, verdicts, errors))
+
+    def _parts(self) -> Mapping[str, Callable[[], Any]]:
         return {
-            "at": time.time(),
-            "node": self._node(),
-            **machine(devices, topology, verdicts, self._preflight.nic_error),
-            "regions": self._regions(),
-            "transfers": self._transfers(),
-            "files": [_file(run) for run in broker.storage.running()],
-            "nodes": self._nodes(),
-            "links": self._links(),
-            "history": _history(self._history),
+            "node": self._node,
+            "regions": self._regions,
+            "transfers": self._transfers,
+            "files": lambda: [_file(run) for run in self._broker.storage.running()],
+            "nodes": self._nodes,
+            "links": self._links,
+            "history": lambda: _history(self._history),
         }
 
     def _node(self) -> Json:

@@ -8,7 +8,7 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from peermem.core.errors import PeermemError
@@ -26,9 +26,10 @@ def machine(
     devices: Sequence[DeviceFacts],
     topology: Topology,
     verdicts: Iterable[Verdict],
-    nic_error: Callable[[str], PeermemError | None],
+    errors: Mapping[str, PeermemError | None],
 ) -> Json:
-    """Return the devices, NIC ports, PCI functions and pairs of a node."""
+    """Return the devices, NIC ports, PCI functions and pairs of a node; `errors` has what keeps the daemon from using
+    each port."""
     listed = [*devices[:DEVICES]]
     ports = list(topology.nics.values())[:NICS]
     shown = {(device.name, port.name) for device in listed for port in ports}
@@ -43,7 +44,7 @@ def machine(
     addresses = {device.pci_address for device in listed} | {port.pci_address for port in ports}
     return {
         "devices": {"total": len(devices), "listed": [_device(device) for device in listed]},
-        "nics": {"total": len(topology.nics), "listed": [_nic(port, nic_error(port.name)) for port in ports]},
+        "nics": {"total": len(topology.nics), "listed": [_nic(port, errors[port.name]) for port in ports]},
         "pairs": [_tried(verdict) for verdict in tried] + untried,
         "pci": {"virtual": topology.machine.is_virtual, "functions": _functions(addresses, topology)},
     }

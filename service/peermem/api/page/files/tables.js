@@ -116,7 +116,7 @@ const OUTCOMES = { SUCCEEDED: ["good", "✓"], FAILED: ["bad", "✕"], CANCELLED
 function ended(each, node) {
   const [kind, glyph] = OUTCOMES[each.state];
   const speed = each.duration && each.state === "SUCCEEDED" ? `, ${rate(each.total / each.duration)}` : "";
-  const detail = each.error ? h("span", { class: "why", title: each.error.message }, h("b", {}, each.error.reason), " ", each.error.message) : null;
+  const detail = each.error ? h("span", { class: "why", title: each.error.message }, h("b", { class: kind }, each.error.reason), " ", each.error.message) : null;
   return h(
     "li",
     { key: each.name },
