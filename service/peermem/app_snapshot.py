@@ -19,7 +19,8 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
         held[region.device.name] += region.memory.length
     leases = Counter(region.lease.kind for region in broker.regions)
     links = {(kind, LinkSide.OPENED): count for kind, count in broker.links.counts().items()}
-    links |= {(kind, LinkSide.ACCEPTED): count for kind, count in broker.serving.link_counts().items()}
+    accepted = Counter(kind for _, kind, _ in broker.serving.links())
+    links |= {(kind, LinkSide.ACCEPTED): accepted[kind] for kind in broker.fabrics}
     return Snapshot(
         devices=tuple(
             DeviceUse(

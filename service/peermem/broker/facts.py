@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def node_facts(broker: Broker) -> NodeFacts:
     """Return the node of a broker."""
     entry = broker.directory.nodes().get(broker.node)
-    links = sum(broker.links.counts().values()) + sum(broker.serving.link_counts().values())
+    links = sum(broker.links.counts().values()) + len(broker.serving.links())
     return NodeFacts(
         node=broker.node,
         address=entry.address if entry else "",

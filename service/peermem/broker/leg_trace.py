@@ -1,4 +1,4 @@
-"""What a trace holds of one leg of a transfer.
+"""What a trace holds of one leg of a transfer, and of a grant at the node that gives it.
 
 Rules of this file:
 
@@ -13,11 +13,23 @@ from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.core.errors import PeermemError
 from peermem.core.grant import Wanted
 from peermem.core.plan import Leg
-from peermem.core.spans import Span
+from peermem.core.spans import Span, join
 from peermem.core.types import FabricKind, Path
 from peermem.fabric.base import Status, WorkRequest
 
 FIRST, AGAIN = 8, 24
+
+
+def grant_span(wanted: Wanted, fabric: FabricKind) -> Span:
+    """Begin what a trace of whoever asks for a grant holds of it; it ends with the grant."""
+    return join(
+        "grant",
+        wanted.traceparent,
+        region=str(wanted.region),
+        right=str(wanted.right.name).lower(),
+        length=wanted.length,
+        fabric=fabric.value,
+    )
 
 
 class LegTrace:

@@ -137,7 +137,7 @@ export function showNodes({ node, nodes, links }) {
     cells: [
       [bdi(each.name, { class: "strong" }), each.name === node.name ? sub("this node") : null],
       h("span", { class: "mono" }, each.address || "not in the directory"),
-      (by.get(each.name) ?? []).length ? (by.get(each.name) ?? []).map(link) : sub("none now"),
+      by.has(each.name) ? gathered(by.get(each.name)).map(link) : sub("none now"),
     ],
   }));
   const alone = nodes.total <= 1 && !links.total;
@@ -155,10 +155,20 @@ function group(listed) {
   return by;
 }
 
-function link({ fabric: kind, side, grants, rails_down: down }) {
-  const words = `${side} ${kind}`;
-  const title = `${side} link over ${kind}, ${count(grants, "grant")}${down ? `, ${count(down, "rail")} down` : ""}`;
-  return badge(down ? "fair" : "plain", down ? "▲" : side === "opened" ? "→" : "←", `${words}, ${count(grants, "grant")}${down ? `, ${count(down, "rail")} down` : ""}`, title);
+// A node may have several links over one fabric, each for another subject: they are told together.
+function gathered(links) {
+  const by = new Map();
+  for (const each of links) {
+    const id = `${each.side} ${each.fabric}`;
+    const known = by.get(id) ?? { side: each.side, words: id, links: 0, grants: 0, down: 0 };
+    by.set(id, { ...known, links: known.links + 1, grants: known.grants + each.grants, down: known.down + each.rails_down });
+  }
+  return [...by.values()];
+}
+
+function link({ side, words, links, grants, down }) {
+  const parts = [`${words}${links > 1 ? ` ×${links}` : ""}`, count(grants, "grant"), down ? `${count(down, "rail")} down` : ""];
+  return badge(down ? "fair" : "plain", down ? "▲" : side === "opened" ? "→" : "←", parts.filter(Boolean).join(", "));
 }
 
 export function showDevices({ devices }) {
