@@ -19,6 +19,7 @@ from peermem.core.node import DeviceFacts, NicPort, NodeFacts
 from peermem.core.plan import Direction
 from peermem.core.preflight import Verdict
 from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
+from peermem.core.spans import traceparent
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import error_pb2, node_pb2, region_pb2, transfer_pb2
@@ -163,7 +164,7 @@ def transfer_request_from_proto(
     if message.HasField("timeout"):
         timeout = duration_from_proto(message.timeout, "timeout", 0.001, 7 * 86400.0)
     return core_transfer.TransferRequest(
-        lists, timeout, message.checksum, fabric_from_proto(message.fabric), message.traceparent
+        lists, timeout, message.checksum, fabric_from_proto(message.fabric), traceparent(message.traceparent)
     )
 
 

@@ -35,8 +35,13 @@ def test_a_trace_goes_on_through_who_keeps_none() -> None:
     ],
 )
 def test_what_is_no_traceparent_is_none(parent: str) -> None:
-    assert spans.begin("transfer", parent) is spans.UNKEPT
-    assert spans.join("grant", parent) is spans.UNKEPT
+    assert spans.traceparent(parent) == ""
+
+
+def test_without_a_parent_there_is_no_trace() -> None:
+    assert spans.traceparent(PARENT) == PARENT
+    assert spans.begin("transfer") is spans.UNKEPT
+    assert spans.join("grant", "") is spans.UNKEPT
     assert spans.UNKEPT.traceparent == ""
 
 

@@ -112,7 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def traceparent_of(context: Context) -> str:
     """Return the traceparent that a call's metadata have; empty for none."""
     found = [value for key, value in context.invocation_metadata() or () if key == spans.HEADER]
-    return found[0] if len(found) == 1 and isinstance(found[0], str) else ""
+    return spans.traceparent(found[0]) if len(found) == 1 and isinstance(found[0], str) else ""
 
 
 def _note(request: object, method: str, context: Context) -> None:

@@ -27,6 +27,7 @@ from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, InvalidField, PeermemError, ShuttingDown
 from peermem.core.grant import Wanted
 from peermem.core.names import parse_region
+from peermem.core.spans import traceparent
 from peermem.core.types import GrantedKey
 from peermem.v1 import link_pb2
 from peermem.wire import error_to_proto
@@ -174,5 +175,6 @@ class _Exchange:
         node = serving.node_of(asked.link_id, asked.epoch)
         spoken = spoken_subject(asked.subject, "subject")
         subject = await self._exchanges.vouching.confirmed(node, spoken, region, right)
-        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged, asked.traceparent)
+        parent = traceparent(asked.traceparent)
+        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged, parent)
         return await serving.acquire(asked.link_id, asked.epoch, wanted)

@@ -94,14 +94,18 @@ def keep_with(keeper: Keeper | None) -> None:
     _keeper = keeper
 
 
+def traceparent(text: str) -> str:
+    """Return what a caller says is a traceparent; nothing where it is none."""
+    return text if _FORM.fullmatch(text) else ""
+
+
 def join(name: str, parent: str, **attributes: Value) -> Span:
     """Begin work that is a child of what `parent` stands for; where that is nothing, no trace begins."""
-    return begin(name, parent, **attributes) if parent and _FORM.fullmatch(parent) else UNKEPT
+    return begin(name, parent, **attributes) if parent else UNKEPT
 
 
 def begin(name: str, parent: str = "", **attributes: Value) -> Span:
-    """Begin work that is a child of what `parent`, a traceparent, stands for; empty or malformed: of nothing."""
-    known = parent if parent and _FORM.fullmatch(parent) else ""
+    """Begin work that is a child of what `parent`, a traceparent, stands for; empty: of nothing."""
     if _keeper is not None:
-        return _keeper.begin(name, known, attributes)
-    return Unkept(known) if known else UNKEPT
+        return _keeper.begin(name, parent, attributes)
+    return Unkept(parent) if parent else UNKEPT
