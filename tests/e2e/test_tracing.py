@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 from bench.daemons import Daemon, daemons
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 
 import peermem
+from peermem.v1 import transfer_pb2, transfer_pb2_grpc
 from tests.collector import Collector, Seen, collecting, tree
 from tests.e2e.conftest import DEVICE
 from tests.e2e.support import MIB
@@ -92,7 +96,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
             "OTEL_BSP_SCHEDULE_DELAY": "50",
             "PEERMEM_TRANSFER_RETRY_FOR": "0s",
         }
-        with daemons(tmp_path_factory.mktemp("traced"), ("a", "b", "c"), DEVICE, environ) as nodes:
+        folder = tmp_path_factory.mktemp("traced")
+        environ["PEERMEM_STORAGE_DIRECTORIES"] = f'[{{path = "{folder}"}}]'
+        with daemons(folder, ("a", "b", "c"), DEVICE, environ) as nodes:
             yield Traced(nodes, collector, endpoint)
 
 
@@ -133,6 +139,32 @@ def test_what_fails_says_why(traced: Traced) -> None:
         spans = traced.trace("nodes/b/regions/none")
         failed = {(span.node, span.name, span.attributes.get("error.type")) for span in spans if span.failed}
         assert {("a", "transfer", "REGION_NOT_FOUND"), ("", "peermem.transfer", "REGION_NOT_FOUND")} <= failed
+
+
+def test_any_caller_may_say_what_it_is_at_in_the_metadata_of_a_call(traced: Traced) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with peermem.connect(traced.nodes["a"].target) as a, grpc.insecure_channel(traced.nodes["a"].target) as channel:
+        one, two = (a.create_region(device="bar0", length=4096) for _ in range(2))
+        segments = [transfer_pb2.SegmentList(source=one.name, destination=two.name)]
+        segments[0].ranges.CopyFrom(transfer_pb2.Ranges(source_offsets=[0], destination_offsets=[0], lengths=[4096]))
+        request = transfer_pb2.CreateTransferRequest(segments=segments)
+        stub = transfer_pb2_grpc.TransferServiceStub(channel)
+        stub.CreateTransfer(request, timeout=10, metadata=(("traceparent", parent),))
+        _, trace_id, span_id, _ = parent.split("-")
+        mine = ("transfer", trace_id, span_id)
+        traced.collector.until(lambda spans: mine in [(span.name, span.trace, span.parent) for span in spans])
+
+
+def test_a_load_is_a_part_of_what_the_job_is_at(traced: Traced, tmp_path: Path) -> None:
+    file = traced.nodes["a"].folder.parent / "model"
+    file.write_bytes(bytes(MIB))
+    own = TracerProvider(shutdown_on_exit=False).get_tracer("job").start_span("step")
+    trace_id = f"{own.get_span_context().trace_id:032x}"
+    with peermem.connect(traced.nodes["a"].target) as a, trace.use_span(own):
+        a.create_region(device="bar0", length=MIB).load(str(file))
+    spans = traced.collector.until(lambda spans: any(span.trace == trace_id for span in spans))
+    (load,) = [span for span in spans if span.trace == trace_id]
+    assert (load.node, load.name, load.attributes["peermem.file"]) == ("a", "storage.load", str(file))
 
 
 def test_who_is_not_traced_begins_no_trace(traced: Traced) -> None:
