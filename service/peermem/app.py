@@ -31,8 +31,10 @@ from peermem.api.page.door import Page
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_directory import make_directory, notes_of, own_entry, why_unknown
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
+from peermem.app_slices import publish_devices
 from peermem.app_snapshot import snapshot
 from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
@@ -48,10 +50,10 @@ from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
-from peermem.directory.base import Directory, NodeEntry
-from peermem.directory.static import StaticDirectory
+from peermem.directory.base import Directory
 from peermem.offload import in_thread
 from peermem.remote.client import GrpcRemotes
+from peermem.supervisor import Given, Supervisor
 from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
 from peermem.telemetry.tracing import start_tracing
@@ -62,9 +64,10 @@ log = structlog.get_logger(__name__)
 class App:
     """One daemon: made from a configuration, started once, stopped once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, supervisor: Supervisor | None = None) -> None:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
+        self._supervisor = supervisor or Supervisor(Given())
         self.metrics = Metrics(VERSION)
         self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
@@ -72,6 +75,7 @@ class App:
         self._trust = Trust()
         self._epoch = secrets.token_hex(8)
         self._page = Page(config.http.page, config.http.names)
+        self._directory = make_directory(config)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -85,6 +89,7 @@ class App:
     async def stop(self) -> None:
         """Drain within the grace time, then close everything in reverse order."""
         self._reasons = ("The daemon is shutting down.",)
+        self._supervisor.stopping()
         log.info("stopping", grace=float(self.config.shutdown.grace))
         await self._stack.aclose()
         log.info("stopped")
@@ -97,12 +102,11 @@ class App:
         config = self.config
         self._break_on_purpose(config.failpoints)
         await self._start_http()
-        if config.tracing.endpoint:
-            end = start_tracing(config.tracing.endpoint, config.tracing.sample, config.node, self._epoch)
-            self._stack.push_async_callback(in_thread, end)
-        directory = StaticDirectory(config.directory.nodes)
+        self._start_tracing()
+        directory = self._directory
         self._stack.push_async_callback(directory.close)
-        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id))
+        await directory.open()
+        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -115,26 +119,42 @@ class App:
         self._stack.push_async_callback(broker.close)
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
-        await self._start_attach(broker, sessions)
-        preflight = self._preflight(broker)
-        self._page.facts = Document(broker, preflight, self._topology, self.metrics.history, self._health)
-        server = self._server(broker, preflight, Identity(sessions, trust), trust)
+        attach = self._listen_for_jobs(broker, sessions)
+        identity = Identity(sessions, trust)
+        links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
+        server = self._server(broker, identity, trust, links)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
+        if attach is not None:
+            attach.serve()
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""
-        watching = watch_event_loop(self.metrics), self.metrics.history.keep()
-        for work in (broker.tend(), self._policy.tend(broker.go_by), *watching):
+        for work in (
+            broker.tend(),
+            self._policy.tend(broker.go_by),
+            watch_event_loop(self.metrics),
+            self.metrics.history.keep(),
+            self._supervisor.tend(self._status),
+        ):
             self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
-        await directory.join(NodeEntry(self.config.node, address))
+        await directory.join(own_entry(broker.node_facts(), address))
         self._stack.push_async_callback(directory.leave)
+        preflight = self._preflight(broker)
+        publish_devices(
+            self.config.kubernetes,
+            lambda: preflight.reach(broker.device_facts()),
+            read_topology,
+            self._stack,
+            self._spawn,
+        )
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
+        self._supervisor.ready()
 
     def _break_on_purpose(self, texts: Sequence[str]) -> None:
         if self.config.break_on_purpose:
@@ -150,10 +170,22 @@ class App:
             self._stack.push_async_callback(server.close)
             log.info("http_listening", address=server.address)
 
+    def _start_tracing(self) -> None:
+        tracing = self.config.tracing
+        if tracing.endpoint:
+            end = start_tracing(tracing.endpoint, tracing.sample, self.config.node, self._epoch)
+            self._stack.push_async_callback(in_thread, end)
+
     def _health(self) -> Health:
+        status = self._directory.status()
         over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
-        reasons = (*self._reasons, *([over] if over else []))
-        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
+        refused = status.refusal.message if status.refusal is not None else ""
+        reasons = (*self._reasons, *filter(None, (over, refused)))
+        return Health(not reasons, reasons, (*filter(None, (self._policy.problem,)), *notes_of(status)))
+
+    def _status(self) -> str:
+        health = self._health()
+        return " ".join((f"Node {self.config.node}.", *health.reasons, *health.notes))
 
     def _broker(self, directory: Directory, parts: Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -169,7 +201,9 @@ class App:
             link_idle=config.transfer.link_idle,
             retry_for=config.transfer.retry_for,
         )
-        remotes = GrpcRemotes(config.node, self._epoch, lambda node: _address(directory, node), trust.credentials)
+        remotes = GrpcRemotes(
+            config.node, self._epoch, lambda node: _address(config, directory, node), trust.credentials
+        )
         return Broker(
             settings,
             self._epoch,
@@ -184,15 +218,21 @@ class App:
             parts.storage,
         )
 
-    async def _start_attach(self, broker: Broker, sessions: SessionTable) -> None:
-        if self.config.attach.socket:
-            server = AttachServer(self.config.attach.socket, sessions, broker.map_region, self.config.node)
-            await server.start()
-            self._stack.push_async_callback(server.close)
+    def _listen_for_jobs(self, broker: Broker, sessions: SessionTable) -> AttachServer | None:
+        path = self.config.attach.socket
+        handed_over = self._supervisor.adopt(path)
+        if path is None:
+            return None
+        server = AttachServer(path, sessions, broker.map_region, self.config.node)
+        server.listen(handed_over)
+        self._stack.push_async_callback(server.close)
+        return server
 
-    def _server(self, broker: Broker, preflight: Preflight, identity: Identity, trust: Trust) -> GrpcServer:
+    def _server(self, broker: Broker, identity: Identity, trust: Trust, links: LinkService) -> GrpcServer:
         config = self.config
         keep = config.transfer.keep_ended
+        preflight = self._preflight(broker)
+        self._page.facts = Document(broker, preflight, self._topology, self.metrics.history, self._health)
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
         services = Services(
             node=NodeService(broker, read_topology, preflight),
@@ -205,7 +245,7 @@ class App:
                 Once(keep, self._replayed(Replayed.TRANSFER)),
                 config.transfer.max_segments,
             ),
-            link=LinkService(broker.serving, broker.vouching, identity, config.tcp.rails),
+            link=links,
         )
         self.metrics.serve_grpc(grpc_methods())
         return GrpcServer(
@@ -275,11 +315,8 @@ async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
         raise OSError(f"{what} can't listen on {address}: {cause}. Free it, or configure another address.") from error
 
 
-def _address(directory: Directory, node: str) -> str:
+def _address(config: Config, directory: Directory, node: str) -> str:
     entry = directory.nodes().get(node)
     if entry is None:
-        known = ", ".join(sorted(directory.nodes())) or "none"
-        raise NodeNotFound(
-            f"nodes/{node} is not in the directory, which knows {known}. Add it to directory.nodes.", node=node
-        )
+        raise NodeNotFound(f"nodes/{node} is not in the directory, {why_unknown(config, directory)}", node=node)
     return entry.address

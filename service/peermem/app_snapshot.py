@@ -8,7 +8,9 @@ from peermem.app_parts import Parts
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import SessionTable
 from peermem.core.types import FabricKind
+from peermem.directory.base import Directory
 from peermem.fabric.base import Proof
+from peermem.telemetry.directory import DirectoryUse
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
 
 
@@ -19,8 +21,7 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
         held[region.device.name] += region.memory.length
     leases = Counter(region.lease.kind for region in broker.regions)
     links = {(kind, LinkSide.OPENED): count for kind, count in broker.links.counts().items()}
-    accepted = Counter(kind for _, kind, _ in broker.serving.links())
-    links |= {(kind, LinkSide.ACCEPTED): accepted[kind] for kind in broker.fabrics}
+    links |= {(kind, LinkSide.ACCEPTED): count for kind, count in broker.serving.link_counts().items()}
     return Snapshot(
         devices=tuple(
             DeviceUse(
@@ -44,4 +45,26 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
             for path in device.paths
             for nic, outcome in broker.proofs.known(device, path).items()
         },
+        directory=_directory(broker.directory),
+    )
+
+
+def _directory(directory: Directory) -> DirectoryUse:
+    status = directory.status()
+    counts = status.counts
+    return DirectoryUse(
+        kind=status.kind,
+        away_for=status.away_for or 0.0,
+        is_reached=status.away_for is None,
+        is_refused=status.refusal is not None,
+        lease_left=status.lease_left,
+        nodes=len(directory.nodes()),
+        published=status.published,
+        unwritten=status.unwritten,
+        renewals=counts.renewals,
+        failed_renewals=counts.failed_renewals,
+        lost_leases=counts.lost_leases,
+        resumes=counts.resumes,
+        listings=counts.listings,
+        garbage=counts.garbage,
     )

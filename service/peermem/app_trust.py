@@ -8,8 +8,9 @@ from pathlib import Path
 
 import structlog
 
+from peermem.api.api_server import ApiClient, ApiServer
 from peermem.api.identity import Trust
-from peermem.api.kubernetes import ApiServer, TokenReviewer
+from peermem.api.kubernetes import TokenReviewer
 from peermem.config import Config, Kubernetes, Tls
 from peermem.core.spiffe import Denied, NodePattern
 from peermem.credentials.base import Credentials, Source
@@ -29,7 +30,7 @@ async def open_trust(config: Config, stack: AsyncExitStack, spawn: Spawn) -> Tru
     _warn(config)
     review = None
     if config.kubernetes.api_server:
-        reviewer = TokenReviewer(_api_server(config.kubernetes, config.kubernetes.api_server))
+        reviewer = _reviewer(config.kubernetes, config.kubernetes.api_server)
         stack.push_async_callback(reviewer.close)
         review = reviewer.review
     return Trust(await _credentials(config, stack, spawn), review, config.tls.anonymous)
@@ -61,8 +62,9 @@ def _source(tls: Tls, spiffe_id: str) -> Source:
     return CredentialFiles(certificate, key, ca)
 
 
-def _api_server(config: Kubernetes, url: str) -> ApiServer:
-    return ApiServer(url, Path(config.ca), Path(config.token), config.audience, config.this_node_only)
+def _reviewer(config: Kubernetes, url: str) -> TokenReviewer:
+    client = ApiClient(ApiServer(url, Path(config.ca), Path(config.token)))
+    return TokenReviewer(client, config.audience, config.this_node_only)
 
 
 def _warn(config: Config) -> None:

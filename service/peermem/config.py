@@ -32,6 +32,9 @@ from peermem.config_devices import Rocm as Rocm
 from peermem.config_devices import Udmabuf as Udmabuf
 from peermem.config_devices import Vfio as Vfio
 from peermem.config_devices import device_contradictions
+from peermem.config_directory import Directory as Directory
+from peermem.config_directory import Etcd as Etcd
+from peermem.config_directory import directory_contradictions
 from peermem.config_trust import Kubernetes as Kubernetes
 from peermem.config_trust import Tls as Tls
 from peermem.config_trust import trust_contradictions
@@ -56,6 +59,7 @@ from peermem.config_values import Name as Name
 from peermem.config_values import SocketPath as SocketPath
 from peermem.strict_toml import ConfigError as ConfigError
 from peermem.strict_toml import Contradiction
+from peermem.supervisor import Given
 
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
@@ -219,15 +223,6 @@ class Audit(Struct, frozen=True, forbid_unknown_fields=True):
     """Which decisions of the policy it holds; auto: all where there is a policy file, else what was denied."""
 
 
-class Directory(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where nodes find each other."""
-
-    kind: Literal["static"] = "static"
-    """Which directory."""
-    nodes: Mapping[Name, Address] = {}
-    """gRPC address of each node by its short name; this node may be among them."""
-
-
 class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
     """Spans of what the daemon does."""
 
@@ -319,6 +314,18 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     return strict_toml.build(Config, table, file, variables, PREFIX, _contradictions)
 
 
+def given_by_manager(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Given:
+    """Return what a service manager says in the environment of the process `pid`, this one if None."""
+    own = str(os.getpid() if pid is None else pid)
+    watchdog = environ.get("WATCHDOG_USEC", "") if environ.get("WATCHDOG_PID", own) == own else ""
+    sockets = environ.get("LISTEN_FDS", "") if environ.get("LISTEN_PID") == own else ""
+    return Given(
+        environ.get("NOTIFY_SOCKET", ""),
+        int(watchdog) / 1e6 if watchdog.isdecimal() else 0.0,
+        int(sockets) if sockets.isdecimal() else 0,
+    )
+
+
 def _contradictions(config: Config) -> Iterator[Contradiction]:
     """Yield what is wrong between values that are valid one by one."""
     if not config.grpc.socket and not config.grpc.address:
@@ -326,6 +333,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
     yield from device_contradictions(config.devices)
+    yield from directory_contradictions(config.directory)
     yield from trust_contradictions(config.tls, config.kubernetes, config.grpc.token_address)
     if config.insecure_network and config.tls.on:
         yield (

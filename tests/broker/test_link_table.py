@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from peermem.broker import link_table, serving
+from peermem.broker import accepted, link_table
 from peermem.broker.links import OutboundLink
 from peermem.core import errors
 from peermem.core.grant import Wanted
@@ -40,7 +39,7 @@ async def test_each_subject_has_a_link_over_verbs_and_all_share_one_over_tcp(nic
             assert (await outcome(await start(a, whole(source, sink), fabric=kind, subject=subject))).error is None
     assert await content(b, sink) == b"x" * 100
     assert a.broker.links.counts() == {VERBS: 2, TCP: 1, FabricKind.LOCAL: 0}
-    assert Counter(kind for _, kind, _ in b.broker.serving.links()) == {VERBS: 2, TCP: 1}
+    assert b.broker.serving.link_counts() == {VERBS: 2, TCP: 1, FabricKind.LOCAL: 0}
     assert link_of(a, ANN) is not link_of(a, BEN)
     assert link_of(a, ANN, TCP) is link_of(a, BEN, TCP)
     assert [link_of(a, each).subject for each in (ANN, BEN)] == ["uid:1@a", "uid:2@a"]
@@ -111,7 +110,7 @@ async def test_the_link_that_was_idle_longest_makes_room(
     for number in (1, 2, 3):
         await outcome(await start(a, whole(source, sink), subject=Subject(f"uid:{number}")))
     assert a.broker.links.kept("b", VERBS, Subject("uid:1")) is None
-    await eventually(lambda: [kind for _, kind, _ in b.broker.serving.links()].count(VERBS) == 2)
+    await eventually(lambda: b.broker.serving.link_counts()[VERBS] == 2)
 
 
 async def test_whoever_finds_all_links_in_use_goes_by_tcp(
@@ -136,7 +135,7 @@ async def test_whoever_finds_all_links_in_use_goes_by_tcp(
 async def test_a_node_has_so_many_links_to_another_one(
     nic_pair: list[NicHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "MAX_LINKS_OF_NODE", 2)
+    monkeypatch.setattr(accepted, "MAX_LINKS_OF_NODE", 2)
     _, b = nic_pair
     for number in (1, 2):
         b.broker.serving.open_link("a", LinkAttributes(VERBS, 1, subject=f"uid:{number}@a"))

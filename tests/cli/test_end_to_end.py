@@ -67,6 +67,13 @@ def test_nodes_and_devices(run: Run) -> None:
     run("nics")
 
 
+def test_regions_are_deleted_by_name_or_by_job(run: Run) -> None:
+    assert "Name regions, or a Slurm job" in run("regions", "delete", code=2).stderr
+    assert "Name regions, or a Slurm job" in run("regions", "delete", "life", "--slurm-job", "7", code=2).stderr
+    assert facts(run("regions", "delete", "--slurm-job", "7", "--json")) == {"deleted": []}
+    assert facts(run("regions", "list", "--slurm-job", "7", "--json")) == {"regions": []}
+
+
 def test_the_life_of_a_region(run: Run) -> None:
     made = facts(
         run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "life", "--label", "k=v", "--json")
@@ -83,6 +90,17 @@ def test_the_life_of_a_region(run: Run) -> None:
     assert "4KiB" in run("regions", "show", made["name"]).stdout
     assert facts(run("regions", "delete", "life", "--json")) == {"deleted": ["life"]}
     assert "REGION_NOT_FOUND" in run("regions", "show", "life", code=4).stderr
+
+
+def test_a_published_region_is_found(run: Run) -> None:
+    run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "told", "-l", "k=told", "--publish")
+    run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "untold", "-l", "k=told")
+    assert "yes" in run("regions", "show", "told").stdout
+    (found,) = facts(run("regions", "find", "-l", "k=told", "--json"))["regions"]
+    assert (found["name"], found["device_kind"], found["labels"]) == ("nodes/a/regions/told", "memfd", {"k": "told"})
+    assert "nodes/a/regions/told" in run("regions", "find").stdout
+    run("regions", "delete", "told", "untold")
+    assert facts(run("regions", "find", "--json")) == {"regions": []}
 
 
 def test_a_lease_may_have_a_time(run: Run) -> None:

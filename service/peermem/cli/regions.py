@@ -1,4 +1,4 @@
-"""Commands about regions: list, show, create, delete, put, get, load, store.
+"""Commands about regions: list, find, show, create, delete, put, get, load, store.
 
 Rules of this file:
 
@@ -10,6 +10,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -20,14 +21,20 @@ from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.client.segments import Operand
-from peermem.core.errors import OutOfRange
+from peermem.core.errors import OutOfRange, RegionNotFound
 from peermem.core.units import format_duration, format_size
 
 _PIECE = 4 << 20
 
 _name = click.argument("name", shell_complete=parsing.complete_regions)
 _label = click.option(
-    "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=parsing.labels, help="A label; may be repeated."
+    "-l",
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=parsing.labels,
+    help="A label; may be repeated.",
 )
 
 
@@ -39,12 +46,16 @@ def regions() -> None:
     """
 
 
+_slurm_job = click.option("--slurm-job", metavar="ID", help="Only regions that this Slurm job made.")
+
+
 @regions.command("list")
 @_label
+@_slurm_job
 @pass_settings
-def list_regions(settings: Settings, labels: dict[str, str]) -> None:
+def list_regions(settings: Settings, labels: dict[str, str], slurm_job: str | None) -> None:
     """List the node's regions, or those with all these labels."""
-    found = list(settings.node.regions(labels))
+    found = [region for region in settings.node.regions(labels) if slurm_job in (None, region.slurm_job)]
     if settings.json:
         output.print_json({"regions": found})
         return
@@ -64,6 +75,19 @@ def list_regions(settings: Settings, labels: dict[str, str]) -> None:
 
 
 @regions.command()
+@_label
+@pass_settings
+def find(settings: Settings, labels: dict[str, str]) -> None:
+    """Find published regions on all nodes, or those with all these labels."""
+    found = list(settings.node.find_regions(labels))
+    if settings.json:
+        output.print_json({"regions": found})
+        return
+    rows = [(each.name, format_size(each.length), each.device_kind, each.path, each.labels) for each in found]
+    output.print_table(("NAME", "LENGTH", "DEVICE KIND", "PATH", "LABELS"), rows)
+
+
+@regions.command()
 @_name
 @pass_settings
 def show(settings: Settings, name: str) -> None:
@@ -77,22 +101,39 @@ def show(settings: Settings, name: str) -> None:
 @click.option("--name", help="Last part of the region's name; else the daemon picks one.")
 @_label
 @click.option("--lease", default="none", show_default=True, help="none, or a time to live such as 10min.")
+@click.option("--publish", is_flag=True, help="Have it be found on all nodes, see regions find.")
 @pass_settings
-def create(settings: Settings, device: str, length: int, name: str | None, labels: dict[str, str], lease: str) -> None:
+def create(
+    settings: Settings,
+    device: str,
+    length: int,
+    name: str | None,
+    labels: dict[str, str],
+    lease: str,
+    publish: bool,
+) -> None:
     """Allocate a region, zeroed. It lives until it is deleted, unless --lease says otherwise."""
     if lease == "session":
         raise click.BadParameter("a session ends with this command; use none or a time to live.", param_hint="--lease")
-    _print(settings, settings.node.create_region(device=device, length=length, name=name, labels=labels, lease=lease))
+    node = settings.node
+    made = node.create_region(device=device, length=length, name=name, labels=labels, lease=lease, publish=publish)
+    _print(settings, made)
 
 
 @regions.command()
-@click.argument("names", nargs=-1, required=True, shell_complete=parsing.complete_regions)
+@click.argument("names", nargs=-1, shell_complete=parsing.complete_regions)
 @click.option("--force", is_flag=True, help="Also when transfers use it; they fail.")
+@_slurm_job
 @pass_settings
-def delete(settings: Settings, names: tuple[str, ...], force: bool) -> None:
-    """Delete regions."""
+def delete(settings: Settings, names: tuple[str, ...], force: bool, slurm_job: str | None) -> None:
+    """Delete regions: those named, or with --slurm-job all that a Slurm job has left on the asked node."""
+    if bool(names) is (slurm_job is not None):
+        raise click.UsageError("Name regions, or a Slurm job by --slurm-job.")
+    if slurm_job is not None:
+        names = tuple(region.name for region in settings.node.regions() if region.slurm_job == slurm_job)
     for name in names:
-        settings.at_owner(lambda node, name=name: node.delete_region(name, force=force))  # type: ignore[misc]
+        with suppress(RegionNotFound) if slurm_job is not None else nullcontext():  # it has ended by itself
+            settings.at_owner(lambda node, name=name: node.delete_region(name, force=force))  # type: ignore[misc]
     if settings.json:
         output.print_json({"deleted": names})
 
@@ -222,6 +263,9 @@ def _print(settings: Settings, region: peermem.Region) -> None:
             "lease": _lease(region),
             "owner": region.owner,
             "labels": region.labels,
+            "slurm job": region.slurm_job,
+            "pod": region.pod,
+            "published": "yes" if region.published else "no",
             "created": region.create_time,
         }
     )

@@ -78,12 +78,14 @@ class Pace:
     def __init__(self) -> None:
         self._short_until = 0.0
         self._left = _TURN_BYTES
+        self._renew_below = _TURN_BYTES // 2
         self._renewing = False
 
     def request(self, total: int) -> None:
         """Somebody is about to move so many bytes."""
         if total <= LITTLE:
             self._short_until = time.monotonic() + _SHORT_FOR
+            self._left = min(self._left, _SHORT_TURN_BYTES)
 
     @property
     def is_short(self) -> bool:
@@ -103,12 +105,13 @@ class Pace:
     def spend(self, count: int) -> None:
         """Some bytes were moved."""
         self._left -= count
-        if not self._renewing:
+        if self._left < self._renew_below and not self._renewing:  # what is little is moved without this
             self._renewing = True
             asyncio.get_running_loop().call_soon(self._renew)
 
     def _renew(self) -> None:
         self._left = _SHORT_TURN_BYTES if self.is_short else _TURN_BYTES
+        self._renew_below = self._left // 2
         self._renewing = False
 
 
@@ -130,19 +133,26 @@ class Stream:
         self._max_backlog = max_backlog
         self._backlog = 0
         self._reading = self._writing = self._in_turn = self._failed = False
-        self._closed = False
+        self._closed = self._held = False
         self.moved_at = self._loop.time()
         """When a byte moved last, by the loop's clock."""
         self._watch()
 
     def send(self, *items: Block | Payload) -> None:
-        """Queue items, and send at once what the kernel takes."""
+        """Queue items, and send at once what the kernel takes; nothing when it is closed."""
+        if self._closed:
+            return
         idle = not self._outgoing
         self._outgoing.extend(items)
         for item in items:
             self._backlog += item.cost
         if idle and not self._in_turn:
             self._flush()
+
+    def hold(self, *, on: bool) -> None:
+        """Read nothing while it is on."""
+        self._held = on
+        self._watch()
 
     def close(self) -> None:
         """End the connection. Closing twice is no error."""
@@ -180,18 +190,21 @@ class Stream:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, much)
 
     def _read_turn(self) -> None:
-        calls = 0
-        while (calls < _FREE_CALLS or not self._pace.spent) and not self._closed and not self._full:
+        calls, pace = 0, self._pace
+        while (calls < _FREE_CALLS or not pace.spent) and not self._closed and not self._full:
             calls += 1
-            count = self._receive(self._incoming)
+            incoming = self._incoming
+            count = self._receive(incoming)
             if count == 0:
                 self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
                 return
-            self.moved_at = self._loop.time()
-            self._pace.spend(count)
-            self._incoming.advance(count)
-            if self._incoming.left == 0:
-                self._pace.spend(_FRAME_BYTES)
+            if calls == 1:
+                self.moved_at = self._loop.time()
+            incoming.advance(count)
+            if incoming.left:
+                pace.spend(count)
+            else:
+                pace.spend(count + _FRAME_BYTES)
                 self._incoming = self._owner.filled()
 
     def _receive(self, into: Bytes) -> int:
@@ -222,12 +235,13 @@ class Stream:
     def _send_some(self) -> int:
         buffers: list[memoryview] = []
         payload: Payload | None = None
+        limit = self._pace.call_bytes
         for item in self._outgoing:
-            buffers += item.buffers(self._pace.call_bytes)
+            buffers += item.buffers(limit)
             if isinstance(item, Payload):
                 payload = item
                 break
-            if len(buffers) == MAX_BLOCKS:
+            if len(buffers) == MAX_BLOCKS or item.left > limit:
                 break
         hit("tcp.send")
         try:
@@ -256,7 +270,7 @@ class Stream:
 
     @property
     def _full(self) -> bool:
-        return self._max_backlog is not None and self._backlog > self._max_backlog
+        return self._held or (self._max_backlog is not None and self._backlog > self._max_backlog)
 
     def _watch(self) -> None:
         """Ask the loop for what is of use now."""

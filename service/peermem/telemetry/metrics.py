@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
-names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), faults (`faults.py`) and the
+directory (`directory.py`): names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -40,6 +40,7 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.history import History
 from peermem.telemetry.nics import NicUse, nic_metrics
@@ -114,6 +115,7 @@ class Snapshot:
     """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
     paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
     """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
+    directory: DirectoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Metrics:
         self._bytes = self._counter(
             "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
         )
+        self._moving: dict[tuple[Direction, FabricKind, Path], Counter] = {}
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
             "Time from a transfer's acceptance to its end.",
@@ -236,7 +239,11 @@ class Metrics:
 
     def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
         """Some bytes of a running transfer are in place; `path` is that of the region here."""
-        self._bytes.labels(direction.value, fabric.value, path.value).inc(count)
+        known = self._moving.get((direction, fabric, path))
+        if known is None:
+            known = self._bytes.labels(direction.value, fabric.value, path.value)
+            self._moving[direction, fabric, path] = known
+        known.inc(count)
 
     def transfer_ended(
         self,
@@ -333,6 +340,8 @@ class _StateCollector(Collector):
             return
         now = self.snapshot()
         yield from _device_gauges(now.devices)
+        if now.directory is not None:
+            yield from directory_metrics(now.directory)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
         yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
@@ -344,7 +353,9 @@ class _StateCollector(Collector):
         yield _gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
         yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
-            "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)
+            "peermem_fabric_connections_rejected",
+            "Connections that proved no good secret, or carried what was forged.",
+            labels=("fabric",),
         )
         for fabric, count in now.rejected_connections.items():
             rejected.add_metric((fabric.value,), count)

@@ -131,8 +131,14 @@ class Document:
             for link in self._broker.links
         ]
         accepted = [
-            {"node": node, "fabric": kind.value, "side": "accepted", "grants": grants, "rails_down": 0}
-            for node, kind, grants in self._broker.serving.links()
+            {
+                "node": link.node,
+                "fabric": link.fabric.kind.value,
+                "side": "accepted",
+                "grants": len(link.grants),
+                "rails_down": 0,
+            }
+            for link in self._broker.serving.links()
         ]
         every = sorted(opened + accepted, key=lambda link: (str(link["node"]), str(link["fabric"])))
         return _bounded(every[:LINKS], len(every))
