@@ -54,7 +54,8 @@ from peermem.directory.base import Directory
 from peermem.offload import in_thread
 from peermem.remote.client import GrpcRemotes
 from peermem.supervisor import Given, Supervisor
-from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
+from peermem.telemetry.lag import watch_event_loop
+from peermem.telemetry.metrics import Metrics, Replayed
 from peermem.telemetry.nics import NicUse
 from peermem.telemetry.tracing import start_tracing
 

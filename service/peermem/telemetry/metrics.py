@@ -393,12 +393,3 @@ _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 def _label(value: FabricKind | Path | None) -> str:
     return value.value if value else "none"
-
-
-async def watch_event_loop(metrics: Metrics, interval: float = 0.25) -> None:
-    """Measure how late the running event loop is, every `interval` seconds, until cancelled."""
-    clock = asyncio.get_running_loop().time
-    while True:
-        due = clock() + interval
-        await asyncio.sleep(interval)
-        metrics.event_loop_lag(max(0.0, clock() - due))
