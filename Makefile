@@ -51,8 +51,7 @@ soak: $(READY) ## The same for half an hour without ending a daemon: do they gro
 
 fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a socket (EXAMPLES=N for each test)
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest --timeout 1800 $(ARGS) \
-		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/directory/test_records.py \
-		tests/fabric/test_tcp_fuzz.py
+		tests/directory/test_records.py $(wildcard tests/*_fuzz.py tests/*/*_fuzz.py)
 
 # What builds the image: buildah, podman or docker, whichever is there.
 ENGINE ?= $(or $(firstword $(foreach engine,buildah podman docker,$(shell command -v $(engine)))),docker)

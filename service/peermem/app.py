@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 
@@ -36,7 +37,7 @@ from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
 from peermem.app_slices import publish_devices
 from peermem.app_snapshot import snapshot
-from peermem.app_trust import open_trust
+from peermem.app_trust import ends, open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
@@ -108,18 +109,13 @@ class App:
         self._stack.push_async_callback(directory.close)
         await directory.open()
         parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
-        for kind, fabric in parts.fabrics.items():
-            await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
-            self._stack.push_async_callback(fabric.close)
-            if fabric.unavailable is not None:
-                log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
+        await self._start_fabrics(parts)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
         self._trust = trust = await open_trust(config, self._stack, self._spawn)
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
-        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
-        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
+        self._observe(broker, sessions, parts, trust)
         attach = self._listen_for_jobs(broker, sessions)
         identity = Identity(sessions, trust)
         links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
@@ -131,6 +127,19 @@ class App:
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
+
+    async def _start_fabrics(self, parts: Parts) -> None:
+        for kind, fabric in parts.fabrics.items():
+            await _listening(f"The {kind.value} fabric", self.config.tcp.address, fabric.start())
+            self._stack.push_async_callback(fabric.close)
+            if fabric.unavailable is not None:
+                log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
+
+    def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
+        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        if trust.credentials is not None:
+            self.metrics.certificates.observe(partial(ends, trust.credentials))
+        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from peermem.credentials.denied import follow_denied, read_denied
 from peermem.credentials.files import CredentialFiles
 from peermem.credentials.trial import BadPair
 from peermem.credentials.workload_api import WorkloadApi
+from peermem.telemetry.certificates import Whose
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +54,12 @@ async def _credentials(config: Config, stack: AsyncExitStack, spawn: Spawn) -> C
     if denied is not None:
         spawn(follow_denied(denied, credentials))
     return credentials
+
+
+def ends(credentials: Credentials) -> Mapping[Whose, float]:
+    """Return when certificates end, in seconds since 1970."""
+    own, authorities = credentials.ends()
+    return {Whose.NODE: own, **({Whose.AUTHORITY: authorities} if authorities is not None else {})}
 
 
 def _source(tls: Tls, spiffe_id: str) -> Source:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import queue
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.chaos.proxy import Mode, Network, Wire, network
+
+BULK = 60_000
+"""Bytes that arrive in one piece."""
 
 
 class Echo:
@@ -15,6 +20,7 @@ class Echo:
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = "{}:{}".format(*self.listener.getsockname())
+        self.heard: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -29,6 +35,7 @@ class Echo:
         with sock:
             try:
                 while data := sock.recv(4096):
+                    self.heard.put(data)
                     sock.sendall(data)
             except ConnectionError:
                 pass
@@ -41,15 +48,27 @@ def wires() -> Iterator[Network]:
 
 
 @pytest.fixture
-def wire(wires: Network) -> Iterator[Wire]:
+def echo() -> Iterator[Echo]:
     echo = Echo()
-    yield wires.wire(echo.address)
+    yield echo
     echo.listener.close()
+
+
+@pytest.fixture
+def wire(wires: Network, echo: Echo) -> Wire:
+    return wires.wire(echo.address)
 
 
 def dial(wire: Wire) -> socket.socket:
     host, _, port = wire.address.rpartition(":")
     return socket.create_connection((host, int(port)), 10)
+
+
+def receive(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        data += sock.recv(count - len(data))
+    return data
 
 
 def test_an_open_wire_passes_bytes_on(wire: Wire) -> None:
@@ -74,6 +93,39 @@ def test_a_stalled_wire_passes_nothing_on_until_it_is_open_again(wire: Wire) -> 
             wire.set(Mode.OPEN)
             assert sock.recv(3, socket.MSG_WAITALL) == b"two"
             assert late.recv(5, socket.MSG_WAITALL) == b"three"
+
+
+def test_a_late_wire_passes_on_what_its_sender_has_given_up(wire: Wire, echo: Echo) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        assert echo.heard.get(timeout=10) == b"one"
+        wire.set(Mode.LATE)
+        sock.sendall(bytes(1 << 20))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with pytest.raises(queue.Empty):
+        echo.heard.get(timeout=0.05)
+    wire.set(Mode.OPEN)
+    assert echo.heard.get(timeout=10).count(0) > 0
+
+
+def test_a_wire_can_be_late_for_bulk_of_every_other_connection(wire: Wire) -> None:
+    with dial(wire) as odd, dial(wire) as even:
+        for sock in (odd, even):
+            sock.sendall(b"one")
+            assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        wire.set(Mode.HALF_LATE)
+        for sock in (odd, even):
+            sock.sendall(b"two")
+            assert sock.recv(3, socket.MSG_WAITALL) == b"two", "small pieces pass"
+            sock.sendall(bytes(BULK))
+        assert receive(even, BULK) == bytes(BULK)
+        odd.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            odd.recv(1)
+        odd.settimeout(10)
+        wire.set(Mode.OPEN)
+        assert receive(odd, BULK) == bytes(BULK)
 
 
 def test_a_wire_that_is_cut_resets_what_is_on_it_and_what_comes(wire: Wire) -> None:

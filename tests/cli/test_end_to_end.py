@@ -231,6 +231,11 @@ def test_completion_offers_regions_and_devices(cluster: Cluster, region: str) ->
     assert "plain,bar0" in complete(f"peermemctl --target {cluster.target('a')} regions create --device b")
 
 
+def _interruptible() -> None:
+    """Be interrupted by SIGINT, which whoever started the tests in the background may have had ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_cancels_the_transfer(cluster: Cluster, run: Run) -> None:
     words = ("regions", "create", "--device", "bar0", "--length", "400MiB", "--json")
     names = facts(run(*words))["name"], facts(run(*words, target="b"))["name"]
@@ -243,6 +248,7 @@ def test_an_interrupt_cancels_the_transfer(cluster: Cluster, run: Run) -> None:
             + [f"{name}:0+400MiB" for name in names],
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_interruptible,
         )
         try:
             eventually(lambda: len(list(node.transfers())) > before)

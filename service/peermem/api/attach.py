@@ -274,7 +274,7 @@ class _Job:
 
     def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:
         audit.called("attach", "map")
-        audit.of_process(session.pid)
+        audit.of_process(session.pid, session.origin)
         memory = self._map_region(parse_region(region, "region"), session.subject)
         fd, offset = memory.share()
         shared.append(fd)

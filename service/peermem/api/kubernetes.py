@@ -178,7 +178,7 @@ class TokenReviewer:
 
 
 def _granted(outcome: Subject | Unauthenticated) -> Subject:
-    """Raises Unauthenticated, a fresh one, because a remembered one would gather tracebacks."""
+    """Raises Unauthenticated."""
     if isinstance(outcome, Unauthenticated):
-        raise Unauthenticated(outcome.message, **outcome.metadata)
+        raise outcome.again()
     return outcome

@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), faults (`faults.py`) and the
-directory (`directory.py`): names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports, the policy, certificates, faults and the directory, which have
+files of their own: names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -40,6 +40,7 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.certificates import CertificateMetrics
 from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.history import History
@@ -146,6 +147,7 @@ class Metrics:
         self._declare_storage()
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
+        self.certificates = CertificateMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version()})
         ProcessCollector(registry=self._registry)
@@ -197,9 +199,7 @@ class Metrics:
         self._storage_failures = self._counter(
             "peermem_storage_failures", "Loads and stores that failed, by reason.", "operation", "reason"
         )
-        self._storage_bytes = self._counter(
-            "peermem_storage_bytes", "Bytes that loads and stores moved.", "operation", "way"
-        )
+        self._storage_bytes = self._counter("peermem_storage_bytes", "Bytes loaded and stored.", "operation", "way")
         self._storage_duration = self._histogram(
             "peermem_storage_duration_seconds",
             "Time from a load's or store's beginning to its end.",
