@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 _OPENER = build_opener(ProxyHandler({}))
 _SOURCE = Path(__file__).parents[1] / "service"
@@ -102,9 +102,10 @@ class Daemon:
                 time.sleep(0.02)
         raise AssertionError(f"node {self.node} did not become ready:\n{self.log.read_text()}")
 
-    def scrape(self) -> str:
-        """Return the metrics page."""
-        with _OPENER.open(f"http://{self.http}/metrics", timeout=10.0) as page:
+    def scrape(self, accept: str = "*/*") -> str:
+        """Return the metrics page, in a form that is accepted."""
+        request = Request(f"http://{self.http}/metrics", headers={"Accept": accept})
+        with _OPENER.open(request, timeout=10.0) as page:
             text: str = page.read().decode()
             return text
 
