@@ -31,7 +31,7 @@ from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
-from peermem.app_snapshot import snapshot
+from peermem.app_snapshot import condition, snapshot
 from peermem.app_trust import open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
@@ -67,6 +67,7 @@ class App:
         self._topology = _Recent(read_topology)
         self._trust = Trust()
         self._stack = AsyncExitStack()
+        self.metrics.condition.observe_health(lambda: self._health().ready, lambda: bool(self._policy.problem))
 
     async def start(self) -> None:
         """Open everything in order. Raises OSError where an address or a socket can't be had."""
@@ -104,7 +105,9 @@ class App:
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
+        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        self.metrics.condition.observe(lambda: condition(broker, config.region.max_regions))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
         server = self._server(broker, Identity(sessions, trust), trust)

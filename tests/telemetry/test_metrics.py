@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry
+from tests.telemetry.test_condition import CONDITION
 
 from peermem.core.errors import NodeUnreachable, PeermemError, TransferCancelled
 from peermem.core.plan import Direction
@@ -70,7 +71,9 @@ def lines(metrics: Metrics) -> list[str]:
 def everything(metrics: Metrics) -> None:
     """Let everything happen once."""
     metrics.observe(lambda: SNAPSHOT)
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 10)
+    metrics.condition.observe_health(lambda: True, lambda: False)
+    metrics.condition.observe(lambda: CONDITION)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 10)
     metrics.transfer_ended(State.SUCCEEDED, None, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 0.1)
     metrics.transfer_ended(State.FAILED, "TIMEOUT", Direction.RELAYED, None, None, 1, 0.1)
     metrics.storage_bytes(Order.LOAD, Way.DIRECT, 10)
@@ -88,7 +91,8 @@ def test_what_is_bound_to_happen_starts_at_zero(metrics: Metrics, read: Read) ->
             labels = {"outcome": outcome, "direction": direction, "fabric": fabric, "path": "HOST"}
             assert read("peermem_transfers_total", **labels) == 0
         assert read("peermem_transfers_total", outcome=outcome, direction="relayed", fabric="none", path="none") == 0
-    assert read("peermem_transfer_bytes_total", path="HOST", **PUSH) == 0
+    metrics.serve_devices({"bar0": Path.HOST})
+    assert read("peermem_transfer_bytes_total", path="HOST", device="bar0", **PUSH) == 0
     for reason in PeermemError.by_reason:
         assert read("peermem_transfer_failures_total", reason=reason) == 0
     assert read("peermem_lease_expirations_total", reason="client_exit") == 0
@@ -116,9 +120,9 @@ def test_loads_and_stores(metrics: Metrics, read: Read) -> None:
 
 
 def test_bytes_count_while_they_move(metrics: Metrics, read: Read) -> None:
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 100)
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 1 << 40)
-    assert read("peermem_transfer_bytes_total", path="HOST", **PUSH) == 100 + (1 << 40)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 100)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 1 << 40)
+    assert read("peermem_transfer_bytes_total", path="HOST", device="bar0", **PUSH) == 100 + (1 << 40)
     assert read("peermem_transfers_total", outcome="succeeded", path="HOST", **PUSH) == 0
 
 

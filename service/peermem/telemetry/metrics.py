@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`) and faults (`faults.py`):
-names, labels, buckets, a method for what happens.
+"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), faults (`faults.py`) and the
+daemon's condition (`condition.py`): names, labels, buckets, a method for what happens.
 
 Rules of this file:
 
@@ -30,7 +30,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -40,7 +40,9 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.condition import ConditionMetrics
 from peermem.telemetry.faults import FaultMetrics
+from peermem.telemetry.gauges import gauge
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
 
@@ -137,6 +139,7 @@ class Metrics:
         self._nics: Callable[[], Sequence[NicUse]] | None = None
         self._refreshing = asyncio.Lock()
         self._registry.register(self._state)
+        self.condition = ConditionMetrics(self._registry)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
         self._declare_storage()
@@ -152,7 +155,12 @@ class Metrics:
         )
         self._failures = self._counter("peermem_transfer_failures", "Transfers that failed, by reason.", "reason")
         self._bytes = self._counter(
-            "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
+            "peermem_transfer_bytes",
+            "Bytes that transfers of this node moved.",
+            "direction",
+            "fabric",
+            "path",
+            "device",
         )
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
@@ -182,8 +190,6 @@ class Metrics:
             self._transfers.labels(outcome, *labels)
         self._duration.labels(OUTCOMES[State.SUCCEEDED], *labels[:2])
         self._size.labels(*labels[:2])
-        if fabric:
-            self._bytes.labels(*labels)
 
     def _declare_storage(self) -> None:
         self._storage_runs = self._counter(
@@ -232,9 +238,15 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, help_text, labels, buckets=buckets, registry=self._registry)
 
-    def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
-        """Some bytes of a running transfer are in place; `path` is that of the region here."""
-        self._bytes.labels(direction.value, fabric.value, path.value).inc(count)
+    def serve_devices(self, devices: Mapping[str, Path]) -> None:
+        """These devices are there, with the path by which tcp and local transfers reach them."""
+        for (device, path), (direction, fabric) in product(devices.items(), _BY_CPU):
+            self._bytes.labels(direction.value, fabric.value, path.value, device)
+
+    def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, device: str, count: int) -> None:
+        """Some bytes of a running transfer are in place; `device` is that of the region here, the source's where both
+        are, and `path` how it is reached."""
+        self._bytes.labels(direction.value, fabric.value, path.value, device).inc(count)
 
     def transfer_ended(
         self,
@@ -331,15 +343,15 @@ class _StateCollector(Collector):
         now = self.snapshot()
         yield from _device_gauges(now.devices)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
-        yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
+        yield gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
-        yield _gauge("peermem_links", "Open links, by who opened them.", ("fabric", "side"), links)
+        yield gauge("peermem_links", "Open links, by who opened them.", ("fabric", "side"), links)
         grants = [(("given",), now.grants_given), (("held",), now.grants_held)]
-        yield _gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
-        yield _gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
+        yield gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
+        yield gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
         rails = [((fabric.value,), count) for fabric, count in now.rails_down.items()]
-        yield _gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
-        yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
+        yield gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
+        yield gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
             "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)
         )
@@ -347,12 +359,12 @@ class _StateCollector(Collector):
             rejected.add_metric((fabric.value,), count)
         yield rejected
         objects = [((kind,), count) for kind, count in now.verbs_objects.items()]
-        yield _gauge("peermem_verbs_objects", "Objects of the verbs fabric.", ("kind",), objects)
+        yield gauge("peermem_verbs_objects", "Objects of the verbs fabric.", ("kind",), objects)
         nics = [(name.partition("/")[::2], int(works)) for name, works in now.nics.items()]
-        yield _gauge("peermem_nic_works", "Whether the verbs fabric can use a NIC port.", ("device", "port"), nics)
+        yield gauge("peermem_nic_works", "Whether the verbs fabric can use a NIC port.", ("device", "port"), nics)
         paths = [((device, nic, path.value), int(works)) for (device, nic, path), works in now.paths.items()]
         text = "Whether the last trial of a device with a NIC port moved the right bytes."
-        yield _gauge("peermem_path_works", text, ("device", "nic", "path"), paths)
+        yield gauge("peermem_path_works", text, ("device", "nic", "path"), paths)
 
 
 def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
@@ -364,16 +376,14 @@ def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
         ("peermem_device_size_bytes", "Bytes of a device.", [device.size for device in devices]),
         ("peermem_device_available_bytes", "Bytes not held by regions.", [device.available for device in devices]),
     ):
-        yield _gauge(name, help_text, labels, zip(keys, values, strict=True))
+        yield gauge(name, help_text, labels, zip(keys, values, strict=True))
 
 
-def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=labels)
-    for key, value in values:
-        family.add_metric(key, value)
-    return family
-
-
+_BY_CPU = (
+    (Direction.LOCAL, FabricKind.LOCAL),
+    (Direction.PUSH, FabricKind.TCP),
+    (Direction.PULL, FabricKind.TCP),
+)
 _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 
