@@ -61,7 +61,7 @@ class App:
     def __init__(self, config: Config) -> None:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
-        self.metrics = Metrics(VERSION)
+        self.metrics = Metrics(VERSION, node=config.node)
         self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)

@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports (`nics.py`), the policy (`policy.py`), faults (`faults.py`) and the
-daemon's condition (`condition.py`): names, labels, buckets, a method for what happens.
+"""The daemon's metrics: names, labels, buckets, a method for what happens. Those of NIC ports, the policy, faults,
+loads and stores, and the daemon's own condition have files of their own beside this one.
 
 Rules of this file:
 
@@ -34,9 +34,8 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from peermem.core.errors import Code, Internal, PeermemError, TransferCancelled
+from peermem.core.errors import Code, Internal, PeermemError
 from peermem.core.plan import Direction
-from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
@@ -45,6 +44,7 @@ from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.gauges import gauge
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
+from peermem.telemetry.storage import StorageMetrics
 
 DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
 """10 us to 500 s."""
@@ -131,7 +131,7 @@ class GrpcMethod:
 class Metrics:
     """The daemon's metrics, in a registry of their own unless one is given."""
 
-    def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, version: str, registry: CollectorRegistry | None = None, node: str = "unnamed") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter
         self._registry = registry or CollectorRegistry()
         self._grpc_methods: dict[tuple[str, str], GrpcMethod] = {}
@@ -142,18 +142,20 @@ class Metrics:
         self.condition = ConditionMetrics(self._registry)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
-        self._declare_storage()
+        self.storage = StorageMetrics(self._registry, DURATION_BUCKETS)
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
-        build.info({"version": version, "python": platform.python_version()})
+        build.info({"version": version, "python": platform.python_version(), "node": node})
         ProcessCollector(registry=self._registry)
 
     def _declare_transfers(self) -> None:
         self._transfers = self._counter(
             "peermem_transfers", "Transfers that ended.", "outcome", "direction", "fabric", "path"
         )
-        self._failures = self._counter("peermem_transfer_failures", "Transfers that failed, by reason.", "reason")
+        self._failures = self._counter(
+            "peermem_transfer_failures", "Transfers that failed, by reason.", "reason", "code"
+        )
         self._bytes = self._counter(
             "peermem_transfer_bytes",
             "Bytes that transfers of this node moved.",
@@ -177,8 +179,8 @@ class Metrics:
             "direction",
             "fabric",
         )
-        for reason in PeermemError.by_reason:
-            self._failures.labels(reason)
+        for fault in PeermemError.by_reason.values():
+            self._failures.labels(fault.reason, fault.code.name)
         self._start_transfers_at_zero(Direction.LOCAL, FabricKind.LOCAL, Path.HOST)
         self._start_transfers_at_zero(Direction.PUSH, FabricKind.TCP, Path.HOST)
         self._start_transfers_at_zero(Direction.PULL, FabricKind.TCP, Path.HOST)
@@ -190,27 +192,6 @@ class Metrics:
             self._transfers.labels(outcome, *labels)
         self._duration.labels(OUTCOMES[State.SUCCEEDED], *labels[:2])
         self._size.labels(*labels[:2])
-
-    def _declare_storage(self) -> None:
-        self._storage_runs = self._counter(
-            "peermem_storage_operations", "Loads and stores that ended.", "operation", "outcome", "way"
-        )
-        self._storage_failures = self._counter(
-            "peermem_storage_failures", "Loads and stores that failed, by reason.", "operation", "reason"
-        )
-        self._storage_bytes = self._counter(
-            "peermem_storage_bytes", "Bytes that loads and stores moved.", "operation", "way"
-        )
-        self._storage_duration = self._histogram(
-            "peermem_storage_duration_seconds",
-            "Time from a load's or store's beginning to its end.",
-            DURATION_BUCKETS,
-            "operation",
-            "outcome",
-        )
-        for order, way in product(Order, Way):
-            self._storage_runs.labels(order.value, OUTCOMES[State.SUCCEEDED], way.value)
-            self._storage_bytes.labels(order.value, way.value)
 
     def _declare_others(self) -> None:
         self._lease_ends = self._counter(
@@ -268,19 +249,8 @@ class Metrics:
         self._duration.labels(word, *way).observe(seconds)
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
-            self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
-
-    def storage_bytes(self, order: Order, way: Way, count: int) -> None:
-        """Some bytes of a running load or store are in place. May be called in any thread."""
-        self._storage_bytes.labels(order.value, way.value).inc(count)
-
-    def storage_ended(self, order: Order, facts: StorageFacts, error: PeermemError | None) -> None:
-        """A load or store ended, for this reason where it did not succeed."""
-        state = State.CANCELLED if isinstance(error, TransferCancelled) else State.FAILED if error else State.SUCCEEDED
-        self._storage_runs.labels(order.value, OUTCOMES[state], facts.way.value if facts.way else "none").inc()
-        self._storage_duration.labels(order.value, OUTCOMES[state]).observe(facts.duration or 0.0)
-        if error is not None and state is State.FAILED:
-            self._storage_failures.labels(order.value, error.reason).inc()
+            fault = PeermemError.by_reason.get(reason or "", Internal)
+            self._failures.labels(fault.reason, fault.code.name).inc()
 
     def lease_ended(self, end: LeaseEnd) -> None:
         """A region was deleted because its lease ended."""
