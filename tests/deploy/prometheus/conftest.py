@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from bench.daemons import Daemon, daemons
+from bench.daemons import Daemon, Place, daemons
 
 import peermem
 from peermem import errors
+from tests.certificates import Authority
 from tests.e2e.conftest import check_log
+from tests.e2e.test_tls import table
 
 _SETTINGS = '[[device]]\nname = "bar0"\nsize = "64MiB"\n[storage]\ndirectories = []\n'
 _SIZE = 1 << 20
@@ -17,8 +19,10 @@ _SIZE = 1 << 20
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Daemon]]:
-    """Nodes a and b."""
-    with daemons(tmp_path_factory.mktemp("watched"), ("a", "b"), _SETTINGS) as running:
+    """Nodes a and b, over TLS."""
+    folder, authority = tmp_path_factory.mktemp("watched"), Authority()
+    places = {node: Place(config=table(authority.node(node).write(folder / f"tls-{node}"))) for node in ("a", "b")}
+    with daemons(folder, tuple(places), _SETTINGS, places=places) as running:
         yield running
         for daemon in running.values():
             assert daemon.stop() == 0
