@@ -49,6 +49,8 @@ class DirectRemote:
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         await self.cues.pass_through("open_link")
+        if offer.subject and not offer.link_id:
+            await self._broker.vouching.check_link(self._here, Subject.parse_spoken(offer.subject))
         return self._broker.serving.open_link(self._here, offer)
 
     async def close_link(self, link_id: bytes) -> None:
@@ -104,6 +106,10 @@ class DirectRemote:
     async def confirm_relay(self, node: str, subject: Subject, region: ChildName, right: Rights) -> None:
         await self.cues.pass_through("confirm_relay")
         self._broker.vouching.check_relayed(node, subject, region, right)
+
+    async def confirm_runs(self, node: str, subject: Subject) -> None:
+        await self.cues.pass_through("confirm_runs")
+        self._broker.vouching.check_runs(node, str(subject))
 
     async def node_facts(self) -> NodeFacts:
         await self.cues.pass_through("node_facts")

@@ -116,6 +116,9 @@ class CuedLink:
     def rails_down(self) -> int:
         return self._link.rails_down
 
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        await self._link.prepare(memory, offset, length)
+
     def post(self, request: WorkRequest) -> None:
         if self._fabric.hold:
             self.held.append(request)
@@ -164,6 +167,10 @@ class CuedFabric:
         return self._inner.kind
 
     @property
+    def separates_subjects(self) -> bool:
+        return self._inner.separates_subjects
+
+    @property
     def limits(self) -> FabricLimits:
         return self._inner.limits
 
@@ -175,10 +182,10 @@ class CuedFabric:
     def unavailable(self) -> PeermemError | None:
         return self._inner.unavailable
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
         if self.refusal is not None:
             raise self.refusal
-        await self._inner.register(memory, path, nics)
+        await self._inner.register(memory, path, nics, subject)
         self.registered.append(memory)
 
     async def unregister(self, memory: Memory) -> None:
@@ -195,10 +202,10 @@ class CuedFabric:
     async def close(self) -> None:
         await self._inner.close()
 
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> Link:
         if self.defect is not None:
             raise self.defect
-        link = CuedLink(self, await self._inner.connect(exchange, events, rails), events)
+        link = CuedLink(self, await self._inner.connect(exchange, events, rails, subject), events)
         self.links.append(link)
         return link
 

@@ -34,6 +34,7 @@ class NicFabric(CuedFabric):
     """A fabric of kind verbs, with the NIC port nic0/1."""
 
     kind = FabricKind.VERBS
+    separates_subjects = True
 
     def __init__(self, inner: TcpFabric) -> None:
         super().__init__(inner)
@@ -48,6 +49,8 @@ class NicFabric(CuedFabric):
         """Whether it takes every address in a page of memory on demand for the page's first one, as rxe does."""
         self.taken_back: list[Memory] = []
         """Memory whose exporter has let go of it: no NIC accesses it any more."""
+        self.owners: list[str] = []
+        """Whose memory was registered, in order."""
         self._on_demand: list[Memory] = []
 
     @property
@@ -72,8 +75,9 @@ class NicFabric(CuedFabric):
             memories.write(memory, 0, before)
         return Proof(1e-5, 1e9, 2e9, PAGE if self.misplaces and path is Path.P2PDMA else 1)
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
-        await super().register(memory, path, nics)
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
+        await super().register(memory, path, nics, subject)
+        self.owners.append(subject)
         if path is Path.P2PDMA:
             self._on_demand.append(memory)
 
@@ -89,11 +93,11 @@ class NicFabric(CuedFabric):
         ranges = replace(request.ranges, local=local, remote=remote)
         return replace(request, ranges=ranges)
 
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> Link:
         async def relabelled(offer: LinkAttributes) -> LinkAttributes:
             return replace(await exchange(replace(offer, fabric=FabricKind.VERBS)), fabric=FabricKind.TCP)
 
-        link = await super().connect(relabelled, events, rails)
+        link = await super().connect(relabelled, events, rails, subject)
         assert isinstance(link, CuedLink)
         link._link = _NicLink(self, link._link)
         return link
@@ -132,6 +136,10 @@ class _NicLink:
     @property
     def rails_down(self) -> int:
         return self._inner.rails_down
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        assert memory in self._fabric.registered
+        await self._inner.prepare(memory, offset, length)
 
     def post(self, request: WorkRequest) -> None:
         self._inner.post(self._fabric.placed(request))

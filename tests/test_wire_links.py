@@ -21,7 +21,7 @@ from peermem.wire_links import (
 
 END = QueuePair("rxe1/1", 17, 0xFFFFFF, bytes(range(16)), 3, 4096, 16)
 PARTS = [KeyPart(7, 1 << 40, 4096), KeyPart(8, 1 << 41, 904)]
-GRANTED = GrantedKey(5, RemoteKey(1 << 63, 0, 5000, [PARTS, []]), 30.0, 1 << 62, True)
+GRANTED = GrantedKey(5, RemoteKey(1 << 63, 5000, [PARTS, []]), 30.0, 1 << 62, True)
 
 
 def test_what_is_told_arrives() -> None:

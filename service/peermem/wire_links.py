@@ -97,7 +97,6 @@ def grant_to_proto(granted: GrantedKey) -> link_pb2.Grant:
     return link_pb2.Grant(
         grant_id=granted.grant_id,
         rkey=granted.key.rkey,
-        address=granted.key.address,
         length=granted.key.length,
         ttl=duration_to_proto(granted.ttl),
         region_uid=granted.region_uid,
@@ -122,7 +121,7 @@ def grant_from_proto(message: link_pb2.Grant) -> GrantedKey:
         )
     return GrantedKey(
         message.grant_id,
-        RemoteKey(message.rkey, message.address, message.length, rails),
+        RemoteKey(message.rkey, message.length, rails),
         duration_from_proto(message.ttl, "grant.ttl", 0.1, 3600.0),
         message.region_uid,
         message.staged,

@@ -11,6 +11,7 @@ import pytest
 from peermem.broker.links import OutboundLink
 from peermem.broker.serving import Serving
 from peermem.broker.tenants import Share
+from peermem.broker.traffic import Traffic
 from peermem.core import errors
 from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS
@@ -149,7 +150,7 @@ async def test_a_grant_of_one_link_opens_nothing_for_another_one(pair: list[Host
         assert await stolen(b, link, opcode, request.key, Ranges.single(0, 0, 1)) is Status.REM_ACCESS_ERR
     first = a.broker.links.kept("b", FabricKind.TCP)
     assert first is not None
-    second = OutboundLink("b", first.fabric, first.source, lambda: 0.0)
+    second = OutboundLink("b", first.fabric, first.source, Traffic(first.fabric.limits, lambda: 0.0), lambda: 0.0)
     await second.open(1)
     for opcode in Opcode:
         assert await stolen(a, second, opcode, request.key, Ranges.single(0, 0, 1)) is Status.REM_ACCESS_ERR

@@ -50,7 +50,7 @@ def is_in(text: str, secrets: set[str]) -> bool:
 
 
 def test_what_holds_a_key_does_not_show_it() -> None:
-    key = RemoteKey(NUMBER, ADDRESS, 4096, ((KeyPart(NUMBER, ADDRESS, 4096),),))
+    key = RemoteKey(NUMBER, 4096, ((KeyPart(NUMBER, ADDRESS, 4096),),))
     attributes = LinkAttributes(FabricKind.TCP, 1, b"i" * 16, "a:1", b"s" * 32)
     request = WorkRequest(1, Opcode.READ, None, key, Ranges.single(0, 0, 1))  # type: ignore[arg-type]
     for thing in (key, request, attributes):

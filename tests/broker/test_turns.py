@@ -20,21 +20,16 @@ from tests.policies import policy, rule, tenant
 SLICE, WINDOW, SHARED = 100, 1600, 400
 
 
-@dataclass
-class Share:
-    tenant: Tenant
-    waits: float = 0.0
-
-    def wait(self) -> float:
-        return self.waits
-
-
 @dataclass(eq=False)
 class Worker:
     """One transfer, with as many slices as it is given."""
 
-    share: Share
+    tenant: Tenant
     cost: int = SLICE
+    waits: float = 0.0
+
+    def wait(self) -> float:
+        return self.waits
 
 
 @dataclass
@@ -69,13 +64,13 @@ class Link:
         for _ in range(steps):
             worker = self.post()
             if worker is not None:
-                posted[worker.share.tenant.key] += worker.cost
+                posted[worker.tenant.key] += worker.cost
             self.complete()
         return posted
 
 
 def worker(key: str, cost: int = SLICE, weight: int = 1) -> Worker:
-    return Worker(Share(Tenant(key, weight=weight)), cost)
+    return Worker(Tenant(key, weight=weight), cost)
 
 
 def test_transfers_of_one_tenant_take_turns() -> None:
@@ -156,26 +151,26 @@ def test_bytes_are_shared_by_weight(weights: tuple[int, int], costs: tuple[int, 
 def test_who_has_to_wait_loses_no_turn_but_its_own() -> None:
     link = Link()
     slow, other = worker("slow"), worker("other")
-    slow.share.waits = 0.25
+    slow.waits = 0.25
     link.turns.add(slow)
     link.turns.add(other)
     assert [link.post() for _ in range(4)] == [other] * 4
     link.complete(4)
     assert link.turns.pause() == 0.25
-    slow.share.waits = 0.0
+    slow.waits = 0.0
     assert link.turns.pause() == 0.0
     assert link.post() is slow
 
 
-def test_in_a_hurry_nobody_waits_for_time_to_pass() -> None:
+def test_who_is_to_go_first_waits_for_no_other_of_its_tenant() -> None:
     link = Link()
-    slow = worker("slow")
-    slow.share.waits = 100.0
+    slow, other = worker("slow"), worker("slow")
+    slow.waits = 100.0
     link.turns.add(slow)
+    link.turns.add(other)
     assert link.turns.take() is None
-    turn = link.turns.take(hurry=True)
-    assert turn is not None
-    assert turn[1] is slow
+    link.turns.advance(lambda each: each is other)
+    assert link.post() is other
 
 
 def test_tenants_that_are_gone_are_forgotten() -> None:
@@ -212,7 +207,7 @@ async def test_bytes_above_a_rate_wait_and_arrive(pair: list[Host]) -> None:
     await a.broker.go_by(policy(everything + tenant("team", "anonymous", "bytes_per_second = '16MiB'")))
     a.broker.tenants.spend(ANONYMOUS, 17 * MIB)
     running = await start(a, whole(x, y))
-    await eventually(lambda: any(link._resuming for link in a.broker.links._links.values()))
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
     assert running.facts.bytes_done == 0
     assert (await outcome(running)).state is State.SUCCEEDED
 
@@ -224,5 +219,5 @@ async def test_what_waits_is_cancelled_at_once(pair: list[Host]) -> None:
     await a.broker.go_by(policy(everything + tenant("team", "anonymous", "bytes_per_second = '1MiB'")))
     a.broker.tenants.spend(ANONYMOUS, 1000 * MIB)
     running = await start(a, whole(x, y))
-    await eventually(lambda: any(link._resuming for link in a.broker.links._links.values()))
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
     assert (await a.broker.cancel_transfer(ANONYMOUS, running.facts.name)).state is State.CANCELLED

@@ -143,7 +143,7 @@ class FabricConformance:
             start = MIB if kind == "behind" else MIB - 1
             return await connection.grant(remote, length=MIB), ranges_of([0, 8], [0, start], [8, 8])
         if kind == "unknown":
-            return RemoteKey(12345, 0, LENGTH), ranges
+            return RemoteKey(12345, LENGTH), ranges
         if kind == "other link":
             other = await connection.another()
             return await other.grant(remote), ranges
@@ -334,7 +334,7 @@ class FabricConformance:
             await eventually(lambda: connection.events.ends != [])
             assert connection.events.ends == [LinkEnd.REMOTE_CLOSED]
         with pytest.raises(LinkClosed):
-            connection.post(opcode, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+            connection.post(opcode, local, RemoteKey(1, 1), Ranges.single(0, 0, 1))
         assert lost == []
 
     async def test_closing_the_fabric_flushes_its_links(
@@ -347,7 +347,7 @@ class FabricConformance:
         assert set(connection.events.statuses) == set(posted)
         assert connection.events.ends == []
         with pytest.raises(LinkClosed):
-            connection.post(Opcode.WRITE, local, RemoteKey(1, 0, 1), Ranges.single(0, 0, 1))
+            connection.post(Opcode.WRITE, local, RemoteKey(1, 1), Ranges.single(0, 0, 1))
 
     async def test_posting_from_a_completion(self, connection: Connection, memories: Callable[..., FileMemory]) -> None:
         memory, remote = memories(seed=1), memories()

@@ -1,10 +1,11 @@
-"""A stand-in for the library pyverbs, as far as registrations use it: it registers nothing, keeps the kernel's rules
-for dma-bufs, and counts what is open."""
+"""A stand-in for the library pyverbs: it keeps the kernel's rules for registrations, and counts what is open. What is
+not about memory regions is in `nic_double.py`."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import os
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,96 +14,69 @@ from types import ModuleType, SimpleNamespace
 from typing import cast
 
 from peermem.fabric import verbs
+from peermem.fabric.verbs_domains import Domains
 from peermem.fabric.verbs_nic import Port
+from tests.fabric import nic_double
+from tests.fabric.nic_double import NICS, PD, Part, PyverbsError
 
 _DMA_BUF_ACCESS = 1 | 2 | 4 | 8
 
 
-class PyverbsError(Exception):
-    def __init__(self, code: int) -> None:
-        super().__init__(f"Failed to register. Errno: {code}")
-        self.error_code = code
-
-
-class Registered:
+class Registered(Part):
     """What the library makes."""
 
     made: list[Registered]
     """In order."""
-    fails: dict[str, int]
-    """Errno by what is asked for: MR or DmaBufMR."""
 
-    def __init__(self, pd: object, length: int, access: int, **where: int) -> None:
-        if code := self.fails.get(type(self).__name__, 0):
-            raise PyverbsError(code)
-        self.pd, self.length, self.access, self.where = pd, length, access, where
-        self.lkey, self.rkey = 2 * len(self.made), 2 * len(self.made) + 1
-        self.is_open = True
+    def __init__(self, pd: PD, address: int, length: int, access: int, where: dict[str, int]) -> None:
+        super().__init__(pd)
+        self.pd, self.address, self.length, self.access, self.where = pd, address, length, access, where
+        self.lkey = self.rkey = next(NICS.numbers) << 8
+        NICS.keys[self.lkey] = self
         self.made.append(self)
 
+    def pointer(self, address: int) -> int:
+        """Return where the CPU finds what has this address for the NIC."""
+        return address
+
     def close(self) -> None:
-        self.is_open = False
+        super().close()
+        NICS.keys.pop(self.lkey, None)
 
 
 class MR(Registered):
-    def __init__(self, pd: object, length: int, access: int, address: int) -> None:
-        super().__init__(pd, length, access, address=address)
+    def __init__(self, pd: PD, length: int, access: int, address: int) -> None:
+        super().__init__(pd, address, length, access, {"address": address})
 
 
 class DmaBufMR(Registered):
-    def __init__(self, pd: object, length: int, access: int, dmabuf: int, offset: int) -> None:
+    def __init__(self, pd: PD, length: int, access: int, dmabuf: int, offset: int) -> None:
         if access & ~_DMA_BUF_ACCESS:
             raise PyverbsError(errno.EINVAL)
-        super().__init__(pd, length, access, fd=dmabuf, offset=offset)
+        super().__init__(pd, offset, length, access, {"fd": dmabuf, "offset": offset})
+        self._mapping: mmap.mmap | None = None
 
-
-class MW:
-    def __init__(self, pd: object, kind: int) -> None:
-        assert kind == 2
-        self.rkey = 0x100
-
-    def close(self) -> None:
-        """Ends."""
-
-
-class Context:
-    def __init__(self, name: str) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-class PD:
-    def __init__(self, context: object) -> None:
-        self.context = context
-
-    def close(self) -> None:
-        """Ends."""
+    def pointer(self, address: int) -> int:
+        if self._mapping is None:
+            self._mapping = mmap.mmap(self.where["fd"], 0)
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping)) + address
 
 
 @contextmanager
-def pyverbs() -> Iterator[type[Registered]]:
-    """Have `fabric.verbs` find this library, and nothing of it afterwards."""
-    modules: dict[str, dict[str, object]] = {
-        "base": {"inc_rkey": lambda rkey: rkey + 1},
-        "pyverbs_error": {"PyverbsError": PyverbsError},
-        "device": {"Context": Context},
-        "addr": {},
-        "pd": {"PD": PD},
-        "mr": {"MR": MR, "DmaBufMR": DmaBufMR, "MW": MW},
-        "cq": {},
-        "qp": {},
-        "wr": {"SGE": lambda *_: None, "RecvWR": lambda **_: SimpleNamespace()},
-    }
+def pyverbs(*nics: str) -> Iterator[type[Registered]]:
+    """Have `fabric.verbs` find this library, with these NICs, and nothing of it afterwards."""
     before, library = dict(sys.modules), verbs._library
+    modules = dict(nic_double.modules()) | {
+        "mr": {"MR": MR, "DmaBufMR": DmaBufMR, "MW": nic_double.MW, "MWBindInfo": nic_double.MWBindInfo}
+    }
     for name, content in modules.items():
         module = ModuleType(f"pyverbs.{name}")
         vars(module).update(content)
         sys.modules[f"pyverbs.{name}"] = module
     sys.modules["pyverbs"] = ModuleType("pyverbs")
     verbs._library = None
-    Registered.made, Registered.fails = [], {}
+    Registered.made = []
+    NICS.reset(nics)
     try:
         yield Registered
     finally:
@@ -115,16 +89,15 @@ def pyverbs() -> Iterator[type[Registered]]:
 def nic_port(*, on_demand: bool = True, windows: bool = True, window_ranges: bool = True) -> Iterator[Port]:
     """A port of a NIC that is not here, as far as registrations look at it."""
     device = verbs.Device("nic0")
-    nic = _Nic(
-        device, verbs.Domain(device), SimpleNamespace(on_demand=on_demand, windows=windows, window_ranges=window_ranges)
-    )
+    caps = SimpleNamespace(on_demand=on_demand, windows=windows, window_ranges=window_ranges)
+    nic = _Nic(device, Domains(device), caps)
     yield cast(Port, SimpleNamespace(name="nic0/1", nic=nic))
-    nic.domain.close()
+    assert device.counts["pd"] == 0
     device.close()
 
 
 @dataclass(eq=False)
 class _Nic:
     device: verbs.Device
-    domain: verbs.Domain
+    domains: Domains
     caps: SimpleNamespace

@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peermem.core.types import LinkAttributes, Path, Ranges, RemoteKey, Rights
 from peermem.fabric.base import Completion, Fabric, Link, LinkEnd, Opcode, Status, WorkRequest
@@ -134,7 +134,9 @@ class Recorder:
 class Connection:
     """An open link with its recorder, as a test uses it. It registers what it is given, for both sides."""
 
-    def __init__(self, initiator: Fabric, target: Fabric) -> None:
+    def __init__(self, initiator: Fabric, target: Fabric, subject: str = "") -> None:
+        """`subject` is whose link it is."""
+        self.subject = subject
         self.initiator = initiator
         self.target = target
         self.events = Recorder()
@@ -144,7 +146,7 @@ class Connection:
         self._next_id = 0
 
     async def open(self, rails: int = 1) -> Connection:
-        self.link = await self.initiator.connect(self._exchange, self.events, rails)
+        self.link = await self.initiator.connect(self._exchange, self.events, rails, self.subject)
         return self
 
     async def another(self) -> Connection:
@@ -161,7 +163,7 @@ class Connection:
         self._registered.clear()
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
-        answer = self.target.accept(offer)
+        answer = self.target.accept(replace(offer, subject=self.subject))
         self.link_id = answer.link_id
         return answer
 

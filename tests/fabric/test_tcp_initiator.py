@@ -17,7 +17,7 @@ from peermem.fabric.tcp_stream import Pace
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually, open_sockets
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-KEY = RemoteKey(1, 0, 64 * MIB)
+KEY = RemoteKey(1, 64 * MIB)
 
 
 @asynccontextmanager

@@ -206,7 +206,7 @@ async def test_a_refused_write_is_drained_and_the_next_one_served(
     raw, link_id = admitted
     memory = memories()
     key = await fabric.grant(link_id, memory, 0, MIB, Rights.WRITE, 10.0)
-    raw.request(Opcode.WRITE, 1, RemoteKey(1, 0, MIB), Ranges.single(0, 0, 2 * MIB))
+    raw.request(Opcode.WRITE, 1, RemoteKey(1, MIB), Ranges.single(0, 0, 2 * MIB))
     raw.writer.write(b"x" * 2 * MIB)
     raw.request(Opcode.WRITE, 2, key, Ranges.single(0, 5, 3))
     raw.writer.write(b"abc")

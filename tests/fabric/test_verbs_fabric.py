@@ -1,4 +1,5 @@
-"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. The rest is in tests/lab."""
+"""The verbs fabric where there is no RDMA: on a host without pyverbs, or without a NIC. `test_verbs_link.py` runs it
+over a stand-in, and tests/lab over software NICs."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ async def test_every_use_gives_the_reason(fabric: VerbsFabric) -> None:
         await fabric.grant(b"?" * 16, memory, 0, 1, Rights.READ, 1.0)
     await fabric.unregister(memory)
     await fabric.hang_up(b"?" * 16)
-    await fabric.revoke(RemoteKey(1, 0, 1))
+    await fabric.revoke(RemoteKey(1, 1))
     memory.close()
 
 

@@ -14,12 +14,14 @@ import pytest
 from peermem.core import errors
 from peermem.core.types import Path, Rights
 from peermem.fabric import verbs, verbs_grants, verbs_memory
+from peermem.fabric.verbs_domains import HeldDomain
 from peermem.fabric.verbs_grants import Door
 from peermem.fabric.verbs_memory import MemoryTable, Registration, check
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_target import Target
 from peermem.fabric.verbs_types import Access, Settings, WcStatus
 from tests.descriptors import memory_file
+from tests.fabric.nic_double import NICS
 from tests.fabric.pyverbs_double import DmaBufMR, Registered, nic_port, pyverbs
 from tests.fabric.support import FileMemory
 
@@ -81,7 +83,7 @@ def test_what_can_be_is(path: Path, port: Port) -> None:
 async def test_a_dma_buf_is_imported_in_parts_without_windows(library: type[Registered], port: Port) -> None:
     memory = ExportedMemory(2 * PART + 1)
     registration = Registration(memory, Path.DMABUF)
-    await registration.add(port)
+    await registration.add(port, "uid:1@a")
     assert [(made.where, made.length, made.access) for made in library.made] == [
         ({"fd": memory.exported, "offset": OFFSET}, PART, Access.LOCAL_WRITE),
         ({"fd": memory.exported, "offset": OFFSET + PART}, PART, Access.LOCAL_WRITE),
@@ -90,7 +92,10 @@ async def test_a_dma_buf_is_imported_in_parts_without_windows(library: type[Regi
     assert all(isinstance(made, DmaBufMR) for made in library.made)
     assert registration.address == OFFSET
     assert not registration.takes_windows
-    assert [part.address for part in registration.parts[port.nic]] == [OFFSET, OFFSET + PART, OFFSET + 2 * PART]
+    domain = port.nic.domains.of("uid:1@a")
+    addresses = [registration.part(domain, index).address for index in range(3)]
+    assert addresses == [OFFSET, OFFSET + PART, OFFSET + 2 * PART]
+    domain.release()
     await registration.close()
     assert not any(made.is_open for made in library.made)
     memory.close()
@@ -124,7 +129,7 @@ async def test_addresses_are_registered_with_windows(
     legacy = path is Path.LEGACY_PEER_MEMORY
     memory = ExportedMemory(PART) if legacy else FileMemory(PART)
     registration = Registration(memory, path)
-    await registration.add(port)
+    await registration.add(port, "uid:1@a")
     assert registration.takes_windows
     assert [made.access for made in library.made] == [access]
     assert (registration.address == ADDRESS) is legacy
@@ -140,7 +145,7 @@ def test_memory_that_is_not_of_the_path_is_refused(path: Path) -> None:
 
 async def test_a_refusal_leaves_nothing_registered(library: type[Registered], port: Port) -> None:
     table, memory = MemoryTable(), ExportedMemory(PART)
-    library.fails["DmaBufMR"] = errno.EOPNOTSUPP
+    NICS.fails["DmaBufMR"] = errno.EOPNOTSUPP
     with pytest.raises(errors.DmaBufUnsupported):
         await table.register(memory, Path.DMABUF, [port])
     assert (len(table), table.needs_domains) == (0, False)
@@ -157,10 +162,12 @@ class TestGrants:
 
         table, memory = MemoryTable(), ExportedMemory(PART + 50)
         await table.register(memory, Path.DMABUF, [port])
-        link = SimpleNamespace(link_id=b"link", rails=[_Rail(port)], domains={}, grants={}, fence=fenced)
+        rail = _Rail(port, port.nic.domains.of("uid:1@a"))
+        link = SimpleNamespace(link_id=b"link", rails=[rail], grants={}, opening=set(), fence=fenced)
         target = Target(cast(Any, None), table, Settings(), time.monotonic, lambda _: None)
         target._links[b"link"] = cast(Any, link)
         yield target, link, memory
+        rail.domain.release()
         await table.close()
         memory.close()
 
@@ -168,8 +175,8 @@ class TestGrants:
         self, granting: tuple[Target, Any, ExportedMemory], library: type[Registered], port: Port
     ) -> None:
         target, link, memory = granting
-        own = verbs.Domain(port.nic.device)
-        link.domains[link.rails[0]] = own
+        link.rails[0].domain.release()
+        link.rails[0].domain = own = port.nic.domains.apart()
         before = len(library.made)
         key = await target.grant(b"link", memory, 100, PART - 60, Rights.WRITE, 30.0)
         made = library.made[before:]
@@ -178,7 +185,6 @@ class TestGrants:
         assert [part.address for part in key.rails[0]] == [OFFSET + 100, OFFSET + PART]
         await target.revoke(key.rkey)
         assert not any(one.is_open for one in made)
-        own.close()
 
     async def test_a_link_from_before_has_to_be_opened_anew(self, granting: tuple[Target, Any, ExportedMemory]) -> None:
         target, _, memory = granting
@@ -190,12 +196,13 @@ class TestGrants:
 @pytest.mark.parametrize("checks_ranges", [True, False])
 async def test_a_window_opens_exactly_the_granted_range(checks_ranges: bool, library: type[Registered]) -> None:
     with nic_port(window_ranges=checks_ranges) as port:
-        table, memory, rail = MemoryTable(), FileMemory(2 * PART), _Rail(port)
-        await table.register(memory, Path.HOST, [port])
+        table, memory, domain = MemoryTable(), FileMemory(2 * PART), port.nic.domains.of("uid:1@a")
+        rail = _Rail(port, domain)
+        await table.register(memory, Path.HOST, [port], "uid:1@a")
         registration = table.find(memory)
         assert registration is not None
         door, wholes = Door(cast(Any, rail)), len(library.made)
-        assert await door.open(registration, PART - 100, PART + 100, Rights.READ, None)
+        assert await door.open(registration, PART - 100, PART + 100, Rights.READ)
         start = registration.address + PART - 100
         assert [bound[1:] for bound in rail.bound] == [
             (start, 100, Access.REMOTE_READ),
@@ -210,6 +217,7 @@ async def test_a_window_opens_exactly_the_granted_range(checks_ranges: bool, lib
         door.close()
         assert port.nic.device.counts["mw"] == 0
         assert not any(made.is_open for made in library.made[wholes:])
+        domain.release()
         await table.close()
         memory.close()
 
@@ -217,8 +225,10 @@ async def test_a_window_opens_exactly_the_granted_range(checks_ranges: bool, lib
 class _Rail:
     """Where a queue pair would be: binds succeed, and are written down."""
 
-    def __init__(self, port: Port) -> None:
-        self.port = port
+    is_lost = False
+
+    def __init__(self, port: Port, domain: HeldDomain) -> None:
+        self.port, self.domain = port, domain
         self.up = True
         self.free = 1
         self.bound: list[tuple[verbs.MemoryRegion, int, int, Access]] = []

@@ -36,6 +36,7 @@ TABLE = {
     "dmabuf": Settings(seconds=600),
     "fabric_verbs": Settings(releases=("trixie", "bookworm"), namespace="n1"),
     "fabric_verbs_nodes": Settings(namespace="n1"),
+    "fabric_verbs_subjects": Settings(namespace="n1"),
     "faults": Settings(seconds=1800),
     "lab": Settings(releases=("trixie", "bookworm")),
     "machines": Settings(seconds=600),

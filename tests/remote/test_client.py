@@ -46,6 +46,8 @@ async def test_every_call_arrives_and_every_fault_comes_back_typed(other: Other,
         await b.flush(link.link_id, 1)
     with pytest.raises(errors.FabricUnavailable):
         await b.open_link(LinkAttributes(FabricKind.VERBS, 1))
+    with pytest.raises(errors.AccessDenied, match="no transfer of uid:7@b under way on nodes/a"):
+        await b.confirm_runs("a", Subject("uid:7", ("gid:7",), "b"))
     await b.release_grants(link.link_id, [1, 2, 3])
     await b.close_link(link.link_id)
     await b.close_link(link.link_id)

@@ -106,11 +106,11 @@ async def test_a_remote_job_is_its_spiffe_id_and_owns_what_it_makes(a: Node) -> 
     assert isinstance(await refused(a, another, delete), errors.AccessDenied)
 
 
-async def open_link(channel: grpc.aio.Channel, node: str = "b") -> link_pb2.OpenLinkResponse:
+async def open_link(channel: grpc.aio.Channel, node: str = "b", subject: str = "") -> link_pb2.OpenLinkResponse:
     stub: link_pb2_grpc.LinkServiceAsyncStub = link_pb2_grpc.LinkServiceStub(channel)
-    return await stub.OpenLink(
-        link_pb2.OpenLinkRequest(node=f"nodes/{node}", fabric=transfer_pb2.FABRIC_TCP, rails=1), timeout=5
-    )
+    fabric = transfer_pb2.FABRIC_VERBS if subject else transfer_pb2.FABRIC_TCP
+    request = link_pb2.OpenLinkRequest(node=f"nodes/{node}", fabric=fabric, rails=1, subject=subject)
+    return await stub.OpenLink(request, timeout=5)
 
 
 async def speak(channel: grpc.aio.Channel, subject: str = "uid:0@b") -> None:
@@ -192,6 +192,22 @@ async def test_a_node_speaks_of_anothers_client_only_while_that_one_has_it_work_
         for subject, wanted in (("uid:7@a", errors.AccessDenied), ("uid:7@nowhere", errors.NodeNotFound)):
             question = link_pb2.GrantQuestion(acquire=wanted_by(subject, link))
             assert isinstance(await answered(stub, question), wanted)
+
+
+@pytest.mark.parametrize(
+    ("subject", "fault_of_it"),
+    [
+        ("uid:7@b", errors.FabricUnavailable),  # it may: only that there is no NIC here
+        ("uid:7@a", errors.AccessDenied),
+        ("uid:7@nowhere", errors.NodeNotFound),
+        ("uid:7", errors.InvalidField),
+    ],
+)
+async def test_a_node_opens_links_for_those_only_of_whom_it_may_speak(
+    a: Node, subject: str, fault_of_it: type[errors.PeermemError]
+) -> None:
+    told = await refused(a, AUTHORITY.node("b"), lambda channel: open_link(channel, subject=subject))
+    assert type(told) is fault_of_it
 
 
 async def test_a_certificate_that_is_denied_gets_no_more_grants_on_an_exchange_that_there_is(a: Node) -> None:

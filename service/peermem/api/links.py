@@ -41,9 +41,14 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
             raise FabricUnavailable("OpenLink needs a fabric that reaches other nodes, such as tcp.")
         if not 1 <= request.rails <= 16:
             raise InvalidField(f"rails {request.rails} must be 1 to 16.", field="rails")
+        subject = spoken_subject(request.subject, "subject") if request.subject else None
+        if subject is not None and not request.link_id:
+            await self._vouching.check_link(node, subject)
         ends = queue_pairs_from_proto(request.queue_pairs)
         rails = request.rails if ends else min(request.rails, self._max_rails)
-        offer = LinkAttributes(fabric, rails, request.link_id, queue_pairs=ends)
+        offer = LinkAttributes(
+            fabric, rails, request.link_id, queue_pairs=ends, subject=str(subject) if subject is not None else ""
+        )
         opened = self._serving.open_link(node, offer)
         return opened_to_proto(opened.attributes, opened.epoch)
 
@@ -68,10 +73,12 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
     ) -> link_pb2.ConfirmRelayResponse:
         """See the contract."""
         self._identity.node(context)
-        node, region = parse_node(request.node, "node"), parse_region(request.region, "region")
-        self._vouching.check_relayed(
-            node, spoken_subject(request.subject, "subject"), region, right_from_proto(request.right)
-        )
+        node, subject = parse_node(request.node, "node"), spoken_subject(request.subject, "subject")
+        if not request.region:
+            self._vouching.check_runs(node, str(subject))
+        else:
+            region, right = parse_region(request.region, "region"), right_from_proto(request.right)
+            self._vouching.check_relayed(node, subject, region, right)
         return link_pb2.ConfirmRelayResponse()
 
     async def CopyStaged(self, request: link_pb2.CopyStagedRequest, context: Context) -> link_pb2.CopyStagedResponse:

@@ -115,7 +115,9 @@ class Broker:
         )
         self.vouching = Vouching(settings.node, remotes)
         self._maker = RegionMaker(settings.node, self.regions, sessions, devices, self.registry, policy, self.tenants)
-        self.serving = Serving(epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back)
+        self.serving = Serving(
+            settings.node, epoch, fabrics, self.regions.find, policy, settings.grant_ttl, self._taken_back
+        )
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
         self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
         sessions.on_close(self._session_closed)

@@ -33,10 +33,12 @@ from peermem.broker.tenants import Share
 from peermem.broker.ways import candidates, instead, staged_ends
 from peermem.core.errors import (
     FabricUnavailable,
+    LimitReached,
     LinkNotFound,
     NodeUnreachable,
     PeermemError,
     RegionDeleted,
+    RegionRevoked,
     StaleEpoch,
 )
 from peermem.core.failpoints import hit
@@ -131,8 +133,9 @@ class LegRun:
         for kind in others:
             try:
                 await self._prepare_over(kind, links)
-            except (FabricUnavailable, NodeUnreachable) as error:
-                links.detours.failed(self.leg.other, kind, error)
+            except (FabricUnavailable, LimitReached, NodeUnreachable) as error:
+                if not isinstance(error, LimitReached):  # which may be this subject's alone
+                    links.detours.failed(self.leg.other, kind, error)
                 self.why = instead(kind, error)
                 log.info("fabric_passed_over", fabric=kind.value, region=str(self.leg.other), cause=error.message)
             else:
@@ -142,13 +145,13 @@ class LegRun:
 
     async def _prepare_over(self, kind: FabricKind, links: LinkTable) -> None:
         self.fabric = kind
-        self.link = await links.get(self.leg.other.node, kind)
+        self.link = await links.get(self.leg.other.node, kind, self.share.subject)
         self._wanted = self._wanted._replace(staged=False)
         try:
             await self.acquire()
         except (StaleEpoch, LinkNotFound):  # the remote daemon was restarted: once more on a new link
             links.discard(self.link)
-            self.link = await links.get(self.leg.other.node, kind)
+            self.link = await links.get(self.leg.other.node, kind, self.share.subject)
             await self.acquire()
 
     @property
@@ -168,6 +171,8 @@ class LegRun:
     async def acquire(self) -> None:
         """See SuppliedLeg."""
         link = self.link
+        if not self._region.reach.stages(self.fabric):
+            await self._be_reached(link)  # before the grant's time runs: it may take seconds
         held = await link.grant(self._wanted)
         try:
             is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
@@ -175,9 +180,20 @@ class LegRun:
                 link.release(held)
                 self._wanted = self._wanted._replace(staged=True)
                 held = await link.grant(self._wanted)
-            self._adopt(held, await self._region.reach.staging.open() if is_staged_here else None)
+            buffer = await self._region.reach.staging.open() if is_staged_here else None
+            if buffer is not None:
+                await link.prepare(buffer.memory, 0, buffer.memory.length)
+            self._adopt(held, buffer)
         except BaseException:
             link.release(held)
+            raise
+
+    async def _be_reached(self, link: OutboundLink) -> None:
+        """Have this end's memory usable on a link."""
+        try:
+            await link.prepare(self._region.memory, self.leg.local_start, self.leg.local_length)
+        except RegionRevoked:
+            self._region.is_out_of_reach = True
             raise
 
     def _adopt(self, held: HeldGrant, buffer: StagingBuffer | None) -> None:
@@ -328,7 +344,7 @@ class LegRun:
 
     async def reconnect(self) -> None:
         """See SuppliedLeg."""
-        self.link = await self._links.get(self.leg.other.node, self.fabric)
+        self.link = await self._links.get(self.leg.other.node, self.fabric, self.share.subject)
 
     def disconnect(self) -> None:
         """See SuppliedLeg."""

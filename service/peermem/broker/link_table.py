@@ -2,8 +2,12 @@
 
 Rules of this file:
 
-* One link per remote node and fabric. One that goes down is forgotten, and opened anew on the next use, also by the
-  transfers that it carried.
+* One link per remote node and fabric, and on a fabric that separates subjects for each of them. A subject goes by the
+  name that all nodes give it, without its groups: its tenant is what this node's policy says, and the far end's may
+  say something else, so that nothing could be held to it there.
+* One that goes down is forgotten, and opened anew on the next use, also by the transfers that it carried.
+* So many links lead to a node over a fabric, at most; then the one that was idle longest makes room.
+* All links to a node over a fabric share what goes there (`traffic`).
 * A fabric that did not reach a node or a region is passed over for a while, longer each time it fails again.
 """
 
@@ -13,10 +17,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
-from peermem.broker.links import Clock, OutboundLink
+from peermem.broker.links import OutboundLink
 from peermem.broker.settings import Settings
-from peermem.core.errors import PeermemError
+from peermem.broker.traffic import Clock, Traffic
+from peermem.core.errors import LimitReached, PeermemError
+from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.names import ChildName
 from peermem.core.types import FabricKind
 from peermem.fabric.base import Fabric
@@ -26,6 +33,10 @@ from peermem.telemetry.faults import Broken, FaultMetrics
 _SHORTEST, _LONGEST = 1.0, 30.0
 """Seconds that a fabric is passed over after it failed once, and at most."""
 _MAX_DETOURS = 4096
+MAX_LINKS_TO_NODE = 256
+"""Over one fabric: each has queue pairs on each NIC, at both ends."""
+_Key = tuple[str, FabricKind, str]
+"""Node, fabric, and subject where the fabric separates them."""
 
 
 @dataclass(slots=True)
@@ -75,20 +86,23 @@ class LinkTable:
         self.retry_for = settings.retry_for
         """Seconds in which nothing moves until a transfer gives up to go on after its link broke."""
         self.faults = faults
+        self._here = settings.node
         self._fabrics = fabrics
         self._source = source
         self._rails = settings.rails
         self._idle = settings.link_idle
         self._clock = clock
-        self._opening: dict[tuple[str, FabricKind], asyncio.Task[OutboundLink]] = {}
-        self._links: dict[tuple[str, FabricKind], OutboundLink] = {}
+        self._opening: dict[_Key, asyncio.Task[OutboundLink]] = {}
+        self._links: dict[_Key, OutboundLink] = {}
+        self._traffic: WeakValueDictionary[tuple[str, FabricKind], Traffic] = WeakValueDictionary()
+        """Each for as long as it has a link."""
         self._closing: set[asyncio.Task[None]] = set()
         self.detours = Detours(clock)
 
     def counts(self) -> dict[FabricKind, int]:
         """Open links by fabric."""
         counts = dict.fromkeys(self._fabrics, 0)
-        for _, kind in self._links:
+        for _, kind, _ in self._links:
             counts[kind] += 1
         return counts
 
@@ -97,35 +111,57 @@ class LinkTable:
         """Grants held on regions of remote nodes."""
         return sum(link.grant_count for link in self._links.values())
 
-    def kept(self, node: str, kind: FabricKind) -> OutboundLink | None:
-        """Return the open link to a node, if there is one."""
-        return self._links.get((node, kind))
+    def _key(self, node: str, kind: FabricKind, subject: Subject) -> _Key:
+        return node, kind, subject.named_by(self._here) if self._fabrics[kind].separates_subjects else ""
 
-    async def get(self, node: str, kind: FabricKind) -> OutboundLink:
-        """Return the link to a node, opened if need be. Raises NodeUnreachable, NodeNotFound."""
-        key = (node, kind)
+    def kept(self, node: str, kind: FabricKind, subject: Subject = ANONYMOUS) -> OutboundLink | None:
+        """Return the open link to a node for a subject, if there is one."""
+        return self._links.get(self._key(node, kind, subject))
+
+    async def get(self, node: str, kind: FabricKind, subject: Subject) -> OutboundLink:
+        """Return the link to a node for a subject, opened if need be. Raises NodeUnreachable, NodeNotFound,
+        LimitReached, and what the far end's OpenLink raises."""
+        key = self._key(node, kind, subject)
         link = self._links.get(key)
         if link is not None:
             return link
         task = self._opening.get(key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._open(node, kind))
+            self._make_room(node, kind)
+            task = asyncio.get_running_loop().create_task(self._open(key))
             self._opening[key] = task
             task.add_done_callback(lambda done: self._opened(key, done))
         return await asyncio.shield(task)
 
-    def _opened(self, key: tuple[str, FabricKind], task: asyncio.Task[OutboundLink]) -> None:
+    def _make_room(self, node: str, kind: FabricKind) -> None:
+        """See that there may be one more link. Raises LimitReached."""
+        links = [link for key, link in self._links.items() if key[:2] == (node, kind)]
+        if len(links) + sum(key[:2] == (node, kind) for key in self._opening) < MAX_LINKS_TO_NODE:
+            return
+        idle = min((link for link in links if link.idle), key=lambda link: link.used_at, default=None)
+        if idle is None:
+            raise LimitReached(
+                f"This node has {MAX_LINKS_TO_NODE} links to nodes/{node} over {kind.value}, its limit, and transfers "
+                "use all of them. Try again when some have ended, or use tcp.",
+                limit=MAX_LINKS_TO_NODE,
+            )
+        self.discard(idle)
+
+    def _opened(self, key: _Key, task: asyncio.Task[OutboundLink]) -> None:
         self._opening.pop(key, None)
         if not task.cancelled():
             task.exception()  # who asked may have given up meanwhile
 
-    async def _open(self, node: str, kind: FabricKind) -> OutboundLink:
-        link = OutboundLink(node, self._fabrics[kind], self._source(node), self._clock)
+    async def _open(self, key: _Key) -> OutboundLink:
+        node, kind, subject = key
+        fabric = self._fabrics[kind]
+        traffic = self._traffic.setdefault((node, kind), Traffic(fabric.limits, self._clock))
+        link = OutboundLink(node, fabric, self._source(node), traffic, self._clock, subject)
         link.on_down = lambda: self._lost(link)
         link.on_rail_down = lambda: self.faults.broke(kind, Broken.RAIL)
         await link.open(self._rails)
         if link.down_cause is None:
-            self._links[node, kind] = link
+            self._links[key] = link
         return link
 
     def _lost(self, link: OutboundLink) -> None:
@@ -141,7 +177,7 @@ class LinkTable:
 
     def discard(self, link: OutboundLink) -> None:
         """Close a link and forget it: it is down, idle, or unknown at its far end."""
-        key = (link.node, link.fabric.kind)
+        key = (link.node, link.fabric.kind, link.subject)
         if self._links.get(key) is link:
             del self._links[key]
             closing = asyncio.get_running_loop().create_task(link.close())

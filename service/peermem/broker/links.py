@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* The transfers on a link take turns, one slice each, so that a large one does not hold up a small one, and tenants
-  share it by bytes (`turns`). At most the fabric's window is outstanding.
+* It carries what has its turn among all that goes to its node over its fabric (`traffic`).
+* On a fabric that separates subjects it is one subject's, at both ends; else it is for all.
 * A grant is for whoever asked for it, and is kept for nobody else.
 * A link that goes down completes all it had. One whose rail broke goes on with its other rails.
 * A fence is up when the far end has ended the grant, when nobody listens there after it closed the link, or when the
@@ -13,27 +13,25 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from peermem.broker.slots import SLOT, Slots
-from peermem.broker.tenants import Share
-from peermem.broker.turns import Line, Turns
+from peermem.broker.traffic import Clock, Traffic, Worker
 from peermem.core.errors import NodeUnreachable, PeermemError
 from peermem.core.failpoints import chosen, reach
 from peermem.core.grant import Wanted
 from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
+from peermem.memory import Memory
 from peermem.remote.base import GrantSource
 
 log = structlog.get_logger(__name__)
-
-Clock = Callable[[], float]
 
 
 @dataclass(slots=True, eq=False)
@@ -73,26 +71,16 @@ class HeldGrant:
         return now < self.acquired_at + self.ttl * 3 / 4
 
 
-class Worker(Protocol):
-    """One transfer's part on a link."""
-
-    @property
-    def share(self) -> Share:
-        """For whom."""
-
-    def next_request(self, wr_id: int) -> WorkRequest | None:
-        """Return the next slice to post, or None when there is none now."""
-
-    def completed(self, request: WorkRequest, status: Status) -> None:
-        """A slice of this worker ended."""
-
-
 class OutboundLink:
     """One link of this node to another (or to itself, for the local fabric)."""
 
-    def __init__(self, node: str, fabric: Fabric, source: GrantSource, clock: Clock) -> None:
-        """`source` is the daemon at the far end, the short name of whose node is `node`."""
+    def __init__(
+        self, node: str, fabric: Fabric, source: GrantSource, traffic: Traffic, clock: Clock, subject: str = ""
+    ) -> None:
+        """`source` is the daemon at the far end, the short name of whose node is `node`; `traffic` is all that goes
+        there over `fabric`; `subject` is whose link it is, where the fabric separates them."""
         self.node = node
+        self.subject = subject
         self.fabric = fabric
         self.source = source
         self.down_cause: tuple[LinkEnd, str] | None = None
@@ -108,27 +96,29 @@ class OutboundLink:
         self._held: set[HeldGrant] = set()
         self._acquiring = 0
         """Grants that are on their way."""
-        size, window = fabric.limits.slice_bytes, fabric.limits.window_bytes
-        self._turns = Turns[Worker](size, window, min(window, _SHARED_SLICES * size), clock)
-        self._resuming: asyncio.TimerHandle | None = None
-        """Set while a tenant's bytes wait for time to pass."""
-        self._outstanding: dict[int, tuple[Worker, WorkRequest, Line[Worker]]] = {}
-        self._next_id = 0
+        self._traffic = traffic
+        self._carried = 0
+        """Slices that are outstanding."""
 
     async def open(self, rails: int) -> None:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
         await reach("link.open")
-        self._link = await self.fabric.connect(self._exchange, self, rails)
+        self._link = await self.fabric.connect(self._exchange, self, rails, self.subject)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
-        opened = await self.source.open_link(offer)
+        opened = await self.source.open_link(replace(offer, subject=self.subject))
         self._link_id, self._epoch = opened.attributes.link_id, opened.epoch
         return opened.attributes
 
     @property
     def idle(self) -> bool:
         """Whether nobody holds or waits for anything."""
-        return not (self._outstanding or self._turns or self._acquiring or self._held)
+        return not (self._carried or self._acquiring or self._held)
+
+    @property
+    def is_down(self) -> bool:
+        """See Carrier."""
+        return self.down_cause is not None
 
     @property
     def packet(self) -> int:
@@ -144,6 +134,11 @@ class OutboundLink:
     def grant_count(self) -> int:
         """Grants that are held, or being fenced."""
         return len(self._held)
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """See Link."""
+        if self._link is not None:
+            await self._link.prepare(memory, offset, length)
 
     async def grant(self, wanted: Wanted) -> HeldGrant:
         """Return a new grant, which is the caller's until `release` or `fence`. Raises as acquire_grant."""
@@ -225,33 +220,17 @@ class OutboundLink:
 
     def want(self, worker: Worker) -> None:
         """Give `worker` turns until it has no request."""
-        self._turns.add(worker)
-        self._fill()
+        self._traffic.want(worker, self)
 
-    def _fill(self) -> None:
-        link = self._link
-        while (turn := self._turns.take(hurry=self.down_cause is not None)) is not None:
-            line, worker = turn
-            self._next_id += 1
-            request = worker.next_request(self._next_id)
-            if request is None:
-                continue
-            self._turns.add(worker)
-            self._outstanding[request.wr_id] = (worker, request, line)
-            self._turns.posted(line, _cost(request))
-            worker.share.spend(request.ranges.total)
-            try:
-                if link is None or self.down_cause is not None or chosen("slice.post"):
-                    raise LinkClosed
-                link.post(request)
-            except LinkClosed:
-                asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
-        if self._turns and self._resuming is None and (pause := self._turns.pause()):
-            self._resuming = asyncio.get_running_loop().call_later(pause, self._resume)
-
-    def _resume(self) -> None:
-        self._resuming = None
-        self._fill()
+    def carry(self, request: WorkRequest) -> None:
+        """See Carrier."""
+        self._carried += 1
+        try:
+            if self._link is None or self.is_down or chosen("slice.post"):
+                raise LinkClosed
+            self._link.post(request)
+        except LinkClosed:
+            asyncio.get_running_loop().call_soon(self.completed, [Completion(request.wr_id, Status.WR_FLUSH_ERR)])
 
     def completed(self, completions: list[Completion]) -> None:
         """See LinkEvents. What was flushed is passed on when the link has said why (`down`)."""
@@ -263,18 +242,14 @@ class OutboundLink:
 
     def _pass_on(self, completions: list[Completion]) -> None:
         self.used_at = self._clock()
-        for completion in completions:
-            worker, request, line = self._outstanding.pop(completion.wr_id)
-            self._turns.ended(line, _cost(request))
-            worker.completed(request, completion.status)
-        self._fill()
+        self._carried -= len(completions)
+        self._traffic.ended(completions)
 
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
         self.rail_cause = cause
-        log.warning(
-            "rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=round(pause, 3)
-        )
+        seconds = round(pause, 3) if pause < math.inf else None
+        log.warning("rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=seconds)
         self.on_rail_down()
 
     def rail_up(self) -> None:
@@ -285,7 +260,7 @@ class OutboundLink:
         """See LinkEvents."""
         self.down_cause = (end, cause)
         self.on_down()
-        self._fill()
+        self._traffic.went_down(self)
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""
@@ -300,16 +275,8 @@ class OutboundLink:
                 pass  # the far end ends the link itself when its connections close
 
 
-_SHARED_SLICES = 2
-"""Slices that one tenant may have outstanding while others use the link, too: one on the wire, and the next."""
 _FENCE_TIMEOUT = 2.0
 _FENCE_PAUSE = 0.05
 """Seconds between the first two attempts to raise a fence."""
 _CLOCK_SLACK = 1.0
 """Seconds that two monotonic clocks may part by within a grant's time."""
-_RANGE_COST = 4096
-"""What a range counts towards the window at least: tiny ranges cost time, not bytes."""
-
-
-def _cost(request: WorkRequest) -> int:
-    return max(request.ranges.total, _RANGE_COST * len(request.ranges.lengths))

@@ -85,7 +85,7 @@ class RegionMaker:
             if memory.length > request.length:  # all of what was handed in, whose length is known only now
                 self._tenants.grow(hold, {Resource.BYTES: memory.length - request.length})
             await reach("region.register")
-            return memory, await self._registry.register(device, memory)
+            return memory, await self._registry.register(device, memory, hold.subject.named_by(self._node))
         except BaseException:
             memory.close()
             raise

@@ -88,15 +88,16 @@ class Registry:
             if any(isinstance(outcome, Proof) for outcome in outcomes.values()):
                 return
 
-    async def register(self, device: Device, memory: DeviceMemory) -> Reach:
-        """Make memory of `device` usable by every fabric that reaches it.
+    async def register(self, device: Device, memory: DeviceMemory, owner: str) -> Reach:
+        """Make memory of `device` usable by every fabric that reaches it; `owner` is whose it is, as nodes speak of a
+        subject.
 
         Raises what keeps verbs from reaching it where the daemon insists on verbs.
         """
         why = "The daemon is configured not to use verbs."
         if FabricKind.VERBS in self._fabrics:
             try:
-                return await self._by_nic(device, memory)
+                return await self._by_nic(device, memory, owner)
             except PeermemError as error:
                 if self._insist:
                     raise
@@ -107,9 +108,9 @@ class Registry:
         if not memory.is_reached_by_cpu:
             raise _unreachable(memory, FabricUnavailable(why))
         way = Way(device.path if memory.copier is None else Path.STAGED, (), _named(memory, why))
-        return await self._register(memory, way, set(self._fabrics) - {FabricKind.VERBS})
+        return await self._register(memory, way, set(self._fabrics) - {FabricKind.VERBS}, owner)
 
-    async def _by_nic(self, device: Device, memory: DeviceMemory) -> Reach:
+    async def _by_nic(self, device: Device, memory: DeviceMemory, owner: str) -> Reach:
         """Register by the first path that works. Raises why the first one does not, when none does."""
         unavailable = self._fabrics[FabricKind.VERBS].unavailable
         if unavailable is not None:
@@ -123,7 +124,7 @@ class Registry:
                 way = await self._way(device, path, memory)
                 if errors:
                     way = replace(way, why=f"{way.why} No better path works: {errors[0].message}")
-                return await self._register(memory, replace(way, why=_named(memory, way.why)), kinds)
+                return await self._register(memory, replace(way, why=_named(memory, way.why)), kinds, owner)
             except PeermemError as error:
                 errors.append(error)
         raise errors[0]
@@ -141,16 +142,16 @@ class Registry:
             raise PathUnsupported(choice.why, device=device.name)
         return Way(path, choice.nics, choice.why, max(proofs[nic].alignment for nic in choice.nics))
 
-    async def _register(self, memory: DeviceMemory, way: Way, kinds: Collection[FabricKind]) -> Reach:
+    async def _register(self, memory: DeviceMemory, way: Way, kinds: Collection[FabricKind], owner: str) -> Reach:
         fabrics = [self._fabrics[kind] for kind in kinds]
-        reach = Reach(way, kinds, Staging(fabrics, way.nics), memory.copier is not None)
+        reach = Reach(way, kinds, Staging(fabrics, way.nics, owner), memory.copier is not None)
         if way.path is Path.STAGED:
             await reach.staging.open()
             return reach
         done: list[Fabric] = []
         try:
             for fabric in [each for each in fabrics if not reach.stages(each.kind)]:
-                await fabric.register(memory, way.path, way.nics)
+                await fabric.register(memory, way.path, way.nics, owner)
                 done.append(fabric)
         except BaseException:
             for fabric in done:

@@ -5,6 +5,7 @@ Rules of this file:
 * A grant belongs to one accepted link, one range of one region and one run of this daemon, and ends with each of
   them, by release, or by time; whichever is first. Whatever is done under it counts from its first byte.
 * What releases a grant returns only when no access runs under it: that is the fence of a transfer.
+* A link of a fabric that separates subjects is one subject's, and no grant over it is another's.
 * A region that no NIC reaches, or not where the transfer needs it, is granted by a staging buffer of the grant's own,
   with the same end.
 * The policy is asked here, at the node that owns the region, for the client's identity.
@@ -45,7 +46,7 @@ from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
 
-MAX_LINKS, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 16_384, 262_144
+MAX_LINKS, MAX_LINKS_OF_NODE, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 512, 16_384, 262_144
 """Bounds of what remote nodes may open here, and of the ranges of one checksum."""
 _ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
 _AT_ONCE = 256
@@ -71,6 +72,8 @@ class _Grant:
 class _AcceptedLink:
     fabric: Fabric
     node: str
+    subject: str
+    """Whose it is, as nodes speak of a subject; empty for one that is for all."""
     grants: set[int] = field(default_factory=set)
 
 
@@ -79,6 +82,7 @@ class Serving:
 
     def __init__(
         self,
+        node: str,
         epoch: str,
         fabrics: Mapping[FabricKind, Fabric],
         find: Callable[[ChildName], Region],
@@ -87,6 +91,7 @@ class Serving:
         taken_back: Callable[[Region], None],
     ) -> None:
         """`taken_back` is told of a region whose memory its exporter has taken back, as a grant showed."""
+        self._node = node
         self.epoch = epoch
         self._fabrics = fabrics
         self._find = find
@@ -126,13 +131,23 @@ class Serving:
             raise FabricUnavailable(f"This node does not serve the {offer.fabric.value} fabric.")
         if offer.link_id:
             link = self._links.get(offer.link_id)
-            if link is None or link.node != node or link.fabric is not fabric:
+            known = (link.node, link.fabric, link.subject) if link is not None else None
+            if known != (node, fabric, offer.subject):
                 raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
             return OpenedLink(fabric.accept(offer), self.epoch)
         if len(self._links) >= MAX_LINKS:
             raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
+        if sum(link.node == node for link in self._links.values()) >= MAX_LINKS_OF_NODE:
+            raise LimitReached(
+                f"nodes/{node} has {MAX_LINKS_OF_NODE} links to this node open, the limit.", limit=MAX_LINKS_OF_NODE
+            )
+        if fabric.separates_subjects is not bool(offer.subject):
+            what = "be for all" if offer.subject else "name the subject that it is for"
+            raise FabricUnavailable(
+                f"A link over {fabric.kind.value} has to {what}. Run the same release of the daemon on both nodes."
+            )
         attributes = fabric.accept(offer)
-        self._links[attributes.link_id] = _AcceptedLink(fabric, node)
+        self._links[attributes.link_id] = _AcceptedLink(fabric, node, offer.subject)
         return OpenedLink(attributes, self.epoch)
 
     def node_of(self, link_id: bytes, epoch: str) -> str:
@@ -161,6 +176,7 @@ class Serving:
     async def acquire(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """Give a link the right to a range of a region. Raises as GrantSource.acquire_grant."""
         link = self._link(link_id, epoch)
+        self._check_subject(link, wanted)
         region = self._find(wanted.region)
         self._policy.check_region(wanted.subject, _ACTIONS[wanted.right], region, under=link_id)
         region.check_usable()
@@ -183,6 +199,15 @@ class Serving:
             self._making[region].discard(made)
             if not self._making[region]:
                 del self._making[region]
+
+    def _check_subject(self, link: _AcceptedLink, wanted: Wanted) -> None:
+        """Return where a link may have a grant for a subject. Raises AccessDenied."""
+        subject = wanted.subject.named_by(self._node)
+        if link.subject not in ("", subject):
+            raise AccessDenied(
+                f"A grant for {subject} was asked for over a link of {link.subject}. Ask over a link of {subject}.",
+                subject=subject,
+            )
 
     async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
         await reach("grant.make")
@@ -208,7 +233,8 @@ class Serving:
     async def _grant(self, link_id: bytes, fabric: Fabric, region: Region, wanted: Wanted) -> _Grant:
         staging = None
         if wanted.staged or region.reach.stages(fabric.kind):
-            staging = await StagingBuffer.open([fabric], region.reach.way.nics, wanted.length)
+            nics, subject = region.reach.way.nics, wanted.subject.named_by(self._node)
+            staging = await StagingBuffer.open([fabric], nics, subject, wanted.length)
         try:
             if staging is None:
                 key = await fabric.grant(link_id, region.memory, wanted.offset, wanted.length, wanted.right, self._ttl)

@@ -62,13 +62,15 @@ class StagingBuffer:
         self._fabrics = list(fabrics)
 
     @staticmethod
-    async def open(fabrics: Collection[Fabric], nics: Sequence[str], length: int = SLOT * SLOTS) -> StagingBuffer:
-        """Return a new buffer for `length` bytes on their way, registered with `fabrics` on these NIC ports. Raises as
-        Fabric.register."""
+    async def open(
+        fabrics: Collection[Fabric], nics: Sequence[str], subject: str, length: int = SLOT * SLOTS
+    ) -> StagingBuffer:
+        """Return a new buffer for `length` bytes on their way, registered with `fabrics` on these NIC ports for
+        `subject`. Raises as Fabric.register."""
         buffer = StagingBuffer(HostMemory(SLOT * min(SLOTS, -(-length // SLOT))), ())
         try:
             for fabric in fabrics:
-                await fabric.register(buffer.memory, Path.HOST, nics)
+                await fabric.register(buffer.memory, Path.HOST, nics, subject)
                 buffer._fabrics.append(fabric)
         except BaseException:
             await buffer.close()
@@ -86,10 +88,11 @@ class StagingBuffer:
 class Staging:
     """The staging buffer of a region, made for the first transfer that needs one."""
 
-    def __init__(self, fabrics: Collection[Fabric], nics: Sequence[str]) -> None:
-        """See StagingBuffer.open."""
+    def __init__(self, fabrics: Collection[Fabric], nics: Sequence[str], owner: str) -> None:
+        """See StagingBuffer.open; `owner` is the region's."""
         self._fabrics = fabrics
         self._nics = nics
+        self._owner = owner
         self._lock = asyncio.Lock()
         self._buffer: StagingBuffer | None = None
 
@@ -102,7 +105,7 @@ class Staging:
         """Return the buffer. Raises as Fabric.register."""
         async with self._lock:
             if self._buffer is None:
-                self._buffer = await StagingBuffer.open(self._fabrics, self._nics)
+                self._buffer = await StagingBuffer.open(self._fabrics, self._nics, self._owner)
             return self._buffer
 
     async def close(self) -> None:

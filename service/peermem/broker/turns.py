@@ -1,4 +1,5 @@
-"""Whose slice is next on a link: tenants share it by bytes, and the transfers of one tenant take turns.
+"""Whose slice is next on the links to a node over a fabric: tenants share them by bytes, and the transfers of one
+tenant take turns.
 
 Rules of this file:
 
@@ -6,7 +7,7 @@ Rules of this file:
   may end its turn in debt by one slice, which its next turns pay back.
 * A tenant that had nothing to post is first in turn when it has something, with one credit: whoever asks for little
   waits for nobody's backlog.
-* While several tenants use a link, each has only so much outstanding on it that it keeps busy: what is posted already
+* While several tenants use them, each has only so much outstanding on them that they keep busy: what is posted already
   can't be overtaken.
 * A tenant whose bytes have to wait loses no turn but its own.
 """
@@ -23,11 +24,11 @@ from typing import Generic, Protocol, TypeVar
 from peermem.core.quota import Tenant
 
 _RECENT = 1.0
-"""Seconds for which a tenant counts as using the link."""
+"""Seconds for which a tenant counts as using the links."""
 
 
-class Share(Protocol):
-    """One subject's share of a link."""
+class Sharing(Protocol):
+    """What takes turns."""
 
     @property
     def tenant(self) -> Tenant:
@@ -37,20 +38,12 @@ class Share(Protocol):
         """Return for how many seconds its bytes have to wait."""
 
 
-class Sharing(Protocol):
-    """What takes turns."""
-
-    @property
-    def share(self) -> Share:
-        """For whom."""
-
-
 W = TypeVar("W", bound=Sharing)
 
 
 @dataclass(slots=True, eq=False)
 class Line(Generic[W]):
-    """What one tenant has on the link."""
+    """What one tenant has there."""
 
     key: str
     workers: deque[W] = field(default_factory=deque)
@@ -61,7 +54,7 @@ class Line(Generic[W]):
 
 
 class Turns(Generic[W]):
-    """The turns of one link."""
+    """The turns on all links to a node over a fabric."""
 
     def __init__(
         self, quantum: int, window: int, shared_window: int, clock: Callable[[], float] = time.monotonic
@@ -74,7 +67,7 @@ class Turns(Generic[W]):
         self._clock = clock
         self._load = 0
         self._last = ""
-        """Who used the link last, and when;"""
+        """Who used the links last, and when;"""
         self._last_at = -math.inf
         self._before_at = -math.inf
         """when somebody else did before."""
@@ -91,7 +84,7 @@ class Turns(Generic[W]):
         if worker in self._queued:
             return
         self._queued.add(worker)
-        tenant = worker.share.tenant
+        tenant = worker.tenant
         line = self._lines.get(tenant.key)
         if line is None:
             line = self._lines[tenant.key] = Line(tenant.key)
@@ -101,8 +94,13 @@ class Turns(Generic[W]):
             line.in_turn, line.credit = True, self._quantum * tenant.weight
             self._order.appendleft(line)
 
-    def take(self, *, hurry: bool = False) -> tuple[Line[W], W] | None:
-        """Return who is next, or None when nobody may post now. In a `hurry` nobody's bytes wait for time to pass."""
+    def advance(self, is_first: Callable[[W], bool]) -> None:
+        """Let some go before the others of their tenants."""
+        for line in self._lines.values():
+            line.workers = deque(sorted(line.workers, key=lambda worker: not is_first(worker)))
+
+    def take(self) -> tuple[Line[W], W] | None:
+        """Return who is next, or None when nobody may post now."""
         if self._load >= self._window:
             return None
         most = self._window if self._is_alone() else self._shared_window
@@ -113,11 +111,11 @@ class Turns(Generic[W]):
                 self._order.popleft()
                 line.in_turn = False
                 self._forget(line)
-            elif line.load >= most or (not hurry and line.workers[0].share.wait() > 0):
+            elif line.load >= most or line.workers[0].wait() > 0:
                 self._order.rotate(-1)
                 held_back += 1
             elif line.credit <= 0:
-                line.credit += self._quantum * line.workers[0].share.tenant.weight
+                line.credit += self._quantum * line.workers[0].tenant.weight
                 self._order.rotate(-1)
                 held_back = 0
             else:
@@ -143,18 +141,18 @@ class Turns(Generic[W]):
         """Return the seconds after which somebody may post who has to wait now; 0 where nobody waits for time."""
         if self._load >= self._window:
             return 0.0
-        waits = [line.workers[0].share.wait() for line in self._order if line.workers]
+        waits = [line.workers[0].wait() for line in self._order if line.workers]
         return min((wait for wait in waits if wait > 0), default=0.0)
 
     def _use(self, line: Line[W]) -> None:
-        """Note that a tenant uses the link."""
+        """Note that a tenant uses the links."""
         now = self._clock()
         if line.key != self._last:
             self._last, self._before_at = line.key, self._last_at
         self._last_at = now
 
     def _is_alone(self) -> bool:
-        """Whether only one tenant has used the link lately."""
+        """Whether only one tenant has used the links lately."""
         return self._clock() - self._before_at > _RECENT
 
     def _forget(self, line: Line[W]) -> None:

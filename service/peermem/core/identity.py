@@ -41,6 +41,11 @@ class Subject:
         """Return it as `node`, which identified it or was told of it, speaks of it to others."""
         return replace(self, node=self.node or node)
 
+    def named_by(self, node: str) -> str:
+        """Return what all nodes call it, where `node` identified it or was told of it: without its groups, which may
+        change."""
+        return str(self.vouched_for(node))
+
     def spoken(self) -> str:
         """Return it as daemons write it to each other, with its groups. Raises ValueError where no node vouches."""
         if not self.node:

@@ -48,6 +48,9 @@ class Leg:
     """The first byte that it touches in `other`."""
     length: int
     """Bytes from `start` to behind the last one that it touches there."""
+    local_start: int
+    local_length: int
+    """The same for `local`."""
     ranges: Ranges
     """`local` offsets are in `local`, `remote` offsets in `other` from `start`."""
 
@@ -98,16 +101,21 @@ def _leg(entry: SegmentList, here: str, served: Collection[FabricKind], wanted: 
     return Leg(entry.destination, entry.source, direction, fabrics, *_from_hull(ranges))
 
 
-def _from_hull(ranges: Ranges) -> tuple[int, int, Ranges]:
-    """Return the first byte of the remote ranges, the length of their hull, and the ranges with remote offsets from
-    that byte."""
+def _from_hull(ranges: Ranges) -> tuple[int, int, int, int, Ranges]:
+    """Return the first byte and the length of the hull of the remote ranges, the same of the local ones, and the ranges
+    with remote offsets from that first byte."""
     if len(ranges.lengths) == 1:  # most are so
-        return ranges.remote[0], ranges.total, Ranges.single(ranges.local[0], 0, ranges.total)
-    start = min(ranges.remote)
-    length = max(map(add, ranges.remote, ranges.lengths)) - start
+        here, there, length = ranges.local[0], ranges.remote[0], ranges.total
+        return there, length, here, length, Ranges.single(here, 0, length)
+    (start, length), hull = (_hull(offsets, ranges.lengths) for offsets in (ranges.remote, ranges.local))
     if start:
         ranges = Ranges(ranges.local, [offset - start for offset in ranges.remote], ranges.lengths, ranges.total)
-    return start, length, ranges
+    return start, length, *hull, ranges
+
+
+def _hull(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+    start = min(offsets)
+    return start, max(map(add, offsets, lengths)) - start
 
 
 def _choose(entry: SegmentList, possible: Sequence[FabricKind], wanted: FabricKind | None) -> Sequence[FabricKind]:

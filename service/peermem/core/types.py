@@ -76,10 +76,8 @@ class RemoteKey:
 
     rkey: int = field(repr=False)
     """Names the grant at the fabric that made it."""
-    address: int = field(repr=False)
-    """What the remote side's fabric adds to an offset; 0 for tcp and local."""
     length: int
-    """Bytes that the key opens, from `address` on: of the grant, or of a staging buffer."""
+    """Bytes that the key opens: of the grant, or of a staging buffer."""
     rails: Sequence[Sequence[KeyPart]] = ()
     """For verbs: per rail of the link the parts that make up the memory, in order; none for a rail whose
     remote NIC does not reach it."""
@@ -138,3 +136,5 @@ class LinkAttributes:
     """What each connection presents, from the accepting side (tcp)."""
     queue_pairs: Sequence[QueuePair] = ()
     """This end of each rail (verbs). The answer has as many as the offer; in the same order."""
+    subject: str = ""
+    """Whose link it is, as nodes speak of a subject, but without groups; from the caller's side (verbs)."""

@@ -104,7 +104,7 @@ class LinkEvents(Protocol):
 
     def rail_down(self, cause: str, pause: float) -> None:
         """A rail broke, after its requests were completed, or could not be brought up again; the link goes on with
-        others. It is tried again in `pause` seconds. `cause` is a clause for people."""
+        others. It is tried again in `pause` seconds; never, where that is infinite. `cause` is a clause for people."""
 
     def rail_up(self) -> None:
         """A rail that was down is up again."""
@@ -124,6 +124,13 @@ class Link(Protocol):
     @property
     def rails_down(self) -> int:
         """Rails that broke and are not up again."""
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """Make a range of memory usable on this link, before it is posted; memory that is registered for the link's own
+        subject is. Takes turns of the loop. A second time is no error.
+
+        Raises FabricUnavailable, and RegionRevoked where its exporter has taken the memory back.
+        """
 
     def post(self, request: WorkRequest) -> None:
         """Queue one request. Raises LinkClosed."""
@@ -160,6 +167,11 @@ class Fabric(Protocol):
         """Which fabric this is."""
 
     @property
+    def separates_subjects(self) -> bool:
+        """Whether each link is for one subject, and what is made for one is of no use to another; else a link is for
+        all."""
+
+    @property
     def limits(self) -> FabricLimits:
         """The shape of work that it likes best."""
 
@@ -178,8 +190,9 @@ class Fabric(Protocol):
     async def close(self) -> None:
         """End all links and serve no more."""
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
-        """Make memory usable on these NIC ports. Takes turns of the loop; must not be called twice for a memory.
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
+        """Make memory usable on these NIC ports; where subjects are separated, on links of `subject`, whose memory it
+        is. Takes turns of the loop; must not be called twice for a memory.
 
         Raises NicNotFound, RegistrationRefused, MemlockTooSmall, OnDemandMissing, and the error of a NIC in `nics`.
         """
@@ -194,14 +207,15 @@ class Fabric(Protocol):
         Raises as `register`, and ProbeFailed, ProbeMismatch.
         """
 
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> Link:
-        """Open a link to the remote node that `exchange` reaches.
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> Link:
+        """Open a link to the remote node that `exchange` reaches, for `subject` where subjects are separated.
 
         Raises NodeUnreachable, FabricUnavailable where no NIC here works, and what `exchange` raises.
         """
 
     def accept(self, offer: LinkAttributes) -> LinkAttributes:
-        """Make ready for one link of a remote node and say how to reach this end.
+        """Make ready for one link of a remote node and say how to reach this end. Where subjects are separated it is
+        for the one in the offer.
 
         An offer with the id of an accepted link has its rails rebuilt; grants stay. Raises FabricUnavailable,
         LinkNotFound.
@@ -215,7 +229,8 @@ class Fabric(Protocol):
     ) -> RemoteKey:
         """Let an accepted link access a range of registered `memory` for `ttl` seconds.
 
-        Raises LinkNotFound, and FabricUnavailable where no rail of the link reaches the memory.
+        Raises LinkNotFound, FabricUnavailable where no rail of the link reaches the memory, and RegionRevoked where its
+        exporter has taken the memory back.
         """
 
     async def revoke(self, key: RemoteKey) -> None:

@@ -80,7 +80,7 @@ class GrantTable:
         rkey = secrets.randbits(64)
         while rkey in self._grants:
             rkey = secrets.randbits(64)
-        key = RemoteKey(rkey, 0, length)
+        key = RemoteKey(rkey, length)
         self._grants[rkey] = Grant(link_id, key, memory, offset, rights, self._clock() + ttl, self._clock)
         keys.add(rkey)
         return key

@@ -13,13 +13,13 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from peermem import memory as memories
-from peermem.core.errors import FabricUnavailable, NodeUnreachable, NotSupported, PeermemError
-from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
+from peermem.core.errors import FabricUnavailable, NodeUnreachable
+from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import (
     Completion,
     Exchange,
@@ -28,7 +28,6 @@ from peermem.fabric.base import (
     LinkEnd,
     LinkEvents,
     Opcode,
-    Proof,
     Status,
     WorkRequest,
 )
@@ -81,11 +80,6 @@ class LocalFabric(NicLess):
         return _LIMITS
 
     @property
-    def nics(self) -> Mapping[str, PeermemError | None]:
-        """See Fabric."""
-        return {}
-
-    @property
     def accepted_count(self) -> int:
         """Links that were accepted."""
         return len(self._links) + len(self._reserved)
@@ -109,17 +103,7 @@ class LocalFabric(NicLess):
             await link.close()
         await self._copier.close()
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
-        """See Fabric. The CPU reaches all memory as it is."""
-
-    async def unregister(self, memory: Memory) -> None:
-        """See Fabric."""
-
-    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
-        """See Fabric."""
-        raise NotSupported("The local fabric uses no NIC that could be probed.")
-
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> LocalLink:
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> LocalLink:
         """See Fabric."""
         answer = await exchange(LinkAttributes(FabricKind.LOCAL, 1))
         reservation = self._reserved.pop(answer.link_id, None)
@@ -211,6 +195,9 @@ class LocalLink:
     def rails_down(self) -> int:
         """See Link."""
         return 0
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """See Link. The CPU reaches all memory as it is."""
 
     def post(self, request: WorkRequest) -> None:
         """See Link."""

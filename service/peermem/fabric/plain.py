@@ -23,7 +23,12 @@ class NicLess:
         """See Fabric."""
         return None
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+    @property
+    def separates_subjects(self) -> bool:
+        """See Fabric. Each access is checked by the grant alone."""
+        return False
+
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
         """See Fabric. The CPU reaches all memory."""
 
     async def unregister(self, memory: Memory) -> None:

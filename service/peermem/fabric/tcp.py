@@ -14,13 +14,13 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable, NotSupported, PeermemError
-from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
+from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable
+from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
 from peermem.fabric import frames
-from peermem.fabric.base import Exchange, FabricLimits, LinkEvents, Proof
+from peermem.fabric.base import Exchange, FabricLimits, LinkEvents
 from peermem.fabric.grants import Clock, GrantTable
 from peermem.fabric.plain import NicLess
 from peermem.fabric.tcp_initiator import TcpLink, dial
@@ -83,11 +83,6 @@ class TcpFabric(NicLess):
         return _LIMITS
 
     @property
-    def nics(self) -> Mapping[str, PeermemError | None]:
-        """See Fabric."""
-        return {}
-
-    @property
     def address(self) -> str:
         """The host:port that is served on; once started, the port is the real one."""
         return join_address(self._host, self._port)
@@ -123,17 +118,7 @@ class TcpFabric(NicLess):
         for link in list(self._links):
             await link.close()
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
-        """See Fabric. The CPU reaches all memory as it is."""
-
-    async def unregister(self, memory: Memory) -> None:
-        """See Fabric."""
-
-    async def probe(self, nic: str, memory: Memory, path: Path, *, keep: bool = False) -> Proof:
-        """See Fabric."""
-        raise NotSupported("The tcp fabric uses no NIC that could be probed.")
-
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> TcpLink:
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> TcpLink:
         """See Fabric."""
         answer = await exchange(LinkAttributes(FabricKind.TCP, rails))
         socks = await self._dial(answer, rails)

@@ -25,6 +25,7 @@ from peermem.fabric.base import Completion, LinkClosed, LinkEnd, LinkEvents, Opc
 from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
 from peermem.fabric.tcp_stream import LITTLE, Pace, Stream, prepare
+from peermem.memory import Memory
 
 
 async def dial(host: str, port: int, hello: bytes) -> socket.socket:
@@ -98,6 +99,9 @@ class TcpLink:
     def rails_down(self) -> int:
         """See Link."""
         return len(self._resting)
+
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """See Link. The CPU reaches all memory as it is."""
 
     def post(self, request: WorkRequest) -> None:
         """See Link. Raises ValueError for what no frame can carry, such as more than `frames.MAX_TOTAL` bytes."""

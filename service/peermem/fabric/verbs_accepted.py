@@ -19,8 +19,7 @@ from dataclasses import replace
 from peermem.core.errors import FabricUnavailable
 from peermem.core.gid import Gid
 from peermem.core.types import QueuePair
-from peermem.fabric import verbs
-from peermem.fabric.verbs_grants import Grant
+from peermem.fabric.verbs_grants import Door, Grant
 from peermem.fabric.verbs_nic import Port, nearest
 from peermem.fabric.verbs_rail import Rail
 from peermem.fabric.verbs_types import Settings, VerbsError, Word
@@ -31,14 +30,18 @@ _FAREWELL = 0.5
 class AcceptedLink:
     """One link of a remote node; a `RailOwner`."""
 
-    def __init__(self, link_id: bytes, settings: Settings, on_lost: Callable[[AcceptedLink], None]) -> None:
-        """`on_lost` is called once, when the initiator is gone; the owner closes the link."""
+    def __init__(
+        self, link_id: bytes, subject: str, settings: Settings, on_lost: Callable[[AcceptedLink], None]
+    ) -> None:
+        """`subject` is whose link it is. `on_lost` is called once, when the initiator is gone; the owner closes the
+        link."""
         self.link_id = link_id
+        self.subject = subject
         self.rails: list[Rail] = []
         self.grants: dict[int, Grant] = {}
         """By the keys' names."""
-        self.domains: dict[Rail, verbs.Domain] = {}
-        """Of rails that are to have no windows, or whose NIC has none."""
+        self.opening: set[Door] = set()
+        """Of grants that are being made."""
         self.news = asyncio.Event()
         """Set whenever a rail comes up."""
         self._settings = settings
@@ -54,8 +57,9 @@ class AcceptedLink:
         self._expect(settings.connect_timeout)
 
     def open(self, offered: Sequence[QueuePair], ports: Sequence[Port], *, windows: bool) -> list[QueuePair]:
-        """Make this side's ends, each on the port nearest to what it is offered, and without `windows` each in a
-        protection domain of its own. Raises FabricUnavailable where none comes up; the caller closes the link then.
+        """Make this side's ends, each on the port nearest to what it is offered, in the subject's protection domains;
+        without `windows`, or where a NIC has none, each in one of its own. Raises FabricUnavailable where none comes
+        up; the caller closes the link then.
         """
         load: Counter[str] = Counter()
         failure: FabricUnavailable | None = None
@@ -80,18 +84,15 @@ class AcceptedLink:
         return [rail.here if rail.up else replace(rail.here, number=0) for rail in self.rails]
 
     def _add(self, port: Port, gid: Gid, there: QueuePair, *, windows: bool) -> FabricUnavailable | None:
-        nic, own = port.nic, None
+        domains, domain = port.nic.domains, None
         try:
-            if not windows:
-                own = verbs.Domain(nic.device)
-            rail = Rail(port, gid, own or nic.domain, self, self._settings)
+            domain = domains.of(self.subject) if windows else domains.apart()
+            rail = Rail(port, gid, domain, self, self._settings)
         except VerbsError as error:
-            if own is not None:
-                own.close()
+            if domain is not None:
+                domain.release()
             raise FabricUnavailable(f"The NIC port {port.name} has no queue pair for a link: {error}.") from error
         self.rails.append(rail)
-        if own is not None:
-            self.domains[rail] = own
         return _bring_up(rail, there)
 
     def reopen(self, offered: Sequence[QueuePair]) -> list[QueuePair]:
@@ -182,7 +183,7 @@ class AcceptedLink:
         self._stop_expecting()
         if self._keeper is not None:
             self._keeper.cancel()
-        doors = [door for grant in self.grants.values() for door in grant.doors]
+        doors = [*self.opening, *(door for grant in self.grants.values() for door in grant.doors)]
         self.grants.clear()
         for door in doors:
             door.shut()
@@ -190,8 +191,8 @@ class AcceptedLink:
             rail.close()
         for door in doors:
             door.close()
-        for domain in self.domains.values():
-            domain.close()
+        for rail in self.rails:
+            rail.domain.release()
         self.news.set()
 
 

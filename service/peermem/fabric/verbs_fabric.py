@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from peermem.core.errors import FabricUnavailable, NodeUnreachable, PeermemError
+from peermem.core.gid import Gid
 from peermem.core.types import FabricKind, LinkAttributes, Path, RemoteKey, Rights
 from peermem.fabric.base import Exchange, FabricLimits, LinkEvents, Proof
 from peermem.fabric.grants import Clock
@@ -57,6 +58,11 @@ class VerbsFabric:
         return FabricKind.VERBS
 
     @property
+    def separates_subjects(self) -> bool:
+        """See Fabric."""
+        return True
+
+    @property
     def limits(self) -> FabricLimits:
         """See Fabric."""
         return _LIMITS
@@ -97,16 +103,16 @@ class VerbsFabric:
             await link.close()
         await self._target.close()
         await self._memories.close()
-        self._nics.close()
+        await self._nics.close()
 
     # Memory
 
-    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = ()) -> None:
+    async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
         """See Fabric. No name means all ports that work."""
         if not nics and self._nics.unavailable is not None:
             raise self._nics.unavailable
         ports = [self._nics.get(name) for name in nics] or self._nics.usable()
-        await self._memories.register(memory, path, ports)
+        await self._memories.register(memory, path, ports, subject)
 
     async def unregister(self, memory: Memory) -> None:
         """See Fabric."""
@@ -119,7 +125,7 @@ class VerbsFabric:
 
     # Links
 
-    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1) -> VerbsLink:
+    async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> VerbsLink:
         """See Fabric. At least one rail for each port that works."""
         self._check()
         link = VerbsLink(exchange, events, self._memories, self._settings, self._links.discard)
@@ -128,10 +134,11 @@ class VerbsFabric:
             for port in self._ports_for(rails):
                 gid = port.gid_for()
                 if gid is not None:
-                    made.append(Rail(port, gid, port.nic.domain, link, self._settings))
+                    made.append(_rail(port, gid, subject, link, self._settings))
         except VerbsError as error:
             for rail in made:
                 rail.close()
+                rail.domain.release()
             raise NodeUnreachable(f"This node's NIC has no queue pair for a link: {error}.") from error
         self._links.add(link)
         await link.open(made)
@@ -192,3 +199,13 @@ class VerbsFabric:
         for link in list(self._links):
             for rail in link.uses(is_gone):
                 rail.lose()
+
+
+def _rail(port: Port, gid: Gid, subject: str, link: VerbsLink, settings: Settings) -> Rail:
+    """Return a new rail in its subject's domain. Raises VerbsError."""
+    domain = port.nic.domains.of(subject)
+    try:
+        return Rail(port, gid, domain, link, settings)
+    except VerbsError:
+        domain.release()
+        raise

@@ -3,8 +3,9 @@
 Rules of this file:
 
 * A grant is, for each rail and each part of the memory, one fresh memory window bound to the rail's queue pair, with
-  exactly the right that was granted; or, where the NIC or the memory (a dma-buf) has no windows, a registration of
-  the link's own protection domain. Either way the key is of no use to any other link.
+  exactly the right that was granted, in the protection domain of the link's subject; or, where the NIC or the memory (a
+  dma-buf) has no windows, a registration in a domain of the rail's own. Either way the key is of no use to any other
+  link.
 * A key opens the granted range and no byte more. A software NIC checks a window's queue pair and right, but not its
   range; there, a range that is not a whole part is registered for itself first.
 * A grant is closed in two steps: `shut`, after which no new access begins, and `close`, when none is running.
@@ -49,17 +50,18 @@ class Door:
         self._windows: list[verbs.Window] = []
         self._regions: list[verbs.MemoryRegion] = []
 
-    async def open(
-        self, registration: Registration, offset: int, length: int, rights: Rights, domain: verbs.Domain | None
-    ) -> bool:
-        """Open a range. `domain` is the link's own, where it is not to have windows. Return False when the rail broke.
+    async def open(self, registration: Registration, offset: int, length: int, rights: Rights) -> bool:
+        """Open a range, which is registered in the rail's domain unless that is apart. Return False when the rail
+        broke.
 
         Raises VerbsError; the caller closes it then, too.
         """
-        access = _access(rights)
+        access, domain = _access(rights), self.rail.domain
         for index in range(offset // PART, -(-(offset + length) // PART)):
+            if not self.rail.up:  # its link may be closed by now, and have closed this door as well
+                return False
             start, end = max(offset, index * PART), min(offset + length, (index + 1) * PART)
-            if domain is not None:
+            if domain.is_apart:
                 region = registration.tight(domain, start, end - start, access | Access.LOCAL_WRITE)
                 self._regions.append(region)
                 rkey = region.rkey
@@ -72,12 +74,12 @@ class Door:
         return True
 
     def _region(self, registration: Registration, index: int, start: int, length: int) -> verbs.MemoryRegion:
-        """Return a memory region that a window of this range can be bound to."""
-        nic = self.rail.port.nic
-        whole = registration.parts[nic][index]
-        if length == whole.length or nic.caps.window_ranges:
+        """Return a memory region that a window of this range can be bound to. Raises VerbsError."""
+        domain = self.rail.domain
+        whole = registration.part(domain, index)
+        if length == whole.length or self.rail.port.nic.caps.window_ranges:
             return whole
-        region = registration.tight(nic.domain, start, length, Access.LOCAL_WRITE | Access.MW_BIND)
+        region = registration.tight(domain, start, length, Access.LOCAL_WRITE | Access.MW_BIND)
         self._regions.append(region)
         return region
 
@@ -85,12 +87,12 @@ class Door:
         self, registration: Registration, index: int, start: int, length: int, access: Access
     ) -> verbs.Window | None:
         rail = self.rail
+        if not rail.free:
+            return None
         region = self._region(registration, index, start, length)
-        window = verbs.Window(rail.port.nic.domain)
+        window = verbs.Window(rail.domain)
         self._windows.append(window)
         bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if not rail.up or not rail.free:
-            return None
         address = registration.address + start
         rail.bind(
             window, region, address, length, access, lambda status: None if bound.done() else bound.set_result(status)

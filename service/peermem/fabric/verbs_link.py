@@ -17,14 +17,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from peermem.core.types import KeyPart, RemoteKey
+from peermem.core.types import KeyPart
 from peermem.fabric.base import Completion, Exchange, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
-from peermem.fabric.grants import inside
-from peermem.fabric.verbs_memory import PART, MemoryTable, Registration
+from peermem.fabric.verbs_memory import PART, MemoryTable, Parts
 from peermem.fabric.verbs_mend import Mender
 from peermem.fabric.verbs_rail import Rail
+from peermem.fabric.verbs_route import Route, misfit
 from peermem.fabric.verbs_types import Piece, Settings, WcStatus, Word, WrOpcode
-from peermem.fabric.verbs_work import cut, is_sound
+from peermem.fabric.verbs_work import cut
+from peermem.memory import Memory
 
 _FAULTS: dict[int, Status] = {
     WcStatus.LOC_LEN_ERR: Status.LOC_PROT_ERR,
@@ -35,6 +36,11 @@ _FAULTS: dict[int, Status] = {
     WcStatus.REM_OP_ERR: Status.REM_OP_ERR,
 }
 """Failures of a request; all others are the rail's."""
+_CAUSES: dict[int, str] = {
+    WcStatus.RETRY_EXC_ERR: "its other end does not answer",
+    WcStatus.RNR_RETRY_EXC_ERR: "one of its ends says more than the other one takes in",
+}
+_NO_REASON = "its NIC gave it up without a reason"
 _SUCCESS = int(WcStatus.SUCCESS)
 _POSTED_BYTES = 16 << 20
 """On one rail: enough to keep it busy, and little enough to drain in a moment when the link closes."""
@@ -42,19 +48,6 @@ _SUSPICIONS = 3
 """How often a rail that worked may break under a request, without saying why, before it is the request's fault."""
 _DRAIN, _FAREWELL = 1.0, 0.5
 """Seconds for what is posted to end, and then for the other end to be told, when the link closes."""
-
-
-def _misfit(request: WorkRequest) -> Status | None:
-    """Return how a request ends because it leaves its memory or its key, or None."""
-    ranges, local_limit, remote_limit = request.ranges, request.memory.length, request.key.length
-    lengths = ranges.lengths
-    if len(lengths) == 1:  # `inside` takes its time
-        length, local, remote = lengths[0], ranges.local[0], ranges.remote[0]
-        if length >= 1 and 0 <= local <= local_limit - length and 0 <= remote <= remote_limit - length:
-            return None
-    if not inside(ranges.local, lengths, local_limit):
-        return Status.LOC_PROT_ERR
-    return None if inside(ranges.remote, lengths, remote_limit) else Status.REM_ACCESS_ERR
 
 
 class _Job:
@@ -73,21 +66,6 @@ class _Job:
         self.suspected = 0
         """How often a rail broke under it without saying why; it then waits for one that has been heard."""
         self.status: Status | None = None
-
-
-class _Route:
-    """The rails that reach two memories, with their keys."""
-
-    def __init__(self, registration: Registration, key: RemoteKey, rails: Sequence[Rail]) -> None:
-        self.registration = registration
-        self.key = key
-        local = [rail.port.nic in registration.parts for rail in rails]
-        self.reaches_here = any(local)
-        self.ways: list[tuple[Rail, Sequence[int], Sequence[KeyPart]]] = [
-            (rail, [part.lkey for part in registration.parts[rail.port.nic]], parts)
-            for rail, parts, is_local in zip(rails, key.rails, local, strict=False)
-            if is_local and is_sound(parts, key.length)
-        ]
 
 
 class VerbsLink:
@@ -109,7 +87,7 @@ class VerbsLink:
         self._group = max(1, settings.depth // 2)
         self._on_end = on_end
         self._rails: list[Rail] = []
-        self._mender = Mender(self._rails, exchange, settings, self._is_busy, self._confirmed, self.go_down)
+        self._mender = Mender(self._rails, exchange, events, settings, self._is_busy, self._confirmed, self.go_down)
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Job] = deque()
         self._current: dict[Rail, _Job] = {}
@@ -120,7 +98,7 @@ class VerbsLink:
         """Jobs that the remote side refused, or that failed there, and that are not told of yet."""
         self._finished: list[Completion] = []
         self._report_due = False
-        self._route: _Route | None = None
+        self._route: Route | None = None
         self._refused = (0, Opcode.READ, 0)
         """Name of the key that was refused last, for what, and before which request."""
         self._idle = asyncio.Event()
@@ -151,6 +129,14 @@ class VerbsLink:
         """See Link."""
         return sum(not rail.up for rail in self._rails)
 
+    async def prepare(self, memory: Memory, offset: int, length: int) -> None:
+        """See Link."""
+        registration = self._memories.find(memory)
+        if registration is not None:
+            for rail in self._rails:
+                if rail.port.nic in registration.ports:
+                    await registration.extend(rail, offset, length)
+
     def post(self, request: WorkRequest) -> None:
         """See Link."""
         if self._closed:
@@ -158,7 +144,7 @@ class VerbsLink:
         job = _Job(request, self._next_number)
         self._next_number += 1
         self._outstanding += 1
-        status = _misfit(request)
+        status = misfit(request)
         if status is not None:
             self._finish(job, status)
         elif self._waiting or not self._begins(job):
@@ -199,6 +185,7 @@ class VerbsLink:
         self._flush()
         for rail in self._rails:
             rail.close()
+            rail.domain.release()
         self._report()
         self._ended.set_result(None)
         self._on_end(self)
@@ -220,6 +207,8 @@ class VerbsLink:
         self._fill()
         self._report()
         if self._is_open and not self._closed:
+            if status not in _FAULTS:
+                self._mender.broke(rail, "its NIC is gone" if rail.is_lost else _CAUSES.get(status, _NO_REASON))
             self._mender.mend()
 
     def turned(self, rail: Rail) -> None:
@@ -250,14 +239,14 @@ class VerbsLink:
             route is None
             or route.key is not request.key
             or route.registration.memory is not request.memory
-            or not route.registration.parts  # it is not registered any more
+            or route.registration.is_closed
         ):
             registration = self._memories.find(request.memory)
             if registration is None:
                 self._finish(job, Status.LOC_PROT_ERR)
                 return True
-            route = self._route = _Route(registration, request.key, self._rails)
-        best: tuple[Rail, Sequence[int], Sequence[KeyPart]] | None = None
+            route = self._route = Route(registration, request.key, self._rails)
+        best: tuple[Rail, Parts, Sequence[KeyPart]] | None = None
         least = _POSTED_BYTES
         for way in route.ways:
             rail = way[0]
@@ -265,8 +254,11 @@ class VerbsLink:
             if has_room and (rail.is_heard or not job.suspected):
                 best, least = way, rail.load
         if best is not None:
-            rail, lkeys, parts = best
-            job.pieces = cut(request.ranges, route.registration.address, lkeys, PART, parts)
+            rail, here, there = best
+            if not here.holds_all(request.ranges):
+                self._finish(job, Status.LOC_PROT_ERR)
+                return True
+            job.pieces = cut(request.ranges, route.registration.address, here.lkeys, PART, there)
             job.posted = 0
             self._post_some(rail, job)
         elif not route.ways:

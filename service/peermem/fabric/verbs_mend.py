@@ -4,7 +4,8 @@ Rules of this file:
 
 * A rail is rebuilt by an exchange in which its end has a new PSN. An end that the remote node knows already changes
   nothing there: so an offer without new ends asks whether the link is still known, and whether both sides agree.
-* The first attempt is made at once, further ones with backoff.
+* The first attempt is made at once, further ones with backoff. A rail that is down is told of once, and when it is
+  back; one that only a refused request broke is told of only where it does not come back at once.
 * REMOTE_CLOSED needs an answer: of the remote node, which does not know the link, or of its host, where nobody
   listens any more. Silence is STALLED, and lasts for the stall timeout.
 """
@@ -12,12 +13,13 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from peermem.core.errors import LinkNotFound, NodeUnreachable, PeermemError, StaleEpoch
 from peermem.core.types import FabricKind, LinkAttributes, QueuePair
-from peermem.fabric.base import Exchange, LinkEnd
+from peermem.fabric.base import Exchange, LinkEnd, LinkEvents
 from peermem.fabric.verbs_rail import Rail
 from peermem.fabric.verbs_types import Settings, VerbsError
 from peermem.fabric.verbs_work import is_sound_answer
@@ -38,15 +40,17 @@ class Mender:
         self,
         rails: Sequence[Rail],
         exchange: Exchange,
+        events: LinkEvents,
         settings: Settings,
         is_busy: Callable[[], bool],
         on_answer: Callable[[], None],
         on_down: Callable[[LinkEnd, str], None],
     ) -> None:
-        """`is_busy` tells whether the link has work outstanding. `on_answer` is called when the remote node has said
-        that it still has the link, `on_down` when the link is to go down."""
+        """`events` is told of rails. `is_busy` tells whether the link has work outstanding. `on_answer` is called when
+        the remote node has said that it still has the link, `on_down` when the link is to go down."""
         self._rails = rails
         self._exchange = exchange
+        self._events = events
         self._settings = settings
         self._is_busy = is_busy
         self._on_answer = on_answer
@@ -60,6 +64,10 @@ class Mender:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._causes: dict[Rail, str] = {}
+        """Why rails broke of which it is not told yet."""
+        self._told: set[Rail] = set()
+        """Rails that were told to be down."""
 
     async def open(self) -> None:
         """Bring the rails up, at least one. Raises NodeUnreachable, and what the exchange raises."""
@@ -78,6 +86,10 @@ class Mender:
         """Look now and then, until the link has nothing to do and all its rails are up."""
         if self._timer is None and not self._stopped:
             self._timer = self._loop.call_later(_TICK, self._look)
+
+    def broke(self, rail: Rail, cause: str) -> None:
+        """Note why a rail broke by itself; `mend` tells of it."""
+        self._causes[rail] = cause
 
     def mend(self) -> None:
         """Rebuild the rails that are down, or ask the remote node whether all is well."""
@@ -125,16 +137,34 @@ class Mender:
 
     async def _mend(self) -> None:
         delay = _FIRST_DELAY
+        self._tell_broken(list(self._causes), 0.0)
         while not self._stopped:
             end = await self._attempt()
-            if self._stopped or (end is None and self._is_whole()):
+            if self._stopped:
                 return
             if end is not None:
                 self._on_down(*end)
                 return
+            self._tell_mended()
+            is_whole = self._is_whole()
+            self._tell_broken(list(self._causes) if is_whole else self._rails, delay)
+            if is_whole:
+                return
             await asyncio.sleep(delay)
             is_up = any(rail.up for rail in self._rails)
             delay = min(2 * delay, _MAX_CALM_DELAY if is_up else _MAX_DELAY)
+
+    def _tell_broken(self, rails: Sequence[Rail], pause: float) -> None:
+        for rail in rails:
+            cause = self._causes.pop(rail, "it could not be brought up again")
+            if not rail.up and rail not in self._told:
+                self._told.add(rail)
+                self._events.rail_down(cause, math.inf if rail.is_lost else pause)
+
+    def _tell_mended(self) -> None:
+        for rail in [rail for rail in self._told if rail.up]:
+            self._told.discard(rail)
+            self._events.rail_up()
 
     async def _attempt(self) -> tuple[LinkEnd, str] | None:
         """Try to bring up what is down; return why the link is to go down, if it is."""

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from peermem.core.errors import NicForbidden, NicLost, NicNotFound, NoGid, PeermemError, PortDown, PyverbsMissing
 from peermem.core.gid import Gid, choose_gid
 from peermem.fabric import verbs
+from peermem.fabric.verbs_domains import Domains
 from peermem.fabric.verbs_types import AsyncEvent, DeviceCaps, PortState, VerbsError
 
 _REFRESHING = {AsyncEvent.PORT_ACTIVE, AsyncEvent.PORT_ERR, AsyncEvent.LID_CHANGE, AsyncEvent.GID_CHANGE}
 
 
 class Nic:
-    """An opened device, with the protection domain that registrations are made in."""
+    """An opened device, with the protection domains of those who use it."""
 
     def __init__(self, name: str, on_lost: Callable[[Nic], None], gid_index: int | None) -> None:
         """`gid_index` is the address of its ports to use. Raises VerbsError."""
@@ -31,11 +32,11 @@ class Nic:
         self.device = verbs.Device(name)
         try:
             self.caps: DeviceCaps = self.device.caps()
-            self.domain = verbs.Domain(self.device)
             self.ports = [Port(self, number, gid_index) for number in range(1, self.caps.ports + 1)]
         except VerbsError:
             self.device.close()
             raise
+        self.domains = Domains(self.device)
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self.device.event_fd, self._on_event)
@@ -60,10 +61,10 @@ class Nic:
             )
         self._on_lost(self)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the device, after all that was made on it. Raises VerbsError."""
         self._loop.remove_reader(self.device.event_fd)
-        self.domain.close()
+        await self.domains.close()
         self.device.close()
 
 
@@ -204,13 +205,13 @@ class NicTable:
             counts.update(nic.device.counts)
         return counts
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close all devices, after all that was made on them. Raises VerbsError."""
         nics, self._nics = self._nics, []
         self._ports.clear()
         self._failed.clear()
         for nic in nics:
-            nic.close()
+            await nic.close()
 
 
 def nearest(ports: Iterable[Port], remote: bytes, is_ethernet: bool, load: Counter[str]) -> tuple[Port, Gid] | None:

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 from peermem.core.gid import Gid
 from peermem.core.types import QueuePair
 from peermem.fabric import verbs
+from peermem.fabric.verbs_domains import HeldDomain
 from peermem.fabric.verbs_nic import Port
 from peermem.fabric.verbs_poll import SMALL, Poller
 from peermem.fabric.verbs_qp import QueuePair as Pair
@@ -71,9 +72,9 @@ class RailOwner(Protocol):
 class Rail:
     """A queue pair of a link. It begins down; `offer` and `connect` bring it up."""
 
-    def __init__(self, port: Port, gid: Gid, domain: verbs.Domain, owner: RailOwner, settings: Settings) -> None:
-        """Raises VerbsError."""
-        self.port = port
+    def __init__(self, port: Port, gid: Gid, domain: HeldDomain, owner: RailOwner, settings: Settings) -> None:
+        """`domain` stays the caller's to release, after `close`. Raises VerbsError."""
+        self.port, self.domain = port, domain
         self.up = self.is_heard = self.is_lost = self._closed = False
         """Whether it can be posted on; whether the other end has said something since; whether its NIC is gone."""
         self.posts: deque[_Post] = deque()

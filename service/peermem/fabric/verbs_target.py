@@ -71,7 +71,7 @@ class Target:
             link = self._find(offer.link_id)
             answer = link.reopen(ends)
         else:
-            link = AcceptedLink(secrets.token_bytes(16), self._settings, self._lost)
+            link = AcceptedLink(secrets.token_bytes(16), offer.subject, self._settings, self._lost)
             try:
                 windows = self._settings.windows and not self._memories.needs_domains
                 answer = link.open(ends, self._nics.usable(), windows=windows)
@@ -97,19 +97,22 @@ class Target:
         if length < 1 or not inside((offset,), (length,), memory.length):
             raise ValueError(f"bytes {offset} to {offset + length} are no range of a memory of {memory.length} bytes")
         registration = self._memories.find(memory)
-        reaching = [rail for rail in link.rails if registration is not None and rail.port.nic in registration.parts]
+        reaching = [rail for rail in link.rails if registration is not None and rail.port.nic in registration.ports]
         if registration is None or not reaching:
             raise FabricUnavailable("The memory is registered with no NIC of the link's rails. Use tcp for it.")
-        if not registration.takes_windows and not all(rail in link.domains for rail in reaching):
+        if not registration.takes_windows and not all(rail.domain.is_apart for rail in reaching):
             raise LinkNotFound(
                 "The link was opened before this node had memory of path DMABUF, which only links with protection "
                 "domains of their own can be granted. Open a new one."
             )
+        for rail in reaching:
+            if not rail.domain.is_apart:
+                await registration.extend(rail, offset, length)
         expires_at = self._clock() + ttl
         doors = await self._open(link, reaching, registration, offset, length, rights)
         name = secrets.randbits(64)
         by_rail = {door.rail: tuple(door.parts) for door in doors}
-        key = RemoteKey(name, 0, length, tuple(by_rail.get(rail, ()) for rail in link.rails))
+        key = RemoteKey(name, length, tuple(by_rail.get(rail, ()) for rail in link.rails))
         grant = Grant(link_id, memory, expires_at, key, doors)
         self._grants[name] = link.grants[name] = grant
         self._watch()
@@ -129,21 +132,17 @@ class Target:
         deadline = loop.time() + _RAIL_WAIT
         while True:
             doors = [Door(rail) for rail in rails if rail.up]
+            link.opening.update(doors)
+            good: list[Door] = []
             try:
-                opened = await asyncio.gather(
-                    *(door.open(registration, offset, length, rights, link.domains.get(door.rail)) for door in doors)
-                )
-            except (VerbsError, TimeoutError) as error:
-                _close(doors)
-                raise RegistrationRefused(f"The NIC refused to open the memory to a link: {error}.") from error
-            except BaseException:
-                _close(doors)
-                raise
-            if link.link_id not in self._links:
-                _close(doors)
-                raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
-            _close([door for door, is_open in zip(doors, opened, strict=True) if not is_open])
-            good = [door for door, is_open in zip(doors, opened, strict=True) if is_open]
+                opening = (door.open(registration, offset, length, rights) for door in doors)
+                opened = await asyncio.gather(*opening, return_exceptions=True)
+                if link.link_id not in self._links:
+                    raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
+                good = _opened(doors, opened)
+            finally:
+                link.opening.difference_update(doors)
+                _close([door for door in doors if door not in good])
             if good:
                 return good
             try:
@@ -258,6 +257,16 @@ class Target:
         task = self._ending.get(what)
         if task is not None:
             await asyncio.wait([task])
+
+
+def _opened(doors: Sequence[Door], opened: Sequence[bool | BaseException]) -> list[Door]:
+    """Return the doors that are open. Raises RegistrationRefused, where the NIC refused one."""
+    for outcome in opened:
+        if isinstance(outcome, (VerbsError, TimeoutError)):
+            raise RegistrationRefused(f"The NIC refused to open the memory to a link: {outcome}.") from outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [door for door, is_open in zip(doors, opened, strict=True) if is_open]
 
 
 def _close(doors: Sequence[Door]) -> None:

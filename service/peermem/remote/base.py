@@ -32,7 +32,7 @@ class GrantSource(Protocol):
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """Have a link accepted, or one with the id in `offer` rebuilt.
 
-        Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
+        Raises AccessDenied, FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
 
     async def close_link(self, link_id: bytes) -> None:
@@ -90,6 +90,9 @@ class RemoteNode(GrantSource, Protocol):
 
         Raises AccessDenied.
         """
+
+    async def confirm_runs(self, node: str, subject: Subject) -> None:
+        """Return where it has `node` run some transfer for its client `subject`. Raises AccessDenied."""
 
     async def node_facts(self) -> NodeFacts:
         """Return what it says of itself."""

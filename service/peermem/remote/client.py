@@ -103,6 +103,7 @@ class GrpcRemoteNode:
             rails=offer.rails,
             queue_pairs=queue_pairs_to_proto(offer.queue_pairs),
             link_id=offer.link_id,
+            subject=offer.subject,
         )
         answer = await self._call(lambda to: to.links.OpenLink(request, timeout=_DEADLINE))
         with self._faults():
@@ -223,6 +224,11 @@ class GrpcRemoteNode:
         request = link_pb2.ConfirmRelayRequest(
             node=f"nodes/{node}", subject=subject.spoken(), region=str(region), right=_RIGHTS[right]
         )
+        await self._call(lambda to: to.links.ConfirmRelay(request, timeout=_DEADLINE))
+
+    async def confirm_runs(self, node: str, subject: Subject) -> None:
+        """See RemoteNode."""
+        request = link_pb2.ConfirmRelayRequest(node=f"nodes/{node}", subject=str(subject))
         await self._call(lambda to: to.links.ConfirmRelay(request, timeout=_DEADLINE))
 
     async def node_facts(self) -> NodeFacts:

@@ -58,6 +58,7 @@ class OpenLinkRequest(_message.Message):
     RAILS_FIELD_NUMBER: _builtins.int
     QUEUE_PAIRS_FIELD_NUMBER: _builtins.int
     LINK_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """nodes/{node} of the caller."""
     epoch: _builtins.str
@@ -69,6 +70,10 @@ class OpenLinkRequest(_message.Message):
     link_id: _builtins.bytes
     """From an earlier OpenLinkResponse of this caller: rebuild that link's rails after an error. Its
     grants stay as they are.
+    """
+    subject: _builtins.str
+    """Whose transfers the link is for, as SUBJECT@NODE; for the verbs fabric, where every grant over the link is for
+    this subject. The caller may name its own clients, and those for whom their node has it run a transfer.
     """
     @_builtins.property
     def queue_pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuePair]:
@@ -83,10 +88,11 @@ class OpenLinkRequest(_message.Message):
         rails: _builtins.int = ...,
         queue_pairs: _abc.Iterable[Global___QueuePair] | None = ...,
         link_id: _builtins.bytes = ...,
+        subject: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "link_id", b"link_id", "node", b"node", "queue_pairs", b"queue_pairs", "rails", b"rails"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fabric", b"fabric", "link_id", b"link_id", "node", b"node", "queue_pairs", b"queue_pairs", "rails", b"rails", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,7 +410,6 @@ class Grant(_message.Message):
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
     RKEY_FIELD_NUMBER: _builtins.int
-    ADDRESS_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     REGION_UID_FIELD_NUMBER: _builtins.int
@@ -416,8 +421,6 @@ class Grant(_message.Message):
     """Names the grant in later calls."""
     rkey: _builtins.int
     """What a work request presents to the fabric."""
-    address: _builtins.int
-    """Address of the first byte that the key opens, as the fabric counts it."""
     length: _builtins.int
     """Bytes that the key opens: those asked for, or those of a staging buffer."""
     region_uid: _builtins.int
@@ -445,7 +448,6 @@ class Grant(_message.Message):
         *,
         grant_id: _builtins.int = ...,
         rkey: _builtins.int = ...,
-        address: _builtins.int = ...,
         length: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
         region_uid: _builtins.int = ...,
@@ -456,7 +458,7 @@ class Grant(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "flush", b"flush", "grant_id", b"grant_id", "length", b"length", "rails", b"rails", "region_uid", b"region_uid", "rkey", b"rkey", "staged", b"staged", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -531,9 +533,11 @@ class ConfirmRelayRequest(_message.Message):
     subject: _builtins.str
     """The client, as SUBJECT[,GROUP...]@NODE with the answering node."""
     region: _builtins.str
-    """nodes/{node}/regions/{region} that the transfer needs."""
+    """nodes/{node}/regions/{region} that the transfer needs; empty to ask whether there is any transfer of the client,
+    before a link is opened for it. Then the client's groups don't matter.
+    """
     right: Global___Right.ValueType
-    """What for."""
+    """What for; of no use without a region."""
     def __init__(
         self,
         *,

@@ -19,9 +19,10 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from peermem.core.errors import NodeUnreachable, PeermemError
-from peermem.core.types import LinkAttributes, Path, RemoteKey, Rights
+from peermem.core.types import KeyPart, LinkAttributes, Path, RemoteKey, Rights
+from peermem.fabric.verbs import MemoryRegion
 from peermem.fabric.verbs_fabric import VerbsFabric
-from peermem.fabric.verbs_types import Settings
+from peermem.fabric.verbs_types import Access, Settings
 from tests.fabric.support import MIB, FileMemory
 
 _HEAD = struct.Struct("<I")
@@ -33,6 +34,7 @@ class _Serving:
 
     def __init__(self) -> None:
         self._lost: list[bytes] = []
+        self._exposed: list[MemoryRegion] = []
         self._memory = FileMemory(LENGTH, seed=2)
         self._fabric = VerbsFabric()
 
@@ -51,6 +53,20 @@ class _Serving:
 
     async def revoke(self, key: RemoteKey) -> None:
         await self._fabric.revoke(key)
+
+    async def expose(self, link_id: bytes) -> RemoteKey:
+        """Register all of the memory for whoever is in the protection domains of a link: no window is in the way."""
+        registration = self._fabric._memories.find(self._memory)
+        assert registration is not None
+        every, address = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE, registration.address
+        rails = self._fabric._target._links[link_id].rails
+        regions = [registration.tight(rail.domain, 0, LENGTH, every) for rail in rails]
+        self._exposed += regions
+        return RemoteKey(1, LENGTH, [[KeyPart(region.rkey, address, LENGTH)] for region in regions])
+
+    async def conceal(self) -> None:
+        while self._exposed:
+            self._exposed.pop().close()
 
     async def hang_up(self, link_id: bytes) -> None:
         await self._fabric.hang_up(link_id)
@@ -123,6 +139,13 @@ class FarNode:
 
     async def revoke(self, key: RemoteKey) -> None:
         await self._call("revoke", key)
+
+    async def expose(self) -> RemoteKey:
+        key: RemoteKey = await self._call("expose", self.link_id)
+        return key
+
+    async def conceal(self) -> None:
+        await self._call("conceal")
 
     async def hang_up(self) -> None:
         await self._call("hang_up", self.link_id)

@@ -6,87 +6,18 @@ import asyncio
 import dataclasses
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 
 import pytest
 
 from peermem.core.types import KeyPart, LinkAttributes, Path, Ranges, RemoteKey, Rights
-from peermem.fabric.base import Link, LinkEnd, Opcode, Status, WorkRequest
+from peermem.fabric.base import LinkEnd, Opcode, Status
 from peermem.fabric.verbs_fabric import VerbsFabric
 from peermem.fabric.verbs_types import Settings
-from tests.fabric.support import MIB, FileMemory, Recorder, eventually
+from tests.fabric.support import MIB, FileMemory, eventually
 from tests.lab.guest.fabric_node import LENGTH, FarNode, far_process
-
-QUICK = Settings(stall_timeout=5.0, keepalive=1.0)
-
-
-class Wire:
-    """A link to a far node, with local memory that is registered."""
-
-    def __init__(self, fabric: VerbsFabric, far: FarNode, local: FileMemory) -> None:
-        self.fabric = fabric
-        self.far = far
-        self.local = local
-        self.events = Recorder()
-        self.link: Link
-        self._next_id = 0
-
-    async def open(self, rails: int = 1) -> Wire:
-        self.events = Recorder()
-        self.link = await self.fabric.connect(self.far.exchange, self.events, rails)
-        return self
-
-    def post(self, opcode: Opcode, key: RemoteKey, ranges: Ranges) -> int:
-        self._next_id += 1
-        self.link.post(WorkRequest(self._next_id, opcode, self.local, key, ranges))
-        return self._next_id
-
-    def post_all(self, opcode: Opcode, key: RemoteKey) -> list[int]:
-        return [self.post(opcode, key, Ranges.single(at, at, MIB)) for at in range(0, LENGTH, MIB)]
-
-    async def wait(self, posted: list[int], patience: float = 60.0) -> set[Status]:
-        async with asyncio.timeout(patience):
-            while not all(number in self.events.statuses for number in posted):
-                self.events.news.clear()
-                await self.events.news.wait()
-        return {self.events.statuses[number] for number in posted}
-
-
-Wired = Callable[[Settings], AbstractAsyncContextManager[Wire]]
-
-
-@pytest.fixture(scope="module")
-def far_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FilePath]:
-    with far_process(tmp_path_factory.mktemp("far")) as (path, _process):
-        yield path
-
-
-@pytest.fixture
-def wired(far_socket: FilePath) -> Wired:
-    @asynccontextmanager
-    async def open_wire(settings: Settings) -> AsyncIterator[Wire]:
-        fabric, local, far = VerbsFabric(settings=settings), FileMemory(LENGTH, seed=1), FarNode(far_socket)
-        await far.restart(settings)
-        await fabric.start()
-        try:
-            await fabric.register(local, Path.HOST)
-            wire = await Wire(fabric, far, local).open()
-            yield wire
-            await wire.link.close()
-            assert wire.events.faults == []
-        finally:
-            await fabric.close()
-            local.close()
-
-    return open_wire
-
-
-@pytest.fixture
-async def wire(wired: Wired) -> AsyncIterator[Wire]:
-    async with wired(QUICK) as wire:
-        yield wire
+from tests.lab.guest.wires import QUICK, Wire, Wired, all_well, far_state
 
 
 @pytest.fixture
@@ -105,23 +36,6 @@ def network() -> Iterator[Callable[[str], None]]:
     change("up")
     for device in ("v1", "v1b"):
         subprocess.run(["tc", "qdisc", "del", "dev", device, "root"], check=False, stderr=subprocess.DEVNULL)
-
-
-async def far_state(wire: Wire, is_so: Callable[[list[bytes], int, int, Mapping[str, int]], bool]) -> None:
-    """Wait until the far node's lost links, links, grants and verbs objects are so."""
-    async with asyncio.timeout(30):
-        while not is_so(*await wire.far.state()):  # noqa: ASYNC110  it tells when it is asked
-            await asyncio.sleep(0.05)
-
-
-async def all_well(wire: Wire) -> None:
-    """See that bytes go over and come back."""
-    key = await wire.far.grant()
-    assert await wire.wait([wire.post(Opcode.WRITE, key, Ranges.single(0, 1, MIB))]) == {Status.SUCCESS}
-    assert await wire.far.content(1, MIB) == wire.local.bytes()[:MIB]
-    assert await wire.wait([wire.post(Opcode.READ, key, Ranges.single(MIB + 2, 1, MIB))]) == {Status.SUCCESS}
-    assert wire.local.bytes()[MIB + 2 : 2 * MIB + 2] == wire.local.bytes()[:MIB]
-    await wire.far.revoke(key)
 
 
 MODES = {
@@ -266,6 +180,9 @@ async def test_an_outage_of_two_seconds_is_survived(wire: Wire, network: Callabl
     assert await wire.far.content() == wire.local.bytes()
     assert wire.events.ends == []
     await all_well(wire)
+    await eventually(lambda: wire.link.rails_down == 0)
+    told = wire.events.rails
+    assert sum(each.startswith("down: ") for each in told) == told.count("up")
 
 
 async def test_an_outage_for_good_ends_in_the_stall_timeout(wire: Wire, network: Callable[[str], None]) -> None:
@@ -328,7 +245,7 @@ async def test_hanging_up_reaches_an_idle_initiator_at_once(wire: Wire) -> None:
 async def test_an_initiator_that_dies_is_lost_at_the_target(wired: Wired) -> None:
     async with wired(QUICK) as wire:
         await wire.far.grant()
-        for rail in wire.link.uses(lambda _: True):  # type: ignore[attr-defined]
+        for rail in wire.link.uses(lambda _: True):
             rail.offer(False)  # as a killed process does: its queue pairs are gone, and nobody is told
             rail.is_lost = True
         await far_state(wire, lambda lost, links, grants, _: lost == [wire.far.link_id] and links == grants == 0)

@@ -16,7 +16,7 @@ from peermem import FabricKind, Region, errors
 from tests.e2e.support import eventually, moving
 from tests.lab.guest import nodes
 from tests.lab.guest.conftest import Figures
-from tests.lab.guest.nodes import HOST, MIB, PATIENCE, Lab, held, noise, until_held
+from tests.lab.guest.nodes import HOST, MIB, PATIENCE, Lab, held, noise, sample, until_held
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -105,6 +105,28 @@ def test_a_bad_network(lab: Lab, baseline: Baseline, how: str, figures: Figures)
                 expected[half:].reshape(-1, stride)[:, size:] = 0
                 assert y.read() == expected.tobytes()
     figures(f"netem_{how.replace(' ', '_').replace('%', '')}", {"seconds": time.monotonic() - begun})
+
+
+def test_subjects_have_links_and_domains_of_their_own_and_leave_nothing(lab: Lab, baseline: Baseline) -> None:
+    """Over TCP whoever asks is nobody in particular here, and over the attach socket root."""
+
+    def objects() -> dict[str, float]:
+        return {kind: sample(lab.daemons["a"], "peermem_verbs_objects", kind=kind) for kind in ("pd", "mr")}
+
+    def have_both_moved() -> bool:
+        x.write(noise(MIB))
+        running = [node.transfer(x[at : at + half], y[at : at + half]) for node, at in askers.items()]
+        assert {transfer.wait(PATIENCE).fabric for transfer in running} == {VERBS}
+        links = [sample(lab.daemons[name], "peermem_links", fabric="verbs") for name in ("a", "b")]
+        both = {"pd": 2 * alone["pd"], "mr": 2 * alone["mr"]}
+        return links == [2, 2] and objects() == both  # unless one has ended by now
+
+    half = MIB // 2
+    with peermem.connect(lab.daemons["a"].grpc, attach=False) as nobody, regions(lab, "push", MIB) as (x, y):
+        alone, askers = objects(), {lab.nodes["a"]: 0, nobody: half}
+        assert alone["pd"] == 2, "one on each NIC"
+        eventually(have_both_moved, "links and domains of two subjects", 60)
+        assert y.read() == noise(MIB)
 
 
 @contextmanager
