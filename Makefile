@@ -9,9 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK_UV := uv==0.13.9
 
-PROTOS := $(wildcard protos/peermem/v1/*.proto)
+PROTOS := $(wildcard protos/peermem/*/*.proto)
 SERVICES := $(shell grep -l '^service ' $(PROTOS))
-GENERATED := service/peermem/v1
+GENERATED := service/peermem/v1 service/peermem/etcd
 
 # The stamps carry the Python version, so that another PYTHON makes another environment.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -49,7 +49,8 @@ soak: $(READY) ## The same for half an hour without ending a daemon: do they gro
 
 fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a socket (EXAMPLES=N for each test)
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest --timeout 1800 $(ARGS) \
-		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/fabric/test_tcp_fuzz.py
+		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/directory/test_records.py \
+		tests/fabric/test_tcp_fuzz.py
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
@@ -75,7 +76,9 @@ check-contract: $(READY)
 check-generated: $(READY)
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(call generate,$$fresh) && \
-	diff -rq --exclude=__init__.py --exclude=__pycache__ "$$fresh/peermem/v1" $(GENERATED) && \
+	(for each in $(GENERATED); do \
+		diff -rq --exclude=__init__.py --exclude=__pycache__ "$$fresh/$${each#service/}" $$each || exit 1; \
+	done) && \
 	echo "$(GENERATED) is what protos/ generates." || \
 	{ echo "$(GENERATED) differs from what protos/ generates: run 'make protos'." >&2; exit 1; }
 
@@ -83,8 +86,8 @@ fix: $(READY) ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-protos: $(READY) ## Generate service/peermem/v1 from protos/
-	rm -f $(GENERATED)/*_pb2*
+protos: $(READY) ## Generate service/peermem/v1 and etcd from protos/
+	rm -f $(addsuffix /*_pb2*,$(GENERATED))
 	$(call generate,service)
 
 # Messages of every file; gRPC code only of those that have a service.

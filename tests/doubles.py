@@ -138,6 +138,9 @@ class CuedLink:
         for request in free:
             self._run(request)
 
+    def carry(self, message: bytes) -> bool:
+        return self._link.carry(message)
+
     async def close(self) -> None:
         held, self.held = self.held, []
         if held:

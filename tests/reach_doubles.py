@@ -144,6 +144,9 @@ class _NicLink:
     def post(self, request: WorkRequest) -> None:
         self._inner.post(self._fabric.placed(request))
 
+    def carry(self, message: bytes) -> bool:
+        return self._inner.carry(message)
+
     async def close(self) -> None:
         await self._inner.close()
 

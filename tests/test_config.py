@@ -184,7 +184,7 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("directory.nodes.b = 7", f"directory.nodes.b is 7: expected {HOST_PORT}"),
         ("directory.nodes.B = 'b:1'", f"directory.nodes key is 'B': expected {NAME}"),
         ("directory.nodes = 7", "directory.nodes is 7: expected a table"),
-        ("directory.kind = 'etcd'", "directory.kind is 'etcd': expected one of \"static\""),
+        ("directory.kind = 'dns'", "directory.kind is 'dns': expected one of \"static\", \"etcd\""),
         ("log.level = 'loud'", 'log.level is \'loud\': expected one of "debug", "info", "warning", "error"'),
         ("log.level = 2000-01-01", 'log.level is datetime.date(2000, 1, 1): expected one of "debug", "info", '
          '"warning", "error"'),

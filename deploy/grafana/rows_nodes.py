@@ -247,4 +247,15 @@ CONTROL = [
         ],
         alerts=["PeermemFilesNearLimit", "PeermemFilesGrow"],
     ),
+    Panel(
+        "Directory",
+        "Daemons that reach it and that do not, and the nodes that it knows: the fewest that any daemon sees.",
+        "short",
+        [
+            Query("sum by (kind) (peermem_directory_connected{@})", "reach {{kind}}"),
+            Query("count by (kind) (peermem_directory_connected{@} == 0)", "don't reach {{kind}}"),
+            Query("min(peermem_directory_nodes{@})", "nodes"),
+        ],
+        alerts=["PeermemDirectoryAway", "PeermemNodeNameTaken", "PeermemDirectoryLeaseLost"],
+    ),
 ]

@@ -29,6 +29,7 @@ from peermem.api.once import Once
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
+from peermem.app_directory import make_directory, notes_of, own_entry, why_unknown
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
 from peermem.app_snapshot import condition, snapshot
@@ -46,8 +47,7 @@ from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
-from peermem.directory.base import Directory, NodeEntry
-from peermem.directory.static import StaticDirectory
+from peermem.directory.base import Directory
 from peermem.remote.client import GrpcRemotes
 from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
@@ -66,6 +66,7 @@ class App:
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
+        self._directory = make_directory(config)
         self._stack = AsyncExitStack()
         self.metrics.condition.observe_health(lambda: self._health().ready, lambda: bool(self._policy.problem))
 
@@ -92,9 +93,10 @@ class App:
         config = self.config
         self._break_on_purpose(config.failpoints)
         await self._start_http()
-        directory = StaticDirectory(config.directory.nodes)
+        directory = self._directory
         self._stack.push_async_callback(directory.close)
-        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id))
+        await directory.open()
+        parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
         for kind, fabric in parts.fabrics.items():
             await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
             self._stack.push_async_callback(fabric.close)
@@ -110,7 +112,9 @@ class App:
         self.metrics.condition.observe(lambda: condition(broker, config.region.max_regions))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
         await self._start_attach(broker, sessions)
-        server = self._server(broker, Identity(sessions, trust), trust)
+        identity = Identity(sessions, trust)
+        links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
+        server = self._server(broker, identity, trust, links)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
@@ -122,7 +126,7 @@ class App:
         for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
             self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
-        await directory.join(NodeEntry(self.config.node, address))
+        await directory.join(own_entry(broker.node_facts(), address))
         self._stack.push_async_callback(directory.leave)
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
@@ -142,9 +146,11 @@ class App:
             log.info("http_listening", address=server.address)
 
     def _health(self) -> Health:
+        status = self._directory.status()
         over = self._trust.credentials.problem() if self._trust.credentials is not None else ""
-        reasons = (*self._reasons, *([over] if over else []))
-        return Health(not reasons, reasons, (self._policy.problem,) if self._policy.problem else ())
+        refused = status.refusal.message if status.refusal is not None else ""
+        reasons = (*self._reasons, *filter(None, (over, refused)))
+        return Health(not reasons, reasons, (*filter(None, (self._policy.problem,)), *notes_of(status)))
 
     def _broker(self, directory: Directory, parts: Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -161,7 +167,7 @@ class App:
             retry_for=config.transfer.retry_for,
         )
         epoch = secrets.token_hex(8)
-        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(directory, node), trust.credentials)
+        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(config, directory, node), trust.credentials)
         return Broker(
             settings,
             epoch,
@@ -182,7 +188,7 @@ class App:
             await server.start()
             self._stack.push_async_callback(server.close)
 
-    def _server(self, broker: Broker, identity: Identity, trust: Trust) -> GrpcServer:
+    def _server(self, broker: Broker, identity: Identity, trust: Trust, links: LinkService) -> GrpcServer:
         config = self.config
         keep = config.transfer.keep_ended
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
@@ -197,7 +203,7 @@ class App:
                 Once(keep, self._replayed(Replayed.TRANSFER)),
                 config.transfer.max_segments,
             ),
-            link=LinkService(broker.serving, broker.vouching, identity, config.tcp.rails),
+            link=links,
         )
         self.metrics.serve_grpc(grpc_methods())
         return GrpcServer(
@@ -267,11 +273,8 @@ async def _listening(what: str, address: str, start: Awaitable[None]) -> None:
         raise OSError(f"{what} can't listen on {address}: {cause}. Free it, or configure another address.") from error
 
 
-def _address(directory: Directory, node: str) -> str:
+def _address(config: Config, directory: Directory, node: str) -> str:
     entry = directory.nodes().get(node)
     if entry is None:
-        known = ", ".join(sorted(directory.nodes())) or "none"
-        raise NodeNotFound(
-            f"nodes/{node} is not in the directory, which knows {known}. Add it to directory.nodes.", node=node
-        )
+        raise NodeNotFound(f"nodes/{node} is not in the directory, {why_unknown(config, directory)}", node=node)
     return entry.address

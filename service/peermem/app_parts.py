@@ -18,7 +18,7 @@ from peermem.device.pci_resource import PciResourceDevice
 from peermem.device.rocm import HipDriver
 from peermem.device.udmabuf import UdmabufDevice
 from peermem.device.vfio import VfioDevice
-from peermem.fabric.base import Fabric
+from peermem.fabric.base import Fabric, Met
 from peermem.fabric.local import LocalFabric
 from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.verbs_fabric import VerbsFabric
@@ -31,8 +31,8 @@ from peermem.storage.places import Place
 class Parts:
     """The devices and fabrics that a configuration asks for."""
 
-    def __init__(self, config: Config, lost: Callable[[bytes], None]) -> None:
-        """`lost` gets the ids of accepted links that end by themselves."""
+    def __init__(self, config: Config, lost: Callable[[bytes], None], met: Met) -> None:
+        """`lost` gets the ids of accepted links that end by themselves, `met` rails on which something is carried."""
         self.tcp: TcpFabric | None = None
         self.verbs: VerbsFabric | None = None
         self.fabrics: dict[FabricKind, Fabric] = {}
@@ -47,6 +47,7 @@ class Parts:
                 advertise=config.tcp.advertise,
                 stall_timeout=config.tcp.stall_timeout,
                 on_link_lost=lost,
+                on_met=met,
             )
         self.fabrics[FabricKind.LOCAL] = LocalFabric(on_link_lost=lost)
         self.devices: dict[str, Device] = {device.name: _device(device) for device in config.devices}

@@ -13,8 +13,10 @@ from peermem.core.errors import PeermemError
 from peermem.core.types import FabricKind
 from peermem.device.base import Device
 from peermem.device.host import read_own_memory
+from peermem.directory.base import Directory
 from peermem.fabric.base import Proof
 from peermem.telemetry.condition import NO_VERBS, UNTRIED, WORKS, Condition, DeviceReach
+from peermem.telemetry.directory import DirectoryUse
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
 
 
@@ -49,6 +51,28 @@ def snapshot(broker: Broker, sessions: SessionTable, parts: Parts) -> Snapshot:
             for path in device.paths
             for nic, outcome in broker.proofs.known(device, path).items()
         },
+        directory=_directory(broker.directory),
+    )
+
+
+def _directory(directory: Directory) -> DirectoryUse:
+    status = directory.status()
+    counts = status.counts
+    return DirectoryUse(
+        kind=status.kind,
+        away_for=status.away_for or 0.0,
+        is_reached=status.away_for is None,
+        is_refused=status.refusal is not None,
+        lease_left=status.lease_left,
+        nodes=len(directory.nodes()),
+        published=status.published,
+        unwritten=status.unwritten,
+        renewals=counts.renewals,
+        failed_renewals=counts.failed_renewals,
+        lost_leases=counts.lost_leases,
+        resumes=counts.resumes,
+        listings=counts.listings,
+        garbage=counts.garbage,
     )
 
 

@@ -32,6 +32,9 @@ from peermem.config_devices import Rocm as Rocm
 from peermem.config_devices import Udmabuf as Udmabuf
 from peermem.config_devices import Vfio as Vfio
 from peermem.config_devices import device_contradictions
+from peermem.config_directory import Directory as Directory
+from peermem.config_directory import Etcd as Etcd
+from peermem.config_directory import directory_contradictions
 from peermem.config_trust import Kubernetes as Kubernetes
 from peermem.config_trust import Tls as Tls
 from peermem.config_trust import trust_contradictions
@@ -212,15 +215,6 @@ class Audit(Struct, frozen=True, forbid_unknown_fields=True):
     """Which decisions of the policy it holds; auto: all where there is a policy file, else what was denied."""
 
 
-class Directory(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where nodes find each other."""
-
-    kind: Literal["static"] = "static"
-    """Which directory."""
-    nodes: Mapping[Name, Address] = {}
-    """gRPC address of each node by its short name; this node may be among them."""
-
-
 class Shutdown(Struct, frozen=True, forbid_unknown_fields=True):
     """The end of the daemon."""
 
@@ -309,6 +303,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     if config.grpc.socket and config.grpc.socket == config.attach.socket:
         yield "attach.socket", "attach.socket is the same path as grpc.socket. Give each its own."
     yield from device_contradictions(config.devices)
+    yield from directory_contradictions(config.directory)
     yield from trust_contradictions(config.tls, config.kubernetes, config.grpc.token_address)
     if config.insecure_network and config.tls.on:
         yield (

@@ -116,6 +116,32 @@ class TokenAudience(str):
         return super().__new__(cls, text)
 
 
+class KeyPrefix(str):
+    """What keys in etcd begin with."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'parts of A-Z, a-z, 0-9, ., _ and -, each after a /, such as "/peermem/v1"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"(/[A-Za-z0-9._-]+){1,16}", text, re.ASCII) or len(text) > 255:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
+class UserName(str):
+    """A user of etcd."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "1 to 64 printable characters without spaces"
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"[!-~]{1,64}", text, re.ASCII):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
+
+
 class Address(str):
     """host:port of a server to connect to; the host is a name, an IPv4 or an [IPv6] address."""
 
@@ -280,6 +306,17 @@ class AckTimeout(Duration, least="1ms", most="60s"):
 
 class Wait(Duration, least="100ms", most="1h"):
     """Until something is given up."""
+
+
+class LeaseTime(Duration, least="2s", most="10min"):
+    """Of a node's lease in etcd, in whole seconds."""
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        seconds = super().__new__(cls, text)
+        if seconds % 1:
+            raise ValueError(cls.expected)
+        return seconds
 
 
 class Keep(Duration, least="0s", most="7d"):

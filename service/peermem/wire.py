@@ -15,7 +15,7 @@ from peermem.core import region as core_region
 from peermem.core import transfer as core_transfer
 from peermem.core.errors import InvalidField, PeermemError
 from peermem.core.names import parse_node, parse_region, parse_transfer
-from peermem.core.node import DeviceFacts, NicPort, NodeFacts
+from peermem.core.node import DeviceFacts, NicPort, NodeDevice, NodeFacts
 from peermem.core.plan import Direction
 from peermem.core.preflight import Verdict
 from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
@@ -118,6 +118,18 @@ def region_to_proto(facts: core_region.RegionFacts) -> region_pb2.Region:
         create_time=time_to_proto(facts.created_at),
         nics=facts.nics,
         why=facts.why,
+        published=facts.published,
+    )
+
+
+def published_to_proto(region: core_region.PublishedRegion) -> region_pb2.PublishedRegion:
+    """Return the message for a published region."""
+    return region_pb2.PublishedRegion(
+        name=str(region.name),
+        length=region.length,
+        device_kind=region.device_kind,
+        path=PATHS[region.path],
+        labels=dict(region.labels),
     )
 
 
@@ -240,6 +252,11 @@ def node_to_proto(facts: NodeFacts) -> node_pb2.Node:
         running_transfer_count=facts.running_transfer_count,
         link_count=facts.link_count,
         grant_count=facts.grant_count,
+        nics=facts.nics,
+        devices=[node_pb2.NodeDevice(name=each.name, kind=each.kind, size=each.size) for each in facts.devices],
+        state=node_pb2.NodeState.Value(f"NODE_STATE_{facts.state.value}"),
+        state_time=time_to_proto(facts.since) if facts.since else None,
+        links_here_count=facts.links_here,
     )
 
 
@@ -258,6 +275,8 @@ def node_from_proto(message: node_pb2.Node) -> NodeFacts:
         running_transfer_count=message.running_transfer_count,
         link_count=message.link_count,
         grant_count=message.grant_count,
+        nics=tuple(message.nics),
+        devices=tuple(NodeDevice(each.name, each.kind, each.size) for each in message.devices),
     )
 
 

@@ -10,10 +10,14 @@ from pathlib import Path as FilePath
 import pytest
 
 import peermem
+from peermem.client.states import NodeState
 from peermem.core.errors import DeviceNotFound, FabricUnavailable, PortDown, ProbeFailed
+from peermem.core.node import NodeDevice
 from peermem.core.preflight import Check
 from peermem.core.types import FabricKind, Path
+from peermem.directory.base import GoneNode, NodeEntry
 from tests.broker.conftest import NicHost, hosts, nic_hosts
+from tests.directory.cued import CuedDirectory
 from tests.doubles import PATIENCE
 from tests.serving import PORT, NodeFacts, node_service
 
@@ -128,3 +132,22 @@ async def test_devices_say_what_reaches_them(node: peermem.aio.Node) -> None:
     known = {device.name: device for device in await node.devices()}
     assert known["bar0"].nics == ("nic0/1",)
     assert known["bar0"].why.startswith("nic0/1 is software only")
+
+
+async def test_nodes_with_what_the_directory_says_of_them(node: peermem.aio.Node, host: NicHost) -> None:
+    device = NodeDevice("gpu0", "cuda", 1 << 36)
+    there = NodeEntry("b", "10.0.0.2:7470", "e2", "9.9", (FabricKind.VERBS,), ("mlx5_0/1",), (device,))
+    host.broker.directory = directory = CuedDirectory(there)
+    directory.left["c"] = GoneNode(NodeEntry("c", "10.0.0.3:7470"), 5.0)
+    here, b, c = await node.nodes()
+    assert (here.name, here.state, here.state_time, here.nics) == ("nodes/a", NodeState.UP, None, ("nic0/1",))
+    assert {each.kind for each in here.devices} >= {"memfd"}
+    assert (b.name, b.address, b.epoch, b.version) == ("nodes/b", "10.0.0.2:7470", "e2", "9.9")
+    assert (b.fabrics, b.nics, b.state) == ((FabricKind.VERBS,), ("mlx5_0/1",), NodeState.UP)
+    assert b.devices == (peermem.NodeDevice("gpu0", "cuda", 1 << 36),)
+    assert (c.state, c.links_here_count) == (NodeState.GONE, 0)
+    assert c.state_time is not None
+    directory.away_for = 30.0
+    here, b, c = await node.nodes()
+    assert [each.state for each in (here, b, c)] == [NodeState.UP, NodeState.UNCONFIRMED, NodeState.GONE]
+    assert b.state_time is not None

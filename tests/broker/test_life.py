@@ -127,7 +127,7 @@ async def test_limits_of_regions_links_and_grants(monkeypatch: pytest.MonkeyPatc
             await region(a, 10)
         monkeypatch.setattr("peermem.broker.serving.MAX_GRANTS_OF_LINK", 0)
         assert type(await failure(await start(a, whole(source, sink)))) is errors.LimitReached
-        monkeypatch.setattr("peermem.broker.serving.MAX_LINKS", 0)
+        monkeypatch.setattr("peermem.broker.accepted.MAX_LINKS", 0)
         assert type(await failure(await start(b, whole(source, sink)))) is errors.LimitReached
 
 

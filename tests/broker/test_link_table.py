@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from peermem.broker import link_table, serving
+from peermem.broker import accepted, link_table
 from peermem.broker.links import OutboundLink
 from peermem.core import errors
 from peermem.core.grant import Wanted
@@ -135,7 +135,7 @@ async def test_whoever_finds_all_links_in_use_goes_by_tcp(
 async def test_a_node_has_so_many_links_to_another_one(
     nic_pair: list[NicHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "MAX_LINKS_OF_NODE", 2)
+    monkeypatch.setattr(accepted, "MAX_LINKS_OF_NODE", 2)
     _, b = nic_pair
     for number in (1, 2):
         b.broker.serving.open_link("a", LinkAttributes(VERBS, 1, subject=f"uid:{number}@a"))

@@ -129,7 +129,7 @@ async def test_a_region_that_ends_while_a_link_that_has_a_grant_on_it_is_closed(
     a, b = nic_pair
     source, sink = await region(a, MIB), await region(b, MIB)
     await outcome(await start(a, whole(source, sink)))
-    (link_id,) = b.broker.serving._links
+    (link_id,) = b.broker.serving._links.ids()
     b.nic.hanging_up = asyncio.Event()
     closing = asyncio.create_task(b.broker.serving.close_link(link_id))
     await asyncio.sleep(0)

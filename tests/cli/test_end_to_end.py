@@ -85,6 +85,17 @@ def test_the_life_of_a_region(run: Run) -> None:
     assert "REGION_NOT_FOUND" in run("regions", "show", "life", code=4).stderr
 
 
+def test_a_published_region_is_found(run: Run) -> None:
+    run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "told", "-l", "k=told", "--publish")
+    run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "untold", "-l", "k=told")
+    assert "yes" in run("regions", "show", "told").stdout
+    (found,) = facts(run("regions", "find", "-l", "k=told", "--json"))["regions"]
+    assert (found["name"], found["device_kind"], found["labels"]) == ("nodes/a/regions/told", "memfd", {"k": "told"})
+    assert "nodes/a/regions/told" in run("regions", "find").stdout
+    run("regions", "delete", "told", "untold")
+    assert facts(run("regions", "find", "--json")) == {"regions": []}
+
+
 def test_a_lease_may_have_a_time(run: Run) -> None:
     made = facts(run("regions", "create", "--device", "bar0", "--length", "1", "--lease", "10min", "--json"))
     assert (made["lease"]["kind"], made["lease"]["ttl"]) == ("ttl", 600.0)

@@ -64,6 +64,29 @@ def test_a_table_is_not_cut_where_stdout_is_no_terminal(capsys: pytest.CaptureFi
     assert second.split() == ["y", "-"]
 
 
+def test_a_live_table_is_printed_anew_when_it_changed_where_stdout_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with output.LiveTable(drawn=True) as table:
+        for state in ("up", "up", "gone"):
+            table.show(("NAME", "STATE"), [("nodes/b", state)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["NAME", "STATE"], ["nodes/b", "up"], ["NAME", "STATE"], ["nodes/b", "gone"]]
+
+
+def test_a_live_table_is_drawn_in_its_place_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with output.LiveTable(drawn=True) as table:
+        for state in ("up", "gone"):
+            table.show(("NAME", "STATE"), [("nodes/b", state)])
+    drawn = capsys.readouterr().out
+    assert "\x1b[1A" in drawn, "the cursor goes up again"
+    assert drawn.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

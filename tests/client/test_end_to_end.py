@@ -131,6 +131,22 @@ def test_regions_are_listed_over_pages_and_by_label(a: peermem.Node) -> None:
     plain.delete()
 
 
+def test_published_regions_are_found_by_label(a: peermem.Node) -> None:
+    labels = {"run": "published"}
+    with (
+        a.create_region(device="bar0", length=64, name="pub-0", labels=labels, publish=True) as first,
+        a.create_region(device="bar0", length=64, name="pub-1", labels=labels | {"x": "y"}, publish=True),
+        a.create_region(device="bar0", length=64, name="pub-2", labels=labels) as quiet,
+    ):
+        assert (first.published, quiet.published) == (True, False)
+        found = list(a.find_regions(labels))
+        assert [each.name for each in found] == ["nodes/a/regions/pub-0", "nodes/a/regions/pub-1"]
+        assert (found[0].length, found[0].device_kind, found[0].path) == (64, "memfd", peermem.Path.HOST)
+        assert [each.labels for each in a.find_regions({"x": "y"})] == [labels | {"x": "y"}]
+        a.transfer(found[0].name, found[1].name).wait("30s")
+    assert list(a.find_regions()) == []
+
+
 def test_a_cancelled_transfer_says_how_far_it_came(a: peermem.Node, b: peermem.Node) -> None:
     with (
         a.create_region(device="bar0", length="256MiB") as x,
@@ -188,6 +204,8 @@ async def test_the_asyncio_client_does_the_same(cluster: Cluster) -> None:
         await y.write(b"back", 100)
         assert (await y.refresh()).length == 1 << 20
         assert x.name in [region.name async for region in a.regions()]
+        async with await a.create_region(device="bar0", length=64, labels={"of": "aio"}, publish=True) as told:
+            assert [region.name async for region in a.find_regions({"of": "aio"})] == [told.name]
         with pytest.raises(errors.NotMappable):
             await y.map()
         with pytest.raises(errors.RegionNotFound):

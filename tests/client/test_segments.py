@@ -31,6 +31,7 @@ def region(name: str, length: int) -> RegionInfo:
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
         nics=(),
         why="",
+        published=False,
     )
 
 

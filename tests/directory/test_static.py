@@ -15,6 +15,7 @@ class TestStaticDirectory(DirectoryConformance):
     @pytest.fixture
     async def directory(self) -> AsyncIterator[Directory]:
         directory = StaticDirectory({B.node: B.address})
+        await directory.open()
         yield directory
         await directory.close()
 

@@ -47,6 +47,8 @@ class FabricConformance:
     """The tests. A subclass gives `make_fabrics`, a `Factory`."""
 
     make_fabrics: Factory
+    carries = False
+    """Whether messages for the daemons cross its links; `test_tcp_carry.py` has what more is asked of them."""
 
     async def pass_time(self, connection: Connection, clock: Clock, seconds: float) -> None:
         """Let grants grow older."""
@@ -363,6 +365,9 @@ class FabricConformance:
         connection.events.completed = completed  # type: ignore[method-assign,assignment]
         connection.post(Opcode.WRITE, memory, key, Ranges.single(0, 0, 4096))
         await connection.events.wait(range(1, 51))
+
+    async def test_carries_messages_or_says_that_it_does_not(self, connection: Connection) -> None:
+        assert connection.link.carry(b"message") is self.carries
 
     # Opening
 

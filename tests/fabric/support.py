@@ -94,6 +94,8 @@ class Recorder:
     """What became of rails."""
     pauses: list[float] = field(default_factory=list)
     """Seconds for which rails were set aside."""
+    messages: list[bytes] = field(default_factory=list)
+    """What the far end's daemon answered."""
     posting: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -106,6 +108,12 @@ class Recorder:
             if completion.wr_id in self.statuses:
                 self.faults.append(f"{completion} came twice")
             self.statuses[completion.wr_id] = completion.status
+        self.news.set()
+
+    def heard(self, message: bytes) -> None:
+        if self.ends:
+            self.faults.append("heard after down")
+        self.messages.append(message)
         self.news.set()
 
     def rail_down(self, cause: str, pause: float) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peermem.core.errors import MalformedMessage
 from peermem.fabric import frames
-from peermem.fabric.base import Opcode, Status
+from peermem.fabric.base import CARRIED, Opcode, Status
 
 U64 = st.integers(0, 2**64 - 1)
 WIRE_STATUSES = [Status.SUCCESS, Status.REM_INV_REQ_ERR, Status.REM_ACCESS_ERR, Status.REM_OP_ERR]
@@ -14,12 +16,6 @@ WIRE_STATUSES = [Status.SUCCESS, Status.REM_INV_REQ_ERR, Status.REM_ACCESS_ERR, 
 
 def head(count: int = 1, total: int = 1, opcode: Opcode = Opcode.WRITE) -> frames.RequestHead:
     return frames.RequestHead(opcode, count, 7, 9, total)
-
-
-@given(link_id=st.binary(min_size=16, max_size=16), secret=st.binary(min_size=32, max_size=32))
-def test_hello_round_trip(link_id: bytes, secret: bytes) -> None:
-    hello = frames.Hello(link_id, secret)
-    assert frames.decode_hello(frames.encode_hello(hello)) == hello
 
 
 @given(
@@ -47,7 +43,7 @@ def test_response_round_trip(wr_id: int, status: Status, length: int) -> None:
 def test_a_request_is_these_bytes() -> None:
     encoded = frames.encode_request(head(2, 11), [1, 2], [5, 6])
     numbers = (7, 9, 11, 1, 5, 2, 6)
-    assert encoded == b"PM\x01\x01\x02\0\0\0" + b"".join(number.to_bytes(8, "little") for number in numbers)
+    assert encoded == b"PM\x02\x01\x02\0\0\0" + b"".join(number.to_bytes(8, "little") for number in numbers)
 
 
 def test_responses_are_these_bytes() -> None:
@@ -75,9 +71,9 @@ def test_what_can_not_be_said_is_not_encoded(offsets: list[int], lengths: list[i
     ("position", "value"),
     [
         (0, b"X"),  # magic
-        (2, b"\x02"),  # version
+        (2, b"\x01"),  # version
         (3, b"\x00"),  # opcode
-        (3, b"\x03"),
+        (3, b"\x04"),
         (4, bytes(4)),  # no ranges
         (4, (1025).to_bytes(4, "little")),
         (24, (frames.MAX_TOTAL + 1).to_bytes(8, "little")),
@@ -90,7 +86,7 @@ def test_a_head_that_can_not_be_framed(position: int, value: bytes) -> None:
         frames.decode_head(block)
 
 
-@pytest.mark.parametrize("wrong", [b"PM\x03\x00", b"PM\x01\x09", b"PX\x01\x00", b"PM\x02\x01"])
+@pytest.mark.parametrize("wrong", [b"PM\x04\x00", b"PM\x03\x00", b"PM\x01\x09", b"PX\x01\x00", b"PM\x02\x01"])
 def test_a_response_that_is_none(wrong: bytes) -> None:
     with pytest.raises(MalformedMessage):
         frames.decode_response(wrong + bytes(12))
@@ -102,21 +98,41 @@ def test_any_head_is_understood_or_malformed(block: bytes) -> None:
         request = frames.decode_head(block)
     except MalformedMessage:
         return
+    if isinstance(request, frames.Carried):
+        assert 1 <= request.length <= CARRIED
+        return
     assert 1 <= request.count <= frames.MAX_RANGES
     assert request.total <= frames.MAX_TOTAL
 
 
-@given(st.binary(min_size=frames.HELLO_SIZE, max_size=frames.HELLO_SIZE), st.binary(min_size=16, max_size=16))
-def test_any_other_bytes_are_understood_or_malformed(hello: bytes, response: bytes) -> None:
-    for decode, block in ((frames.decode_hello, hello), (frames.decode_response, response)):
-        try:
+@given(st.binary(min_size=16, max_size=16))
+def test_any_response_is_understood_or_malformed(response: bytes) -> None:
+    with contextlib.suppress(MalformedMessage):
+        frames.decode_response(response)
+
+
+@pytest.mark.parametrize("length", [1, CARRIED])
+def test_message_head_round_trip(length: int) -> None:
+    head = frames.question_head(length)
+    assert frames.decode_head(head + b"m" * 16) == frames.Carried(head, length, b"m" * 16)
+    head = frames.answer_head(length)
+    assert frames.decode_response(head) == frames.Carried(head, length, b"")
+
+
+@pytest.mark.parametrize("length", [0, CARRIED + 1])
+def test_a_message_that_no_frame_can_carry(length: int) -> None:
+    for encode in (frames.question_head, frames.answer_head):
+        with pytest.raises(ValueError, match="no message"):
+            encode(length)
+    question, answer = bytearray(frames.question_head(1) + bytes(16)), bytearray(frames.answer_head(1))
+    question[24:32] = length.to_bytes(8, "little")
+    answer[4:8] = length.to_bytes(4, "little")
+    for decode, block in ((frames.decode_head, question), (frames.decode_response, answer)):
+        with pytest.raises(MalformedMessage):
             decode(block)
-        except MalformedMessage:
-            continue
 
 
 def test_secrets_are_not_shown() -> None:
-    shown = repr(frames.Hello(b"i" * 16, b"s" * 32)) + repr(head())
-    assert "iii" not in shown
+    shown = repr(frames.Carried(b"h" * 32, 1, b"s" * 16)) + repr(head())
     assert "sss" not in shown
     assert "9" not in shown

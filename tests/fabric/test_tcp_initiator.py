@@ -10,26 +10,35 @@ import pytest
 
 from peermem.core.errors import NodeUnreachable
 from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey
-from peermem.fabric import frames
+from peermem.fabric import frames, tcp_proof
 from peermem.fabric.base import LinkEnd, Opcode, Status, WorkRequest
 from peermem.fabric.tcp import TcpFabric
+from peermem.fabric.tcp_proof import Proofs
 from peermem.fabric.tcp_stream import Pace
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually, open_sockets
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+SECRET = b"s" * 32
 KEY = RemoteKey(1, 64 * MIB)
 
 
 @asynccontextmanager
-async def impostor(serve: Serve, *, welcome: bytes = frames.WELCOME) -> AsyncIterator[str]:
-    """A server that welcomes everybody and then does as it likes."""
+async def impostor(
+    serve: Serve, *, welcome: bytes | None = None, shown: Callable[[Proofs], None] = lambda _: None
+) -> AsyncIterator[str]:
+    """A server that greets and welcomes everybody and then does as it likes; `welcome` comes instead of its own, and
+    `shown` gets what both ends prove."""
 
     over = asyncio.Event()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readexactly(frames.HELLO_SIZE)
-            writer.write(welcome)
+            nonce = tcp_proof.fresh_nonce()
+            writer.write(tcp_proof.encode_greeting(nonce))
+            hello = tcp_proof.decode_hello(await reader.readexactly(tcp_proof.HELLO_SIZE))
+            proofs = Proofs(SECRET, hello.link_id, nonce, hello.nonce)
+            shown(proofs)
+            writer.write(tcp_proof.encode_welcome(proofs.welcome) if welcome is None else welcome)
             await serve(reader, writer)
 
     async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,7 +72,7 @@ async def fabric() -> AsyncIterator[TcpFabric]:
 
 def leading_to(address: str, rails: int = 1) -> Callable[[LinkAttributes], Awaitable[LinkAttributes]]:
     async def exchange(offer: LinkAttributes) -> LinkAttributes:
-        return LinkAttributes(FabricKind.TCP, rails, b"i" * 16, address, b"s" * 32)
+        return LinkAttributes(FabricKind.TCP, rails, b"i" * 16, address, SECRET)
 
     return exchange
 
@@ -91,8 +100,8 @@ async def test_nobody_there(fabric: TcpFabric) -> None:
 
 
 async def test_somebody_else_there(fabric: TcpFabric) -> None:
-    async with impostor(nothing, welcome=b"HTTP/1.1 400 Bad") as address:
-        with pytest.raises(NodeUnreachable, match="no tcp fabric"):
+    async with impostor(nothing, welcome=b"HTTP/1.1 400 Bad".ljust(tcp_proof.WELCOME_SIZE)) as address:
+        with pytest.raises(NodeUnreachable, match="does not know the link's secret"):
             await fabric.connect(leading_to(address), Recorder())
 
 
@@ -178,6 +187,7 @@ async def test_while_somebody_moves_little_one_connection_is_kept_free_of_what_i
         carried.append(mine)
         while True:
             head = frames.decode_head(await reader.readexactly(frames.HEAD_SIZE))
+            assert isinstance(head, frames.RequestHead)
             await reader.readexactly(head.total)
             mine.append(head.total)
             writer.write(frames.encode_ack(head.wr_id, Status.SUCCESS))

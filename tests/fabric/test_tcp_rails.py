@@ -18,7 +18,7 @@ from peermem.fabric.base import Exchange, LinkEnd, Opcode, Status, WorkRequest
 from peermem.fabric.tcp import TcpFabric
 from tests.fabric.support import MIB, Connection, FileMemory, Recorder, eventually
 from tests.fabric.test_tcp_initiator import KEY, hold, impostor
-from tests.fabric.test_tcp_target import Raw, hello
+from tests.fabric.test_tcp_target import Raw
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ async def test_a_rail_that_stands_still_is_given_up_alone(fabric: TcpFabric) -> 
             await hold(reader, writer)
         while True:
             head = frames.decode_head(await reader.readexactly(frames.HEAD_SIZE))
+            assert isinstance(head, frames.RequestHead)
             await reader.readexactly(head.total)
             writer.write(frames.encode_ack(head.wr_id, Status.SUCCESS))
 
@@ -151,8 +152,7 @@ async def test_a_link_that_closes_while_a_rail_rests_leaves_nothing(fabric: TcpF
 
 async def admitted(fabric: TcpFabric, answer: LinkAttributes) -> Raw:
     raw = await Raw.open(fabric)
-    raw.writer.write(hello(answer))
-    assert await raw.reader.readexactly(len(frames.WELCOME)) == frames.WELCOME
+    await raw.join(answer)
     return raw
 
 
@@ -164,14 +164,14 @@ async def test_a_new_rail_takes_the_place_of_the_one_that_was_silent_for_longest
     memory = FileMemory(4096)
     key = await fabric.grant(first.link_id, memory, 0, 4096, Rights.READ, 10.0)
     busy.request(Opcode.READ, 1, key, Ranges.single(0, 0, 4))
-    assert (await busy.response()).status is Status.SUCCESS
+    assert await busy.response() == frames.Response(1, Status.SUCCESS, 4)
     anew = fabric.accept(LinkAttributes(FabricKind.TCP, 1, first.link_id))
     assert (anew.link_id, anew.rails) == (first.link_id, 1)
     assert anew.secret != first.secret
     third = await admitted(fabric, anew)
     assert await silent.ended() == b""
     third.request(Opcode.READ, 2, key, Ranges.single(0, 0, 4))
-    assert (await third.response()).status is Status.SUCCESS
+    assert await third.response() == frames.Response(2, Status.SUCCESS, 4)
     assert (fabric.accepted_count, lost) == (1, [])
     for raw in (silent, busy, third):
         await raw.close()
@@ -184,11 +184,11 @@ async def test_an_old_secret_and_a_late_rail_are_refused(fabric: TcpFabric) -> N
     rail = await admitted(fabric, first)
     anew = fabric.accept(LinkAttributes(FabricKind.TCP, 1, first.link_id))
     forged = await Raw.open(fabric)
-    forged.writer.write(hello(first))
+    forged.writer.write(forged.hello(first.link_id, first.secret))
     assert await forged.ended() == b""
     await asyncio.sleep(0.7)  # longer than twice the handshake timeout: it is the time that is tested
     late = await Raw.open(fabric)
-    late.writer.write(hello(anew))
+    late.writer.write(late.hello(anew.link_id, anew.secret))
     assert await late.ended() == b""
     assert (fabric.accepted_count, fabric.rejected_count) == (1, 2)
     for raw in (rail, forged, late):

@@ -10,29 +10,52 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from peermem.core.types import FabricKind, LinkAttributes, Ranges, RemoteKey, Rights
-from peermem.fabric import frames
+from peermem.fabric import frames, tcp_proof
 from peermem.fabric.base import Opcode, Status
 from peermem.fabric.tcp import TcpFabric, split_address
+from peermem.fabric.tcp_proof import Proofs, Seal
 from tests.fabric.support import MIB, Clock, Connection, FileMemory, eventually, ranges_of, turns
 
 
 class Raw:
     """A connection to the fabric's port that says what it likes."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, greeting: bytes) -> None:
         self.reader = reader
         self.writer = writer
+        self.greeting = greeting
+        self.proofs: Proofs
+        self.questions: Seal
 
     @staticmethod
     async def open(fabric: TcpFabric) -> Raw:
-        return Raw(*await asyncio.open_connection(*split_address(fabric.address)))
+        """Connect, and take in the greeting."""
+        reader, writer = await asyncio.open_connection(*split_address(fabric.address))
+        greeting = tcp_proof.decode_greeting(await reader.readexactly(tcp_proof.GREETING_SIZE))
+        return Raw(reader, writer, greeting)
+
+    def hello(self, link_id: bytes, secret: bytes) -> bytes:
+        """Return what shows that this connection knows the secret of a link."""
+        nonce = tcp_proof.fresh_nonce()
+        self.proofs = Proofs(secret, link_id, self.greeting, nonce)
+        self.questions = self.proofs.questions()
+        return tcp_proof.encode_hello(tcp_proof.Hello(link_id, nonce, self.proofs.hello))
+
+    async def join(self, answer: LinkAttributes) -> None:
+        """Become a rail of a link."""
+        self.writer.write(self.hello(answer.link_id, answer.secret))
+        tcp_proof.check_welcome(await self.reader.readexactly(tcp_proof.WELCOME_SIZE), self.proofs)
+
+    def question(self, message: bytes) -> bytes:
+        """Return the frame that carries the next message."""
+        head = frames.question_head(len(message))
+        return head + self.questions.mac(head, message) + message
 
     @staticmethod
     async def admitted(fabric: TcpFabric) -> tuple[Raw, bytes]:
         answer = fabric.accept(LinkAttributes(FabricKind.TCP, 1))
         raw = await Raw.open(fabric)
-        raw.writer.write(hello(answer))
-        assert await raw.reader.readexactly(len(frames.WELCOME)) == frames.WELCOME
+        await raw.join(answer)
         return raw, answer.link_id
 
     def request(self, opcode: Opcode, wr_id: int, key: RemoteKey, ranges: Ranges, total: int | None = None) -> None:
@@ -42,7 +65,7 @@ class Raw:
             frame[24:32] = total.to_bytes(8, "little")
         self.writer.write(frame)
 
-    async def response(self) -> frames.Response:
+    async def response(self) -> frames.Response | frames.Carried:
         return frames.decode_response(await self.reader.readexactly(frames.RESPONSE_SIZE))
 
     async def ended(self) -> bytes:
@@ -55,10 +78,6 @@ class Raw:
 
     async def close(self) -> None:
         self.writer.transport.abort()
-
-
-def hello(answer: LinkAttributes) -> bytes:
-    return frames.encode_hello(frames.Hello(answer.link_id, answer.secret))
 
 
 @pytest.fixture
@@ -88,7 +107,7 @@ async def test_a_wrong_secret_is_dropped_without_a_word(fabric: TcpFabric, hones
     answer = fabric.accept(LinkAttributes(FabricKind.TCP, 1))
     for link_id, secret in ((answer.link_id, b"x" * 32), (b"x" * 16, answer.secret)):
         raw = await Raw.open(fabric)
-        raw.writer.write(frames.encode_hello(frames.Hello(link_id, secret)))
+        raw.writer.write(raw.hello(link_id, secret))
         assert await raw.ended() == b""
         await raw.close()
     assert fabric.rejected_count == 2
@@ -98,9 +117,8 @@ async def test_a_secret_is_good_for_the_agreed_rails_only(fabric: TcpFabric, hon
     answer = fabric.accept(LinkAttributes(FabricKind.TCP, 2))
     raws = [await Raw.open(fabric) for _ in range(3)]
     for raw in raws[:2]:
-        raw.writer.write(hello(answer))
-        assert await raw.reader.readexactly(len(frames.WELCOME)) == frames.WELCOME
-    raws[2].writer.write(hello(answer))
+        await raw.join(answer)
+    raws[2].writer.write(raws[2].hello(answer.link_id, answer.secret))
     assert await raws[2].ended() == b""
     assert fabric.rejected_count == 1
     for raw in raws:
@@ -111,7 +129,7 @@ async def test_a_secret_is_useless_after_hanging_up(fabric: TcpFabric, honest: C
     answer = fabric.accept(LinkAttributes(FabricKind.TCP, 1))
     await fabric.hang_up(answer.link_id)
     raw = await Raw.open(fabric)
-    raw.writer.write(hello(answer))
+    raw.writer.write(raw.hello(answer.link_id, answer.secret))
     assert await raw.ended() == b""
     await raw.close()
 
@@ -138,8 +156,7 @@ async def test_a_link_whose_rails_do_not_come_is_forgotten(lost: list[bytes]) ->
     await fabric.start()
     answer = fabric.accept(LinkAttributes(FabricKind.TCP, 2))
     raw = await Raw.open(fabric)
-    raw.writer.write(hello(answer))
-    assert await raw.reader.readexactly(len(frames.WELCOME)) == frames.WELCOME
+    await raw.join(answer)
     assert await raw.ended() == b""
     assert lost == [answer.link_id]
     assert fabric.accepted_count == 0

@@ -14,10 +14,12 @@ Rules of this file:
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from peermem.api.calls import Context
+from peermem.broker.accepted import Voucher
 from peermem.broker.sessions import Session, SessionTable
 from peermem.core.errors import AccessDenied, InvalidField, Unauthenticated
 from peermem.core.identity import ANONYMOUS, Subject
@@ -33,6 +35,9 @@ _KEYS = frozenset({SESSION_KEY, ON_BEHALF_KEY, TOKEN_KEY})
 _TOKEN_PREFIX = "bearer "
 _FOR_ALL = frozenset({("grpc.health.v1.Health", "Check")})
 """Calls that need no identity: they tell at once whether the daemon serves, and nothing else."""
+
+VOUCHED_FOR = 600.0
+"""Seconds for which a certificate that a node showed counts for what it asks on its link's rails."""
 
 ReviewToken = Callable[[str], Awaitable[Subject]]
 """Returns whose token it is. Raises Unauthenticated, AuthorityUnreachable, LimitReached."""
@@ -121,6 +126,27 @@ class Identity:
             )
         return node
 
+    def voucher(self, context: Context) -> Voucher:
+        """Return what vouches for the node that calls, for a while after the call. Raises as `node`."""
+        self.node(context)
+        credentials, until = self._trust.credentials, time.monotonic() + VOUCHED_FOR
+        certificate = b"".join(context.auth_context().get("x509_pem_cert", ())) if credentials is not None else b""
+        spiffe_id = self._certified(context)
+
+        def check() -> None:
+            if time.monotonic() > until:
+                raise Unauthenticated(
+                    f"The node showed its certificate more than {VOUCHED_FOR:g} s ago. Ask by a call, with it."
+                )
+            if credentials is not None and _is_denied(credentials, spiffe_id, certificate):
+                raise AccessDenied(
+                    f"The certificate of {spiffe_id}, which opened the link, counts no more: the list of tls.denied "
+                    "names it.",
+                    subject=spiffe_id,
+                )
+
+        return check
+
     def _client_of(self, node: str, subject: Subject) -> Subject:
         if node and subject.node != node:
             raise AccessDenied(
@@ -162,12 +188,19 @@ class Identity:
                 "The caller's certificate has no SPIFFE ID, more than one, or one of more than 300 characters. Have "
                 "one issued with a single URI such as spiffe://example.org/job/7."
             )
-        denied = credentials.now.denied
-        if denied.entries and denied.holds(ids[0], fingerprint_of(ssl.PEM_cert_to_DER_cert(certificate.decode()))):
+        if _is_denied(credentials, ids[0], certificate):
             raise Unauthenticated(
                 f"The certificate of {ids[0]} counts no more: the list of tls.denied names it.", subject=ids[0]
             )
         return ids[0]
+
+
+def _is_denied(credentials: Credentials, spiffe_id: str, certificate: bytes) -> bool:
+    """Whether a certificate (PEM) that was good counts no more."""
+    denied = credentials.now.denied
+    return bool(denied.entries) and denied.holds(
+        spiffe_id, fingerprint_of(ssl.PEM_cert_to_DER_cert(certificate.decode()))
+    )
 
 
 def spoken_subject(claimed: str, field: str) -> Subject:

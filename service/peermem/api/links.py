@@ -3,9 +3,12 @@
 Rules of this file:
 
 * Only a node's daemon gets in. Over TLS it is the node that its certificate says, and a link is that node's only.
+* Each call about a link vouches for a while for what comes on its rails, without a certificate.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from peermem.api.calls import Context
 from peermem.api.grants import GrantExchanges
@@ -15,6 +18,7 @@ from peermem.broker.vouching import Vouching
 from peermem.core.errors import AccessDenied, FabricUnavailable, InvalidField
 from peermem.core.names import parse_node, parse_region
 from peermem.core.types import FabricKind, LinkAttributes
+from peermem.fabric.base import Asker
 from peermem.v1 import link_pb2, link_pb2_grpc
 from peermem.wire import fabric_from_proto
 from peermem.wire_links import opened_to_proto, queue_pairs_from_proto, right_from_proto
@@ -31,7 +35,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         self._vouching = vouching
         self._identity = identity
         self._max_rails = max_rails
-        self._exchanges = GrantExchanges(serving, vouching, self._check_link)
+        self._exchanges = GrantExchanges(serving, vouching)
 
     async def OpenLink(self, request: link_pb2.OpenLinkRequest, context: Context) -> link_pb2.OpenLinkResponse:
         """See the contract."""
@@ -49,7 +53,7 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         offer = LinkAttributes(
             fabric, rails, request.link_id, queue_pairs=ends, subject=str(subject) if subject is not None else ""
         )
-        opened = self._serving.open_link(node, offer)
+        opened = self._serving.open_link(node, offer, self._identity.voucher(context))
         return opened_to_proto(opened.attributes, opened.epoch)
 
     async def CloseLink(self, request: link_pb2.CloseLinkRequest, context: Context) -> link_pb2.CloseLinkResponse:
@@ -62,7 +66,11 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         self, requests: object, context: Context
     ) -> None:
         """See the contract."""
-        await self._exchanges.serve(context)
+        await self._exchanges.serve(context, lambda link_id: self._check_link(link_id, context))
+
+    def met(self, asker: Asker) -> Callable[[bytes], None]:
+        """Return what takes what another daemon asks on a rail of its link. See `fabric.base.Met`."""
+        return self._exchanges.met(asker)
 
     def close(self) -> None:
         """End the exchanges of grants, which else go on for as long as their callers like."""
@@ -124,3 +132,4 @@ class LinkService(link_pb2_grpc.LinkServiceServicer):
         node = self._identity.node(context)
         if node:
             self._serving.check_node(link_id, node)
+        self._serving.vouch(link_id, self._identity.voucher(context))

@@ -7,10 +7,10 @@ from contextlib import aclosing
 
 from peermem.api.calls import Context
 from peermem.broker.broker import Broker
+from peermem.broker.facts import known_nodes
 from peermem.broker.preflight import Preflight
 from peermem.core.errors import FabricUnavailable, PeermemError
 from peermem.core.names import parse_node
-from peermem.core.node import NodeFacts
 from peermem.core.topology import Topology
 from peermem.offload import in_thread
 from peermem.v1 import node_pb2, node_pb2_grpc
@@ -33,10 +33,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     async def ListNodes(self, request: node_pb2.ListNodesRequest, context: Context) -> node_pb2.ListNodesResponse:
         """See the contract."""
-        here = self._broker.node_facts()
-        known = {entry.node: NodeFacts(entry.node, entry.address) for entry in self._broker.directory.nodes().values()}
-        known[here.node] = here
-        return node_pb2.ListNodesResponse(nodes=[node_to_proto(known[node]) for node in sorted(known)])
+        return node_pb2.ListNodesResponse(nodes=[node_to_proto(node) for node in known_nodes(self._broker)])
 
     async def ListDevices(self, request: node_pb2.ListDevicesRequest, context: Context) -> node_pb2.ListDevicesResponse:
         """See the contract."""

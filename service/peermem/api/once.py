@@ -60,19 +60,39 @@ class Once(Generic[T]):
         """
         if not request_id:
             return await call()
+        key, digest = (str(subject), request_id), _digest(content)
+        known = self._known(key, digest)
+        return await asyncio.shield(known if known is not None else self._first(key, digest, call))
+
+    async def run_now(self, subject: Subject, request_id: str, content: bytes, call: Callable[[], T]) -> T:
+        """Do as `run` where `call` waits for nothing."""
+        if not request_id:
+            return call()
+        key, digest = (str(subject), request_id), _digest(content)
+        known = self._known(key, digest)
+        if known is not None:
+            return await asyncio.shield(known)
+        result = call()
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(result)
+        self._entries[key] = _Entry(digest, done)
+        self._tidy()
+        return result
+
+    def _known(self, key: tuple[str, str], digest: bytes) -> asyncio.Future[T] | None:
+        """Return the result of this request if it came before. Raises RequestIdReused, InvalidField."""
+        request_id = key[1]
         if len(request_id) > _MAX_ID:
             raise InvalidField(f"request_id has {len(request_id)} characters; at most {_MAX_ID}.", field="request_id")
-        key = (str(subject), request_id)
-        digest = hashlib.blake2b(content, digest_size=16).digest()
         known = self._entries.get(key)
         if known is None or (known.result.done() and self._is_spent(known.result.result())):
-            return await asyncio.shield(self._first(key, digest, call))
+            return None
         if known.digest != digest:
             raise RequestIdReused(
                 f"request_id {request_id!r} was used for another request. Use a fresh one.", request_id=request_id
             )
         self._replayed()
-        return await asyncio.shield(known.result)
+        return known.result
 
     def _first(self, key: tuple[str, str], digest: bytes, call: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
         result = asyncio.ensure_future(call())
@@ -83,7 +103,14 @@ class Once(Generic[T]):
     def _settled(self, key: tuple[str, str], result: asyncio.Future[T]) -> None:
         if result.cancelled() or result.exception() is not None:
             del self._entries[key]
+        self._tidy()
+
+    def _tidy(self) -> None:
         if len(self._entries) > self._keep:
             ended = (known for known, entry in self._entries.items() if entry.result.done())
             for oldest in list(islice(ended, len(self._entries) - self._keep)):
                 del self._entries[oldest]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager
 from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
+from peermem.broker import published
 from peermem.broker.broker import Broker
 from peermem.broker.sessions import Session
 from peermem.broker.storage import StorageRun
@@ -28,6 +29,7 @@ from peermem.wire import (
     lease_from_proto,
     lease_to_proto,
     load_request_from_proto,
+    published_to_proto,
     region_to_proto,
     storage_to_proto,
     store_request_from_proto,
@@ -81,6 +83,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
             offset=0 if gpu is None else gpu.offset,
             labels=labels_from_proto(list(request.labels.items())),
             lease=lease_from_proto(request.lease),
+            publish=request.publish,
         )
         content = request.SerializeToString(deterministic=True)
         facts = await self._created.run(
@@ -106,6 +109,19 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         token = found[size - 1].name.id if len(found) > size else ""
         return region_pb2.ListRegionsResponse(
             regions=[region_to_proto(region.facts) for region in found[:size]], next_page_token=token
+        )
+
+    async def FindRegions(
+        self, request: region_pb2.FindRegionsRequest, context: Context
+    ) -> region_pb2.FindRegionsResponse:
+        """See the contract."""
+        size = page_size(request.page_size)
+        labels = labels_from_proto(list(request.labels.items()))
+        after = parse_region(request.page_token, "page_token") if request.page_token else None
+        subject = await self._identity.subject(context)
+        found, last = await published.find(self._broker, subject, labels, after, size)
+        return region_pb2.FindRegionsResponse(
+            regions=map(published_to_proto, found), next_page_token=str(last) if last is not None else ""
         )
 
     async def DeleteRegion(

@@ -20,7 +20,7 @@ from peermem.api.calls import Context
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.api.regions import page_size
-from peermem.broker.broker import Broker
+from peermem.broker.broker import BIG, Broker
 from peermem.broker.runs import Transfer
 from peermem.core.errors import Internal, InvalidField, PeermemError, TransferCancelled
 from peermem.core.identity import ANONYMOUS, Subject
@@ -119,10 +119,15 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """Start the transfer, or return the one that this request started before. Raises PeermemError."""
         audit.asked(request.request_id)  # a pipeline has many in one call
         wanted = transfer_request_from_proto(request, self._max_segments)
-        if not request.request_id:
-            return await self._broker.create_transfer(subject, wanted, relayed=relayed)
         request.ClearField("wait")  # how long the caller waits is not part of what is asked for
-        content = request.SerializeToString(deterministic=True)
+        content = request.SerializeToString(deterministic=True) if request.request_id else b""
+        if wanted.weight <= BIG:
+            return await self._created.run_now(
+                subject,
+                request.request_id,
+                content,
+                lambda: self._broker.start_transfer(subject, wanted, relayed=relayed),
+            )
         return await self._created.run(
             subject, request.request_id, content, lambda: self._broker.create_transfer(subject, wanted, relayed=relayed)
         )

@@ -14,11 +14,10 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import partial
 
 import structlog
 
-from peermem.broker import ending, facts
+from peermem.broker import ending, facts, published
 from peermem.broker.access import Use
 from peermem.broker.admission import local_regions
 from peermem.broker.guard import Guard, streams
@@ -50,7 +49,7 @@ from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.node import DeviceFacts, NodeFacts
-from peermem.core.plan import plan_transfer
+from peermem.core.plan import Leg, plan_transfer
 from peermem.core.policy import Action, Rules
 from peermem.core.quota import Hold, Resource
 from peermem.core.region import RegionRequest, State
@@ -66,7 +65,7 @@ from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-_BIG = 4096
+BIG = 4096
 """Segments from which planning is done in a thread: milliseconds of work."""
 
 
@@ -134,6 +133,8 @@ class Broker:
             error = ShuttingDown(f"nodes/{self.node} is shutting down.")
             await self.regions.start_end(region, error)
             raise error
+        if request.publish:
+            await published.publish(self, region)
         if session is not None and session.closed:
             await self.regions.end_session(session.token)
         return region
@@ -212,6 +213,7 @@ class Broker:
         self._spawn(self.regions.end_session(session.token))
 
     async def _let_go(self, region: Region) -> None:
+        self.directory.withdraw(region.name)
         await self.serving.revoke_region(region)
         await self.registry.unregister(region.memory, region.reach)
 
@@ -220,16 +222,31 @@ class Broker:
     async def create_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
         """Start a transfer, here or on the node that has to run it; what is `relayed` to here is not relayed again.
         Raises as TransferService.CreateTransfer."""
+        if request.weight <= BIG:
+            return self.start_transfer(subject, request, relayed=relayed)
+        self._check_room(subject, request)
+        plan = await asyncio.to_thread(self._plan, request)
+        self._check_open()
+        self.transfers.check_room(request.weight)
+        return self._start(subject, request, plan, relayed=relayed)
+
+    def start_transfer(self, subject: Subject, request: TransferRequest, *, relayed: bool) -> Transfer:
+        """Do as `create_transfer`, for one of at most BIG segments."""
+        self._check_room(subject, request)
+        return self._start(subject, request, self._plan(request), relayed=relayed)
+
+    def _check_room(self, subject: Subject, request: TransferRequest) -> None:
         self._check_open()
         self.tenants.request(subject)
         self.transfers.check_room(request.weight)
-        plan = partial(plan_transfer, request.lists, self.node, self.fabrics.keys(), request.fabric)
-        if request.weight > _BIG:
-            node, parts = await asyncio.to_thread(plan)
-            self._check_open()
-            self.transfers.check_room(request.weight)
-        else:
-            node, parts = plan()
+
+    def _plan(self, request: TransferRequest) -> tuple[str, list[Leg]]:
+        return plan_transfer(request.lists, self.node, self.fabrics.keys(), request.fabric)
+
+    def _start(
+        self, subject: Subject, request: TransferRequest, plan: tuple[str, list[Leg]], *, relayed: bool
+    ) -> Transfer:
+        node, parts = plan
         regions = local_regions(request, subject, self.node, self.regions, self.policy, self._remotes)
         name = ChildName(self.node, "transfers", f"t-{secrets.token_hex(6)}")
         if node != self.node and relayed:
@@ -336,10 +353,15 @@ class Broker:
         while True:
             await asyncio.sleep(_TEND)
             try:
-                self.links.tend()
+                self.links.tend(self.epoch_of)
                 self.let_go_of_lost_devices()
             except Exception:
                 log.exception("tend_defect")
+
+    def epoch_of(self, node: str) -> str:
+        """Return which run of a node's daemon the directory tells of; empty where it does not."""
+        entry = self.directory.nodes().get(node)
+        return entry.epoch if entry is not None else ""
 
     def let_go_of_lost_devices(self) -> None:
         """Revoke the regions whose device or memory is not there any more: the kernel waits for it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from peermem.core.node import DeviceFacts, NodeFacts
+from peermem.core.node import ADOPTED, ADOPTED_DMABUF, DeviceFacts, NodeDevice, NodeFacts, NodeState
 from peermem.core.transfer import TransferFacts
 from peermem.core.version import VERSION
+from peermem.directory.base import NodeEntry
 from peermem.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -30,6 +32,40 @@ def node_facts(broker: Broker) -> NodeFacts:
         running_transfer_count=broker.transfers.running_count,
         link_count=links,
         grant_count=broker.serving.grant_count,
+        nics=tuple(nic for nic, error in broker.proofs.nics.items() if error is None),
+        devices=tuple(
+            NodeDevice(name, device.kind, device.size)
+            for name, device in sorted(broker.devices.items())
+            if name not in (ADOPTED, ADOPTED_DMABUF)
+        ),
+    )
+
+
+def known_nodes(broker: Broker) -> list[NodeFacts]:
+    """Return the nodes that the directory knows or knew lately, and this one, in order of their names."""
+    directory, now, links = broker.directory, time.time(), broker.links.by_node()
+    away = directory.status().away_for
+    state = NodeState.UP if away is None else NodeState.UNCONFIRMED
+    since = 0.0 if away is None else now - away
+    known = {node: _told(entry, state, since, links[node]) for node, entry in directory.nodes().items()}
+    for node, gone in directory.gone().items():
+        known[node] = _told(gone.entry, NodeState.GONE, now - gone.gone_for, links[node])
+    known[broker.node] = node_facts(broker)
+    return [known[node] for node in sorted(known)]
+
+
+def _told(entry: NodeEntry, state: NodeState, since: float, links: int) -> NodeFacts:
+    return NodeFacts(
+        node=entry.node,
+        address=entry.address,
+        epoch=entry.epoch,
+        version=entry.version,
+        fabrics=entry.fabrics,
+        nics=entry.nics,
+        devices=entry.devices,
+        state=state,
+        since=since,
+        links_here=links,
     )
 
 

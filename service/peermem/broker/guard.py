@@ -42,26 +42,38 @@ class Guard:
         self._node = node
         self._audit = audit
         self._metrics = metrics
+        self._known: dict[tuple[Subject, Action, int], Decision] = {}
+        """What was decided about regions, by their uids,"""
+        self._known_by = rules
+        """and by which policy."""
 
     def check_region(self, subject: Subject, action: Action, region: Region, under: object = None) -> None:
         """Return when `subject` may do `action` with a region; `under` is the link that a grant of it is for.
 
         Raises AccessDenied, RegionNotFound.
         """
-        traits = region_traits(region)
-        decision = self.rules.decide(subject, action, traits)
+        decision = self._decide(subject, action, region)
         self._audit_it(subject, action, region.name, decision, under)
         if not decision.allowed:
-            raise self._refusal(subject, action, region, traits)
+            raise self._refusal(subject, action, region)
 
     def denial(self, subject: Subject, action: Action, region: Region) -> PeermemError | None:
         """Return why what was allowed before is not by the policy of now, or None. Only a denial is written down."""
-        traits = region_traits(region)
-        decision = self.rules.decide(subject, action, traits)
+        decision = self._decide(subject, action, region)
         if decision.allowed:
             return None
         self._audit_it(subject, action, region.name, decision)
-        return self._refusal(subject, action, region, traits)
+        return self._refusal(subject, action, region)
+
+    def _decide(self, subject: Subject, action: Action, region: Region) -> Decision:
+        if self._known_by is not self.rules or len(self._known) >= _KNOWN:
+            self._known_by = self.rules
+            self._known.clear()
+        key = subject, action, region.uid
+        decision = self._known.get(key)
+        if decision is None:
+            decision = self._known[key] = self.rules.decide(subject, action, region_traits(region))
+        return decision
 
     def fail_denied(self, uses: Iterable[tuple[Stoppable, Subject, Action, Region]]) -> None:
         """End each use of a region that the policy of now does not allow."""
@@ -69,8 +81,8 @@ class Guard:
             if (error := self.denial(subject, action, region)) is not None:
                 user.fail(error)
 
-    def _refusal(self, subject: Subject, action: Action, region: Region, traits: Traits) -> PeermemError:
-        if not self.rules.eyes(subject)(traits):
+    def _refusal(self, subject: Subject, action: Action, region: Region) -> PeermemError:
+        if not self.rules.eyes(subject)(region_traits(region)):
             self._metrics.denied(Denial.REGION_HIDDEN)
             return region_not_found(region.name, self._node)
         self._metrics.denied(Denial.RIGHT_MISSING)
@@ -104,6 +116,19 @@ class Guard:
                 path=path,
                 subject=subject,
                 action=action.value,
+            )
+
+    def check_finder(self, subject: Subject) -> None:
+        """Return when `subject` may look for published regions: whoever is identified, and whom a rule is for. Raises
+        AccessDenied."""
+        if subject.is_anonymous and not any(rule.is_for(subject) for rule in self.rules.rules):
+            self._metrics.denied(Denial.RIGHT_MISSING)
+            self._audit_it(subject, _FIND, f"nodes/{self._node}", Decision(False, DENY_RULE))
+            raise AccessDenied(
+                f"{subject} may not look for published regions on nodes/{self._node}. Show who you are: attach on this "
+                "host, or connect with a certificate or a token.",
+                subject=subject,
+                action=_FIND,
             )
 
     def check_transfer(self, subject: Subject, transfer: TransferFacts) -> None:
@@ -163,6 +188,9 @@ class Guard:
 
 
 _SEE = "see"
+_FIND = "find"
+_KNOWN = 4096
+"""Decisions about regions that are remembered: neither a region's owner, device and labels nor a policy ever change."""
 
 
 def region_traits(region: Region) -> Traits:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -106,6 +107,10 @@ class LinkTable:
             counts[kind] += 1
         return counts
 
+    def by_node(self) -> Counter[str]:
+        """Open links by the node that they lead to."""
+        return Counter(node for node, _, _ in self._links)
+
     @property
     def grant_count(self) -> int:
         """Grants held on regions of remote nodes."""
@@ -184,11 +189,12 @@ class LinkTable:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
-    def tend(self) -> None:
-        """Close the links that had nothing to do for the idle time; call now and then."""
+    def tend(self, epochs: Callable[[str], str] = lambda node: "") -> None:
+        """Close the links that had nothing to do for the idle time, and those to a run of a daemon that has ended; call
+        now and then. `epochs` returns which run of a node the directory tells of; empty: it does not."""
         limit = self._clock() - self._idle
         for link in list(self._links.values()):
-            if link.idle and link.used_at < limit:
+            if link.has_ended(epochs(link.node)) or (link.idle and link.used_at < limit):
                 self.discard(link)
 
     async def close(self) -> None:

@@ -29,7 +29,7 @@ from peermem.core.retries import Backoff
 from peermem.core.types import LinkAttributes, Ranges, RemoteKey
 from peermem.fabric.base import Completion, Fabric, Link, LinkClosed, LinkEnd, Status, WorkRequest
 from peermem.memory import Memory
-from peermem.remote.base import GrantSource
+from peermem.remote.base import Ear, GrantSource
 
 log = structlog.get_logger(__name__)
 
@@ -91,8 +91,11 @@ class OutboundLink:
         self.on_rail_down: Callable[[], None] = lambda: None
         self._clock = clock
         self._link: Link | None = None
+        self._ear: Ear | None = None
         self._link_id = b""
         self._epoch = ""
+        self._is_confirmed = False
+        """Whether the directory has told of the run of the far end's daemon that this link was opened to."""
         self._held: set[HeldGrant] = set()
         self._acquiring = 0
         """Grants that are on their way."""
@@ -104,11 +107,18 @@ class OutboundLink:
         """Connect. Raises NodeUnreachable and what the far end's OpenLink raises."""
         await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails, self.subject)
+        self._ear = self.source.use_rails(self._link_id, self._link.carry)
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
         opened = await self.source.open_link(replace(offer, subject=self.subject))
         self._link_id, self._epoch = opened.attributes.link_id, opened.epoch
         return opened.attributes
+
+    def has_ended(self, epoch: str) -> bool:
+        """Whether the far end's daemon is another run than when the link was opened. `epoch` is what the directory says
+        now, which may be late: it counts only once it has told of the run that this link is to."""
+        self._is_confirmed |= epoch == self._epoch
+        return self._is_confirmed and epoch not in ("", self._epoch)
 
     @property
     def idle(self) -> bool:
@@ -245,8 +255,14 @@ class OutboundLink:
         self._carried -= len(completions)
         self._traffic.ended(completions)
 
+    def heard(self, message: bytes) -> None:
+        """See LinkEvents."""
+        if self._ear is not None:
+            self._ear.heard(message)
+
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
+        self._rails_broke()
         self.rail_cause = cause
         seconds = round(pause, 3) if pause < math.inf else None
         log.warning("rail_set_aside", node=self.node, fabric=self.fabric.kind.value, cause=cause, seconds=seconds)
@@ -259,8 +275,13 @@ class OutboundLink:
     def down(self, end: LinkEnd, cause: str) -> None:
         """See LinkEvents."""
         self.down_cause = (end, cause)
+        self._rails_broke()
         self.on_down()
         self._traffic.went_down(self)
+
+    def _rails_broke(self) -> None:
+        if self._ear is not None:
+            self._ear.broke()
 
     async def close(self) -> None:
         """Close both ends. The far end being gone is no error."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from peermem.broker.serving import Serving
 from peermem.core.grant import Wanted
 from peermem.core.types import GrantedKey, LinkAttributes
-from peermem.remote.base import GrantSource, OpenedLink
+from peermem.remote.base import Ear, GrantSource, OpenedLink
+
+
+class _Deaf:
+    """An `Ear` that nothing reaches."""
+
+    def heard(self, message: bytes) -> None:
+        """See Ear."""
+
+    def broke(self) -> None:
+        """See Ear."""
 
 
 class OwnNode:
@@ -21,6 +31,10 @@ class OwnNode:
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
         """See GrantSource."""
         return self._serving.open_link(self._node, offer)
+
+    def use_rails(self, link_id: bytes, carry: Callable[[bytes], bool]) -> Ear:
+        """See GrantSource. There is nothing to carry."""
+        return _Deaf()
 
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""

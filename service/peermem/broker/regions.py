@@ -25,7 +25,7 @@ from peermem.broker.reach import Reach
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
 from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
-from peermem.core.region import TRANSITIONS, Event, Lease, RegionFacts, State
+from peermem.core.region import TRANSITIONS, Event, Lease, PublishedRegion, RegionFacts, State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.device.base import Copier, Device, DeviceMemory
 from peermem.offload import in_thread
@@ -81,6 +81,8 @@ class Region:
         self.users: set[RegionUser] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.end: asyncio.Task[None] | None = None
+        self.published = False
+        """Whether the directory tells of it."""
         self.is_out_of_reach = False
         """Whether a NIC of this node could not access it although it had been registered: all that tells of a dma-buf
         that its exporter has taken back (Linux 7.3)."""
@@ -136,7 +138,13 @@ class Region:
             created_at=self.created_at,
             nics=tuple(self.reach.way.nics),
             why=self.why,
+            published=self.published,
         )
+
+    @property
+    def told(self) -> PublishedRegion:
+        """The region as the directory tells of it."""
+        return PublishedRegion(self.name, self.memory.length, self.device.kind, self.path, self.labels)
 
 
 def region_not_found(name: ChildName, node: str) -> RegionNotFound:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -82,7 +82,8 @@ class TransferRun:
         self._last: TransferFacts | None = None
         self._crc32c: int | None = None
         self._drained = asyncio.Event()
-        self._waiting: asyncio.Future[Any] | None = None
+        self._waiting: asyncio.Task[Any] | None = None
+        """This transfer's own task, while it may be broken off."""
         self._helpers: set[asyncio.Task[None]] = set()
         self._regions = regions
         self.machine = TransferMachine(len(legs), request.total)
@@ -145,6 +146,7 @@ class TransferRun:
         self.machine.fail(error)
         if self._waiting is not None:
             self._waiting.cancel()
+            self._waiting = None
         for leg in self._legs:  # whose tenant's bytes may have to wait for long
             leg.give_up()
         self.check_drained()
@@ -179,12 +181,15 @@ class TransferRun:
         if hidden:
             await self._unless_failed(asyncio.gather(*(leg.flush() for leg in hidden)))
         if self._request.checksum and self.machine.error is None:
-            await self._unless_failed(asyncio.ensure_future(self._verify()))
+            await self._unless_failed(self._verify())
 
     async def _prepare(self, links: LinkTable) -> None:
+        if len(self._legs) == 1:  # most have one: no task for it
+            await self._unless_failed(self._legs[0].prepare(links))
+            return
         preparing = [asyncio.get_running_loop().create_task(leg.prepare(links)) for leg in self._legs]
         try:
-            await self._unless_failed(preparing[0] if len(preparing) == 1 else asyncio.gather(*preparing))
+            await self._unless_failed(asyncio.gather(*preparing))
         finally:  # one leg that fails leaves the others nothing to do
             for leg in preparing:
                 leg.cancel()
@@ -195,13 +200,13 @@ class TransferRun:
             value = await leg.verify(value)
         self._crc32c = value
 
-    async def _unless_failed(self, work: asyncio.Future[Any]) -> None:
+    async def _unless_failed(self, work: Awaitable[Any]) -> None:
         """Wait for `work`, but break it off when the transfer fails meanwhile."""
-        self._waiting = work
+        task = self._waiting = asyncio.current_task()
         try:
             await work
         except asyncio.CancelledError:
-            if self.machine.error is None:
+            if self._waiting is not None or task is None or task.uncancel():
                 raise
         finally:
             self._waiting = None

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
 
+from peermem.broker.accepted import AcceptedLink, AcceptedLinks, Voucher
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
@@ -46,8 +47,8 @@ from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
 
-MAX_LINKS, MAX_LINKS_OF_NODE, MAX_GRANTS_OF_LINK, MAX_CHECKED = 4096, 512, 16_384, 262_144
-"""Bounds of what remote nodes may open here, and of the ranges of one checksum."""
+MAX_GRANTS_OF_LINK, MAX_CHECKED = 16_384, 262_144
+"""Bounds of what remote nodes may hold here, and of the ranges of one checksum."""
 _ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
 _AT_ONCE = 256
 """Grants that are ended in one turn of the loop."""
@@ -66,15 +67,6 @@ class _Grant:
     ended: bool = False
     copies: set[asyncio.Future[None]] = field(default_factory=set)
     """Copies between the region and the staging buffer that are under way."""
-
-
-@dataclass(slots=True)
-class _AcceptedLink:
-    fabric: Fabric
-    node: str
-    subject: str
-    """Whose it is, as nodes speak of a subject; empty for one that is for all."""
-    grants: set[int] = field(default_factory=set)
 
 
 class Serving:
@@ -98,7 +90,7 @@ class Serving:
         self._policy = policy
         self._ttl = grant_ttl
         self._taken_back = taken_back
-        self._links: dict[bytes, _AcceptedLink] = {}
+        self._links = AcceptedLinks(fabrics)
         self._grants: dict[int, _Grant] = {}
         self._by_region: dict[Region, set[int]] = {}
         self._making: dict[Region, set[asyncio.Future[None]]] = {}
@@ -113,42 +105,17 @@ class Serving:
 
     def link_counts(self) -> dict[FabricKind, int]:
         """Accepted links by fabric."""
-        counts = dict.fromkeys(self._fabrics, 0)
-        for link in self._links.values():
-            counts[link.fabric.kind] += 1
-        return counts
+        return self._links.counts()
 
-    def open_link(self, node: str, offer: LinkAttributes) -> OpenedLink:
-        """Accept a link of `node`, or have the one with the id in `offer` rebuilt.
+    def open_link(self, node: str, offer: LinkAttributes, vouched: Voucher = lambda: None) -> OpenedLink:
+        """Accept a link of `node`, or have the one with the id in `offer` rebuilt; `vouched` as in `vouch`.
 
         Raises FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
         hit("link.accept")
         if self._closed:
             raise ShuttingDown("This daemon is shutting down; it takes no new links.")
-        fabric = self._fabrics.get(offer.fabric)
-        if fabric is None:
-            raise FabricUnavailable(f"This node does not serve the {offer.fabric.value} fabric.")
-        if offer.link_id:
-            link = self._links.get(offer.link_id)
-            known = (link.node, link.fabric, link.subject) if link is not None else None
-            if known != (node, fabric, offer.subject):
-                raise LinkNotFound("The link to rebuild is not open here (any more). Open a new one.")
-            return OpenedLink(fabric.accept(offer), self.epoch)
-        if len(self._links) >= MAX_LINKS:
-            raise LimitReached(f"This node has {MAX_LINKS} links open, its limit.", limit=MAX_LINKS)
-        if sum(link.node == node for link in self._links.values()) >= MAX_LINKS_OF_NODE:
-            raise LimitReached(
-                f"nodes/{node} has {MAX_LINKS_OF_NODE} links to this node open, the limit.", limit=MAX_LINKS_OF_NODE
-            )
-        if fabric.separates_subjects is not bool(offer.subject):
-            what = "be for all" if offer.subject else "name the subject that it is for"
-            raise FabricUnavailable(
-                f"A link over {fabric.kind.value} has to {what}. Run the same release of the daemon on both nodes."
-            )
-        attributes = fabric.accept(offer)
-        self._links[attributes.link_id] = _AcceptedLink(fabric, node, offer.subject)
-        return OpenedLink(attributes, self.epoch)
+        return OpenedLink(self._links.open(node, offer, vouched), self.epoch)
 
     def node_of(self, link_id: bytes, epoch: str) -> str:
         """Return the node that opened a link. Raises LinkNotFound, StaleEpoch."""
@@ -156,13 +123,29 @@ class Serving:
 
     def check_node(self, link_id: bytes, node: str) -> None:
         """Return where a link is unknown or of `node`. Raises AccessDenied."""
-        link = self._links.get(link_id)
+        link = self._links.find(link_id)
         if link is not None and link.node != node:
             raise AccessDenied(f"The link is of another node than nodes/{node}.", node=node)
 
+    def vouch(self, link_id: bytes, vouched: Voucher) -> None:
+        """The node of a link has shown its certificate again. Unknown ids are no error."""
+        if (link := self._links.find(link_id)) is not None:
+            link.vouched = vouched
+
+    def check_vouched(self, link_id: bytes) -> None:
+        """Return where what comes over a link is its node's, or the link is unknown. One whose node's certificate
+        counts no more is closed. Raises Unauthenticated, AccessDenied."""
+        link = self._links.find(link_id)
+        try:
+            if link is not None:
+                link.vouched()
+        except AccessDenied:
+            self.link_lost(link_id)
+            raise
+
     async def close_link(self, link_id: bytes) -> None:
         """End an accepted link and its grants. Unknown ids are no error."""
-        link = self._links.pop(link_id, None)
+        link = self._links.pop(link_id)
         if link is None:
             return
         await link.fabric.hang_up(link_id)
@@ -170,7 +153,7 @@ class Serving:
             await self._settle(grant)
 
     def link_lost(self, link_id: bytes) -> None:
-        """The fabric reports that an accepted link is gone."""
+        """End an accepted link soon: it is gone, as the fabric reports, or may not go on."""
         self._spawn(self.close_link(link_id))
 
     async def acquire(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
@@ -200,7 +183,7 @@ class Serving:
             if not self._making[region]:
                 del self._making[region]
 
-    def _check_subject(self, link: _AcceptedLink, wanted: Wanted) -> None:
+    def _check_subject(self, link: AcceptedLink, wanted: Wanted) -> None:
         """Return where a link may have a grant for a subject. Raises AccessDenied."""
         subject = wanted.subject.named_by(self._node)
         if link.subject not in ("", subject):
@@ -209,10 +192,10 @@ class Serving:
                 subject=subject,
             )
 
-    async def _make(self, link_id: bytes, link: _AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
+    async def _make(self, link_id: bytes, link: AcceptedLink, region: Region, wanted: Wanted) -> GrantedKey:
         await reach("grant.make")
         grant = await self._grant(link_id, link.fabric, region, wanted)
-        if self._links.get(link_id) is not link or region.state is not State.READY:
+        if self._links.find(link_id) is not link or region.state is not State.READY:
             await self._end(grant)
             region.check_usable()
             raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
@@ -331,13 +314,13 @@ class Serving:
     async def close(self) -> None:
         """End all links and grants and accept no more."""
         self._closed = True
-        await asyncio.gather(*(self.close_link(link_id) for link_id in list(self._links)))
+        await asyncio.gather(*(self.close_link(link_id) for link_id in self._links.ids()))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _link(self, link_id: bytes, epoch: str) -> _AcceptedLink:
+    def _link(self, link_id: bytes, epoch: str) -> AcceptedLink:
         if epoch != self.epoch:
             raise StaleEpoch("The link belongs to an earlier run of this daemon. Open a new one.")
-        link = self._links.get(link_id)
+        link = self._links.find(link_id)
         if link is None:
             raise LinkNotFound("The link is not open here (any more). Open a new one.")
         return link
@@ -377,7 +360,7 @@ class Serving:
         held.discard(grant_id)
         if not held:
             del self._by_region[grant.region]
-        if (link := self._links.get(grant.link_id)) is not None:
+        if (link := self._links.find(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

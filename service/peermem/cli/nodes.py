@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime, timedelta
+
 import click
 
-from peermem.cli import output
+import peermem
+from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.core.units import format_size
@@ -26,6 +30,8 @@ def node(settings: Settings, name: str) -> None:
             "version": info.version,
             "started": info.start_time,
             "fabrics": info.fabrics,
+            "nics": info.nics,
+            "devices": [device.name for device in info.devices],
             "regions": f"{info.region_count} with {format_size(info.region_bytes)}",
             "running transfers": info.running_transfer_count,
             "links": info.link_count,
@@ -35,16 +41,49 @@ def node(settings: Settings, name: str) -> None:
 
 
 @click.command()
+@click.option("--watch", is_flag=True, help="Go on showing them until interrupted; with --json a line each time.")
+@click.option("--interval", type=parsing.DURATION, default="2s", show_default=True, help="Between two looks.")
 @pass_settings
-def nodes(settings: Settings) -> None:
-    """List the nodes that the directory knows."""
-    known = settings.node.nodes()
-    if settings.json:
-        output.print_json({"nodes": known})
-        return
-    here = settings.node.name
-    rows = [(info.name, info.address, info.fabrics, "this node" if info.name == here else None) for info in known]
-    output.print_table(("NAME", "ADDRESS", "FABRICS", ""), rows)
+def nodes(settings: Settings, watch: bool, interval: float) -> None:
+    """List the nodes that the directory knows, and those that left it lately.
+
+    STATE is up; gone, and for how long; or unconfirmed: for how long the directory has been away, so that nobody knows.
+    LINKS are those that the asked node has open to it.
+    """
+    with output.LiveTable(drawn=watch and not settings.json) as table:
+        while True:
+            known = settings.node.nodes()
+            if settings.json:
+                output.print_json({"nodes": known}, on_a_line=watch)
+            else:
+                table.show(_NODES, [_node_row(info, settings.node.name) for info in known])
+            if not watch:
+                return
+            time.sleep(interval)
+
+
+_NODES = ("NAME", "ADDRESS", "STATE", "FABRICS", "NICS", "DEVICES", "LINKS", "VERSION", "EPOCH")
+
+
+def _node_row(info: peermem.NodeInfo, here: str) -> tuple[object, ...]:
+    return (
+        info.name,
+        info.address,
+        "this node" if info.name == here else _state(info),
+        info.fabrics,
+        info.nics,
+        [device.name for device in info.devices],
+        None if info.name == here else info.links_here_count,
+        info.version,
+        info.epoch,
+    )
+
+
+def _state(info: peermem.NodeInfo) -> str:
+    if info.state_time is None:
+        return info.state.value.lower()
+    passed = max(timedelta(), datetime.now(UTC) - info.state_time)
+    return f"{info.state.value.lower()} for {timedelta(seconds=round(passed.total_seconds()))}"
 
 
 @click.command()

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import click
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -63,9 +64,9 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def print_json(value: object) -> None:
+def print_json(value: object, *, on_a_line: bool = False) -> None:
     """Print one JSON document to stdout."""
-    click.echo(json.dumps(plain(value), indent=2))
+    click.echo(json.dumps(plain(value), indent=None if on_a_line else 2))
 
 
 def print_fault(fault: PeermemError, as_json: bool) -> None:
@@ -75,6 +76,10 @@ def print_fault(fault: PeermemError, as_json: bool) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under their headings to stdout; None is a dash, numbers go to the right."""
+    _stdout().print(_table(columns, rows))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     lines = [[cell(value) for value in row] for row in rows]
     for index, heading in enumerate(columns):
@@ -82,7 +87,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
-    _stdout().print(table)
+    return table
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -116,6 +121,37 @@ def cell(value: object) -> str:
 def rate(value: float | None) -> str | None:
     """Return bytes per second as people read them."""
     return None if value is None else f"{format_size(int(value))}/s"
+
+
+class LiveTable:
+    """A table that is drawn again in its place; where stdout is no terminal, it is printed anew when it changed."""
+
+    def __init__(self, *, drawn: bool) -> None:
+        """Unless it is `drawn` it is printed, as if stdout were no terminal."""
+        console = _stdout()
+        self._live = Live(console=console, auto_refresh=False) if drawn and console.is_terminal else None
+        self._last: tuple[Sequence[str], list[Sequence[object]]] | None = None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Show these rows now."""
+        now = (columns, list(rows))
+        if self._live is not None:
+            self._live.update(_table(*now), refresh=True)
+        elif now != self._last:
+            print_table(*now)
+            sys.stdout.flush()
+        self._last = now
 
 
 def _stdout() -> Console:

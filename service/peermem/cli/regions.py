@@ -1,4 +1,4 @@
-"""Commands about regions: list, show, create, delete, put, get, load, store.
+"""Commands about regions: list, find, show, create, delete, put, get, load, store.
 
 Rules of this file:
 
@@ -27,7 +27,13 @@ _PIECE = 4 << 20
 
 _name = click.argument("name", shell_complete=parsing.complete_regions)
 _label = click.option(
-    "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=parsing.labels, help="A label; may be repeated."
+    "-l",
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=parsing.labels,
+    help="A label; may be repeated.",
 )
 
 
@@ -64,6 +70,19 @@ def list_regions(settings: Settings, labels: dict[str, str]) -> None:
 
 
 @regions.command()
+@_label
+@pass_settings
+def find(settings: Settings, labels: dict[str, str]) -> None:
+    """Find published regions on all nodes, or those with all these labels."""
+    found = list(settings.node.find_regions(labels))
+    if settings.json:
+        output.print_json({"regions": found})
+        return
+    rows = [(each.name, format_size(each.length), each.device_kind, each.path, each.labels) for each in found]
+    output.print_table(("NAME", "LENGTH", "DEVICE KIND", "PATH", "LABELS"), rows)
+
+
+@regions.command()
 @_name
 @pass_settings
 def show(settings: Settings, name: str) -> None:
@@ -77,12 +96,23 @@ def show(settings: Settings, name: str) -> None:
 @click.option("--name", help="Last part of the region's name; else the daemon picks one.")
 @_label
 @click.option("--lease", default="none", show_default=True, help="none, or a time to live such as 10min.")
+@click.option("--publish", is_flag=True, help="Have it be found on all nodes, see regions find.")
 @pass_settings
-def create(settings: Settings, device: str, length: int, name: str | None, labels: dict[str, str], lease: str) -> None:
+def create(
+    settings: Settings,
+    device: str,
+    length: int,
+    name: str | None,
+    labels: dict[str, str],
+    lease: str,
+    publish: bool,
+) -> None:
     """Allocate a region, zeroed. It lives until it is deleted, unless --lease says otherwise."""
     if lease == "session":
         raise click.BadParameter("a session ends with this command; use none or a time to live.", param_hint="--lease")
-    _print(settings, settings.node.create_region(device=device, length=length, name=name, labels=labels, lease=lease))
+    node = settings.node
+    made = node.create_region(device=device, length=length, name=name, labels=labels, lease=lease, publish=publish)
+    _print(settings, made)
 
 
 @regions.command()
@@ -222,6 +252,7 @@ def _print(settings: Settings, region: peermem.Region) -> None:
             "lease": _lease(region),
             "owner": region.owner,
             "labels": region.labels,
+            "published": "yes" if region.published else "no",
             "created": region.create_time,
         }
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any, Self
 
 from google.protobuf.duration_pb2 import Duration
@@ -20,47 +19,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from peermem.client import errors
 from peermem.client.segments import Slice
+from peermem.client.states import Direction as Direction
+from peermem.client.states import NodeState as NodeState
+from peermem.client.states import RegionState as RegionState
+from peermem.client.states import TransferState as TransferState
 from peermem.core.errors import MalformedMessage, PeermemError
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import node_pb2, region_pb2, transfer_pb2
 
-
-class RegionState(StrEnum):
-    """The life of a region."""
-
-    UNSPECIFIED = "UNSPECIFIED"
-    READY = "READY"
-    DRAINING = "DRAINING"
-    REVOKED = "REVOKED"
-
-
-class TransferState(StrEnum):
-    """The life of a transfer."""
-
-    UNSPECIFIED = "UNSPECIFIED"
-    PENDING = "PENDING"
-    RUNNING = "RUNNING"
-    FENCING = "FENCING"
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more happens."""
-        return self in (TransferState.SUCCEEDED, TransferState.FAILED, TransferState.CANCELLED)
-
-
-class Direction(StrEnum):
-    """Which way the bytes go, seen from the node that was asked."""
-
-    UNSPECIFIED = "UNSPECIFIED"
-    LOCAL = "LOCAL"
-    PUSH = "PUSH"
-    PULL = "PULL"
-    RELAYED = "RELAYED"
-
-
+_NODE_STATES = dict(enumerate(NodeState))
 _REGION_STATES = dict(enumerate(RegionState))
 _TRANSFER_STATES = dict(enumerate(TransferState))
 _DIRECTIONS = dict(enumerate(Direction))
@@ -84,8 +51,17 @@ _LEASES: dict[int, LeaseKind] = {
 
 
 @dataclass(frozen=True, slots=True)
+class NodeDevice:
+    """A device of a node, as the directory tells of it."""
+
+    name: str
+    kind: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """A host that runs one daemon; counts are zero for a node that was not asked."""
+    """A host that runs one daemon; counts are zero for a node that was not asked, but for `links_here_count`."""
 
     name: str
     address: str
@@ -98,6 +74,14 @@ class NodeInfo:
     running_transfer_count: int
     link_count: int
     grant_count: int
+    nics: tuple[str, ...]
+    """NIC ports that its verbs fabric uses."""
+    devices: tuple[NodeDevice, ...]
+    state: NodeState
+    state_time: datetime | None
+    """Since when it is UNCONFIRMED or GONE."""
+    links_here_count: int
+    """Links that the node that was asked has open to it."""
 
     @classmethod
     def from_proto(cls, node: node_pb2.Node) -> Self:
@@ -114,6 +98,11 @@ class NodeInfo:
             running_transfer_count=node.running_transfer_count,
             link_count=node.link_count,
             grant_count=node.grant_count,
+            nics=tuple(node.nics),
+            devices=tuple(NodeDevice(device.name, device.kind, device.size) for device in node.devices),
+            state=_NODE_STATES.get(node.state, NodeState.UNSPECIFIED),
+            state_time=_time(node.state_time) if node.HasField("state_time") else None,
+            links_here_count=node.links_here_count,
         )
 
 
@@ -267,6 +256,8 @@ class RegionInfo:
     """NIC ports that it is registered with, nearest first."""
     why: str
     """Why these, or why none."""
+    published: bool
+    """Whether it is found on all nodes."""
 
     def __getitem__(self, key: slice) -> Slice:
         """Return the range `[start:stop]`, counted as Python counts."""
@@ -289,8 +280,26 @@ class RegionInfo:
             create_time=_time(region.create_time),
             nics=tuple(region.nics),
             why=region.why,
+            published=region.published,
             **bound,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRegion:
+    """What is known of a published region on all nodes."""
+
+    name: str
+    """nodes/{node}/regions/{region}."""
+    length: int
+    device_kind: str
+    path: Path | None
+    labels: Mapping[str, str]
+
+    @classmethod
+    def from_proto(cls, region: region_pb2.PublishedRegion) -> Self:
+        """Return the message's facts."""
+        return cls(region.name, region.length, region.device_kind, _PATHS.get(region.path), dict(region.labels))
 
 
 @dataclass(frozen=True, slots=True)

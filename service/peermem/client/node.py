@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self
 from peermem.client import calls, requests, targets, tensors
 from peermem.client.attach import Attachment
 from peermem.client.channel import Channel
-from peermem.client.facts import Device, Lease, Nic, NodeInfo, TransferInfo, Verdict
+from peermem.client.facts import Device, Lease, Nic, NodeInfo, PublishedRegion, TransferInfo, Verdict
 from peermem.client.region import Region
 from peermem.client.renewal import Renewal
 from peermem.client.requests import Time
@@ -131,17 +131,25 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Allocate a region on `device`, zeroed.
 
         `lease` is `session` (freed when this process ends; the default with an attach socket), `none`
         (until it is deleted; the default without) or a time to live such as `30s`, which is renewed
-        while this node object is open.
+        while this node object is open. With `publish` it is found on all nodes (`find_regions`): its name, length,
+        labels, path and kind of device are then known to every identified client of every node.
         """
         return self._create(
             requests.create_region(
-                device=device, length=length, name=name, labels=labels, lease=lease, request=request_id
+                device=device,
+                length=length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request=request_id,
             )
         )
 
@@ -153,6 +161,7 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Make a region of a memfd or a dma-buf of this process; without `length`, of all of it.
@@ -163,7 +172,13 @@ class Node:
         token, _ = attachment.hand_in(file if isinstance(file, int) else file.fileno())
         return self._create(
             requests.create_region(
-                adopted=token, length=length, name=name, labels=labels, lease=lease, request=request_id
+                adopted=token,
+                length=length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request=request_id,
             )
         )
 
@@ -174,6 +189,7 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Make a region of a tensor's or array's memory, of any library that speaks DLPack or the CUDA array interface.
@@ -187,13 +203,25 @@ class Node:
         found = tensors.memory_of(tensor)
         if isinstance(found, tensors.HostFile):
             region = self.adopt(
-                found.fd, length=found.length, name=name, labels=labels, lease=lease, request_id=request_id
+                found.fd,
+                length=found.length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request_id=request_id,
             )
         else:
             gpu = requests.gpu_memory(found, self.devices())
             region = self._create(
                 requests.create_region(
-                    gpu=gpu, length=found.length, name=name, labels=labels, lease=lease, request=request_id
+                    gpu=gpu,
+                    length=found.length,
+                    name=name,
+                    labels=labels,
+                    lease=lease,
+                    publish=publish,
+                    request=request_id,
                 )
             )
         self._attached[region.name] = tensor
@@ -210,6 +238,19 @@ class Node:
         while True:
             page = self._channel.unary(self._channel.regions.ListRegions, request)
             yield from map(self._bound, page.regions)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    def find_regions(self, labels: Mapping[str, str] | None = None) -> Iterator[PublishedRegion]:
+        """Iterate over the published regions of all nodes that carry all these labels, in order of node and region.
+
+        Raises DirectoryUnreachable, AccessDenied.
+        """
+        request = region_pb2.FindRegionsRequest(labels=labels or {})
+        while True:
+            page = self._channel.unary(self._channel.regions.FindRegions, request)
+            yield from map(PublishedRegion.from_proto, page.regions)
             request.page_token = page.next_page_token
             if not request.page_token:
                 return

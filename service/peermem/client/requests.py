@@ -37,6 +37,7 @@ _RETRIED = {
         "CreateRegion",
         "GetRegion",
         "ListRegions",
+        "FindRegions",
         "DeleteRegion",
         "RenewLease",
         "LoadRegion",
@@ -93,6 +94,7 @@ def create_region(
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
     lease: str | float | None = None,
+    publish: bool = False,
     request: str | None = None,
 ) -> region_pb2.CreateRegionRequest:
     """Return the request for a region on `device`, of the file descriptor behind the token `adopted`, or of memory on a
@@ -106,6 +108,7 @@ def create_region(
         length=bytes_asked,
         labels=labels or {},
         lease=_lease(lease),
+        publish=publish,
     )
     if adopted:
         message.adopted = adopted

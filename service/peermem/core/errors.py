@@ -117,6 +117,14 @@ class NodeNotFound(PeermemError, code=Code.NOT_FOUND):
     """The directory knows no such node."""
 
 
+class NodeNameTaken(PeermemError, code=Code.ALREADY_EXISTS):
+    """Another daemon is in the directory under this node's name."""
+
+
+class DirectoryUnreachable(PeermemError, code=Code.UNAVAILABLE):
+    """The directory can't be reached, or refuses this daemon."""
+
+
 class LinkNotFound(PeermemError, code=Code.NOT_FOUND):
     """No such link is open."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from peermem.core.gid import Gid
 from peermem.core.types import FabricKind, Path
@@ -15,9 +16,31 @@ P2PMEM = "p2pmem-"
 """Begins the names of the devices that are p2pmem pools."""
 
 
+class NodeState(Enum):
+    """What is known of a node's being there; values are the contract's enum names."""
+
+    UP = "UP"
+    """The directory says so now, or it is this node."""
+    UNCONFIRMED = "UNCONFIRMED"
+    """The directory said so last, and can't be reached since."""
+    GONE = "GONE"
+    """It left the directory, or did not renew its lease there."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDevice:
+    """A device of a node, as the directory tells of it."""
+
+    name: str
+    kind: str
+    size: int
+    """Bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """One node; all but the first two fields are empty for a node that was not asked."""
+    """One node; times and counts, but for `links_here`, are empty for a node that was not asked, and what a static
+    directory does not tell is, too."""
 
     node: str
     address: str
@@ -32,6 +55,14 @@ class NodeFacts:
     running_transfer_count: int = 0
     link_count: int = 0
     grant_count: int = 0
+    nics: tuple[str, ...] = ()
+    """NIC ports that its verbs fabric uses."""
+    devices: tuple[NodeDevice, ...] = ()
+    state: NodeState = NodeState.UP
+    since: float = 0.0
+    """Unix time from which it is UNCONFIRMED or GONE; 0 for UP."""
+    links_here: int = 0
+    """Links that the node that was asked has open to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from operator import add
 
 from peermem.core.errors import FabricUnavailable, NoCommonNode
 from peermem.core.names import ChildName
 from peermem.core.segments import SegmentList, check_disjoint, merged
-from peermem.core.types import FabricKind, Ranges
+from peermem.core.types import FabricKind, Ranges, Word
 
 
-class Direction(Enum):
+class Direction(Word):
     """Which way bytes go, seen from the node that was asked; values are metric labels."""
 
     LOCAL = "local"

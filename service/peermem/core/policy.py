@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import NamedTuple
 
 from peermem.core.identity import ROOT, Subject
 from peermem.core.patterns import DevicePattern, Folder, OwnerPattern, SubjectPattern
 from peermem.core.quota import Limits, Tenant
+from peermem.core.types import Word
 
 OWNER_RULE, ROOT_RULE, DENY_RULE = "built-in:owner", "built-in:root", "built-in:deny"
 _KNOWN = 4096
 """Subjects whose tenant is remembered."""
 
 
-class Action(Enum):
+class Action(Word):
     """What a subject wants to do; values are the rights' names in a policy."""
 
     READ = "read"

@@ -15,15 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import product
 
 from peermem.core.errors import QuotaExceeded
 from peermem.core.identity import Subject
+from peermem.core.types import Word
 from peermem.core.units import format_size
 
 
-class Resource(Enum):
+class Resource(Word):
     """What is limited; values are a tenant's keys in a policy, and metric labels."""
 
     REGIONS = "regions"

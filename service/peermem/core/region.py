@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 from peermem.core.names import ChildName
-from peermem.core.types import LeaseKind, Path
+from peermem.core.types import LeaseKind, Path, Word
 
 MIN_TTL, MAX_TTL = 1.0, 7 * 86400.0
 """Bounds of a lease's time to live, seconds."""
 
 
-class State(Enum):
+class State(Word):
     """Where a region is in its life; values are the contract's enum names."""
 
     READY = "READY"
@@ -27,7 +26,7 @@ class State(Enum):
     GONE = "GONE"
 
 
-class Event(Enum):
+class Event(Word):
     """What happens to a region."""
 
     DELETE = "delete"
@@ -75,6 +74,20 @@ class RegionFacts:
     """NIC ports that it is registered with, nearest first."""
     why: str = ""
     """Why these NICs, or why none."""
+    published: bool = False
+    """Whether the directory tells of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRegion:
+    """What the directory tells of a region."""
+
+    name: ChildName
+    length: int
+    """Bytes."""
+    device_kind: str
+    path: Path
+    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +109,5 @@ class RegionRequest:
     """By which a GPU's driver opens an allocation of the job, which is adopted; a secret. Empty for the others."""
     offset: int = 0
     """First byte of the region in that allocation."""
+    publish: bool = False
+    """Have the directory tell of it."""

@@ -16,16 +16,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from peermem.core.errors import PeermemError, TransferCancelled
 from peermem.core.names import ChildName
 from peermem.core.plan import Direction
 from peermem.core.segments import SegmentList
-from peermem.core.types import FabricKind, Path, Ranges
+from peermem.core.types import FabricKind, Path, Ranges, Word
 
 
-class State(Enum):
+class State(Word):
     """Where a transfer is in its life; values are the contract's enum names."""
 
     PENDING = "PENDING"

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 
 
-class Path(Enum):
+class Word(Enum):
+    """An enumeration whose members are hashed as the objects that they are, by no call of Python: they are the keys of
+    what each slice and each transfer looks up."""
+
+    __hash__ = object.__hash__
+
+
+class Path(Word):
     """How a NIC reaches a region's memory; values are the contract's enum names and metric labels."""
 
     P2PDMA = "P2PDMA"
@@ -17,7 +24,7 @@ class Path(Enum):
     STAGED = "STAGED"
 
 
-class FabricKind(Enum):
+class FabricKind(Word):
     """How bytes cross between two regions; values are metric labels."""
 
     VERBS = "verbs"
@@ -133,7 +140,7 @@ class LinkAttributes:
     address: str = ""
     """host:port to connect to, from the accepting side (tcp)."""
     secret: bytes = field(default=b"", repr=False)
-    """What each connection presents, from the accepting side (tcp)."""
+    """What each connection proves to know, from the accepting side (tcp)."""
     queue_pairs: Sequence[QueuePair] = ()
     """This end of each rail (verbs). The answer has as many as the offer; in the same order."""
     subject: str = ""

@@ -10,6 +10,8 @@ Rules that every fabric keeps (`tests/fabric/conformance.py` runs them on each o
 * The side that owns memory checks each access against the grant: link, right, range, expiry.
 * After `revoke` returns, no byte is read or written under that key. After a link's `close` returns,
   no byte is written into local memory on its behalf.
+* What a link carries for the daemons at its ends arrives once, unchanged and in order on its rail, and is known to be
+  of the link's other end; what was on a rail that breaks is lost. A fabric that can't say so carries nothing.
 * Closing twice is no error. Using a closed link raises LinkClosed.
 """
 
@@ -21,18 +23,18 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from peermem.core.errors import PeermemError
-from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights
+from peermem.core.types import FabricKind, LinkAttributes, Path, Ranges, RemoteKey, Rights, Word
 from peermem.memory import Memory
 
 
-class Opcode(Enum):
+class Opcode(Word):
     """One-sided operations, seen from the side that posts."""
 
     WRITE = 1
     READ = 2
 
 
-class Status(Enum):
+class Status(Word):
     """How a work request ended, under the names of ibv_wc_status (rdma-core, libibverbs/verbs.h)."""
 
     SUCCESS = "SUCCESS"
@@ -102,6 +104,10 @@ class LinkEvents(Protocol):
     def completed(self, completions: list[Completion]) -> None:
         """Some work requests ended."""
 
+    def heard(self, message: bytes) -> None:
+        """The far end's daemon answers something that was carried to it. Raises MalformedMessage for what makes no
+        sense, which breaks the rail."""
+
     def rail_down(self, cause: str, pause: float) -> None:
         """A rail broke, after its requests were completed, or could not be brought up again; the link goes on with
         others. It is tried again in `pause` seconds; never, where that is infinite. `cause` is a clause for people."""
@@ -135,8 +141,39 @@ class Link(Protocol):
     def post(self, request: WorkRequest) -> None:
         """Queue one request. Raises LinkClosed."""
 
+    def carry(self, message: bytes) -> bool:
+        """Send a message of at most CARRIED bytes to the far end's daemon; what it answers is `heard`. False where this
+        link carries none, or none now."""
+
     async def close(self) -> None:
         """Flush what is outstanding, then end the connection."""
+
+
+CARRIED = 256 << 10
+"""Bytes of one message for a daemon, at most."""
+
+
+class Asker(Protocol):
+    """One rail of an accepted link, as the serving daemon sees it: what asks, and is answered."""
+
+    @property
+    def link_id(self) -> bytes:
+        """Of the accepted link."""
+
+    @property
+    def remote(self) -> str:
+        """The address of the other end, as the audit log names it."""
+
+    def answer(self, message: bytes) -> None:
+        """Send a message of at most CARRIED bytes back; nobody hears it where the rail is gone."""
+
+    def hold(self, *, on: bool) -> None:
+        """Take nothing from this rail while it is on: its questions are too many."""
+
+
+Met = Callable[[Asker], Callable[[bytes], None]]
+"""Is told of each rail on which something is carried here, and returns what takes its messages; that raises
+MalformedMessage for what makes no sense, which breaks the rail."""
 
 
 Exchange = Callable[[LinkAttributes], Awaitable[LinkAttributes]]

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* All numbers are little-endian and unsigned. Every connection starts with a hello, answered by WELCOME;
-  then requests go one way and responses, in the order of the requests, the other way.
+* All numbers are little-endian and unsigned. Every connection starts as `tcp_proof.py` says; then requests go one way
+  and responses, in the order of the requests, the other way.
 * A request is a head, its ranges, and for a WRITE the payload of all ranges back to back:
 
       magic "PM"  version u8  opcode u8  count u32  wr_id u64  rkey u64  total u64
@@ -15,6 +15,13 @@ Rules of this file:
 
       magic "PM"  kind u8  status u8  length u32  wr_id u64
 
+* Between requests, and between whole responses, either end carries messages for the daemons, which are no part of that
+  order. What is as long as a request's head with its first range, or as a response, stands before each, and the MAC
+  in the range's place or behind the head:
+
+      magic "PM"  version u8  3 u8  0 u32  0 u64  0 u64  length u64  mac 16
+      magic "PM"  3 u8  0 u8  length u32  0 u64  mac 16
+
 * What can be framed is answered, however wrong; what can't raises MalformedMessage and ends the connection.
 """
 
@@ -25,26 +32,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peermem.core.errors import MalformedMessage
-from peermem.fabric.base import Opcode, Status
+from peermem.fabric.base import CARRIED, Opcode, Status
+from peermem.fabric.tcp_proof import MAC_SIZE, VERSION
 
-VERSION = 1
 MAX_RANGES = 1024
 """Pairs of ranges of one request."""
 MAX_TOTAL = 64 << 20
 """Payload bytes of one request."""
 
 _MAGIC = b"PM"
-_HELLO_MAGIC = b"PMHI"
-_HELLO = struct.Struct("<4sB16s32s")
 _HEAD = struct.Struct("<2sBBIQQQ")
 _RANGE = struct.Struct("<QQ")
 _RESPONSE = struct.Struct("<2sBBIQ")
-_ACK, _DATA = 1, 2
+_ACK, _DATA, _MESSAGE = 1, 2, 3
 
-HELLO_SIZE = _HELLO.size
 HEAD_SIZE = _HEAD.size + _RANGE.size
 RANGE_SIZE = _RANGE.size
 RESPONSE_SIZE = _RESPONSE.size
+assert RANGE_SIZE == MAC_SIZE, "a MAC stands in a range's place"
 
 _OPCODES = {opcode.value: opcode for opcode in Opcode}
 _CODES = {Status.SUCCESS: 0, Status.REM_INV_REQ_ERR: 1, Status.REM_ACCESS_ERR: 2, Status.REM_OP_ERR: 3}
@@ -52,11 +57,15 @@ _STATUSES = {code: status for status, code in _CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
-    """What a connection presents first."""
+class Carried:
+    """What stands before a message for the daemon."""
 
-    link_id: bytes = field(repr=False)
-    secret: bytes = field(repr=False)
+    head: bytes
+    """Under the MAC, too."""
+    length: int
+    """Bytes of the message."""
+    mac: bytes = field(repr=False)
+    """Empty before a response's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +90,6 @@ class Response:
     length: int | None
 
 
-def encode_hello(hello: Hello) -> bytes:
-    """Return the first bytes of a connection."""
-    return _HELLO.pack(_HELLO_MAGIC, VERSION, hello.link_id, hello.secret)
-
-
-def decode_hello(block: bytes | bytearray) -> Hello:
-    """Return what HELLO_SIZE bytes say. Raises MalformedMessage."""
-    magic, version, link_id, secret = _HELLO.unpack(block)
-    if magic != _HELLO_MAGIC or version != VERSION:
-        raise MalformedMessage("The first bytes of the connection are no hello of this version of the protocol.")
-    return Hello(link_id, secret)
-
-
 def encode_request(head: RequestHead, offsets: Sequence[int], lengths: Sequence[int]) -> bytes:
     """Return a request without its payload. Raises ValueError for what the protocol can't say."""
     if not (1 <= head.count <= MAX_RANGES and head.total <= MAX_TOTAL):
@@ -110,10 +106,29 @@ def encode_request(head: RequestHead, offsets: Sequence[int], lengths: Sequence[
         raise ValueError(f"a number of the request is not within 64 bits: {error}") from None
 
 
-def decode_head(block: bytes | bytearray) -> RequestHead:
-    """Return what the first HEAD_SIZE bytes of a request say. Raises MalformedMessage."""
+def question_head(length: int) -> bytes:
+    """Return the head of a message for the serving daemon; its MAC and its `length` bytes follow. Raises ValueError."""
+    return _HEAD.pack(_MAGIC, VERSION, _MESSAGE, 0, 0, 0, _carried(length))
+
+
+def answer_head(length: int) -> bytes:
+    """Return the head of a message for the daemon that opened the link; its MAC and its `length` bytes follow. Raises
+    ValueError."""
+    return _RESPONSE.pack(_MAGIC, _MESSAGE, 0, _carried(length), 0)
+
+
+def _carried(length: int) -> int:
+    if not 1 <= length <= CARRIED:
+        raise ValueError(f"{length} bytes are no message for a daemon, which has 1 to {CARRIED}")
+    return length
+
+
+def decode_head(block: bytes | bytearray) -> RequestHead | Carried:
+    """Return what the first HEAD_SIZE bytes of a request, or before a message, say. Raises MalformedMessage."""
     magic, version, code, count, wr_id, rkey, total = _HEAD.unpack_from(block)
     opcode = _OPCODES.get(code)
+    if magic == _MAGIC and version == VERSION and code == _MESSAGE and 1 <= total <= CARRIED:
+        return Carried(bytes(block[: _HEAD.size]), total, bytes(block[_HEAD.size :]))
     if magic != _MAGIC or version != VERSION or opcode is None:
         raise MalformedMessage("The bytes are no request of this version of the protocol.")
     if not (1 <= count <= MAX_RANGES and total <= MAX_TOTAL):
@@ -144,8 +159,8 @@ def encode_data(wr_id: int, length: int) -> bytes:
     return _RESPONSE.pack(_MAGIC, _DATA, 0, length, wr_id)
 
 
-def decode_response(block: bytes | bytearray) -> Response:
-    """Return what RESPONSE_SIZE bytes say. Raises MalformedMessage."""
+def decode_response(block: bytes | bytearray) -> Response | Carried:
+    """Return what RESPONSE_SIZE bytes, also before a message, say. Raises MalformedMessage."""
     magic, kind, code, length, wr_id = _RESPONSE.unpack(block)
     status = _STATUSES.get(code)
     if magic == _MAGIC and status is not None:
@@ -153,8 +168,6 @@ def decode_response(block: bytes | bytearray) -> Response:
             return Response(wr_id, status, None)
         if kind == _DATA and status is Status.SUCCESS:
             return Response(wr_id, status, length)
+        if kind == _MESSAGE and 1 <= length <= CARRIED:
+            return Carried(bytes(block), length, b"")
     raise MalformedMessage("The bytes are no response of the protocol.")
-
-
-WELCOME = encode_ack(0, Status.SUCCESS)
-"""The answer to a good hello; a bad one is answered by the end of the connection."""

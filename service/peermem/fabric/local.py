@@ -206,6 +206,10 @@ class LocalLink:
         self._waiting.append(request)
         self._have_a_turn()
 
+    def carry(self, message: bytes) -> bool:
+        """See Link. It carries none."""
+        return False
+
     async def close(self) -> None:
         """See Link."""
         self._end()

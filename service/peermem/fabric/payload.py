@@ -20,6 +20,8 @@ from peermem.memory import Memory, flip
 _FILLER = 256 << 10
 _DROPPED = memoryview(bytearray(_FILLER))
 _ZEROS = memoryview(bytes(_FILLER))
+_COST_BYTES = 256
+"""Bytes of a block that wait to be sent at the cost of one more."""
 MAX_BLOCKS = 64
 """Blocks that may go with a payload into one system call."""
 _MAX_SLICES = min(os.sysconf("SC_IOV_MAX"), 1024) - MAX_BLOCKS
@@ -42,10 +44,9 @@ class Bytes(Protocol):
 class Block:
     """Bytes of this process: a frame's head, ranges or response."""
 
-    cost = 1
-
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = data
+        self.cost = 1 + len(data) // _COST_BYTES
         self._done = 0
 
     @property

@@ -4,7 +4,8 @@ Rules of this file:
 
 * Everything runs on one event loop; the only threads are the resolver's.
 * The fabric owns its listening socket, its accepted links (`Target`) and the links that it opened.
-* Bytes on the wire are neither encrypted nor signed: a network that others can write to is no place for it.
+* Bytes on the wire are not encrypted, and but for what is carried for daemons not signed: a network that others can
+  write to is no place for it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from typing import Any
 
 from peermem.core.errors import FabricUnavailable, LinkNotFound, NodeUnreachable
 from peermem.core.types import FabricKind, LinkAttributes, RemoteKey, Rights
-from peermem.fabric import frames
-from peermem.fabric.base import Exchange, FabricLimits, LinkEvents
+from peermem.fabric.base import Exchange, FabricLimits, LinkEvents, Met
 from peermem.fabric.grants import Clock, GrantTable
 from peermem.fabric.plain import NicLess
-from peermem.fabric.tcp_initiator import TcpLink, dial
+from peermem.fabric.tcp_initiator import Dialled, TcpLink, dial
 from peermem.fabric.tcp_stream import Pace
 from peermem.fabric.tcp_target import Target
 from peermem.memory import Memory
@@ -51,12 +51,14 @@ class TcpFabric(NicLess):
         max_pending: int = 64,
         clock: Clock = time.monotonic,
         on_link_lost: Callable[[bytes], None] = lambda _: None,
+        on_met: Met | None = None,
     ) -> None:
         """`address` is host:port to serve on and `advertise` what remote nodes are told; port 0 means any.
 
         `stall_timeout` is how long an opened link with outstanding work may stand still. A connection has
-        `handshake_timeout` seconds to show its secret, and at most `max_pending` may be about to. `clock` is
-        what grants expire by. `on_link_lost` gets the ids of accepted links that end by themselves.
+        `handshake_timeout` seconds to prove its secret, and at most `max_pending` may be about to. `clock` is
+        what grants expire by. `on_link_lost` gets the ids of accepted links that end by themselves, `on_met` the
+        rails on which something is carried here; without it nothing is.
 
         Raises ValueError for what is no host:port.
         """
@@ -66,7 +68,7 @@ class TcpFabric(NicLess):
         self._handshake_timeout = handshake_timeout
         self._grants = GrantTable(clock)
         self._pace = Pace()
-        self._target = Target(self._grants, self._pace, handshake_timeout, max_pending, on_link_lost)
+        self._target = Target(self._grants, self._pace, handshake_timeout, max_pending, on_link_lost, on_met)
         self._listener: socket.socket | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._links: set[TcpLink] = set()
@@ -99,7 +101,8 @@ class TcpFabric(NicLess):
 
     @property
     def rejected_count(self) -> int:
-        """Connections that were dropped because they did not show a secret that was good."""
+        """Connections that were dropped because they did not prove a good secret, or because of what was carried on
+        them."""
         return self._target.rejected
 
     async def start(self) -> None:
@@ -121,41 +124,40 @@ class TcpFabric(NicLess):
     async def connect(self, exchange: Exchange, events: LinkEvents, rails: int = 1, subject: str = "") -> TcpLink:
         """See Fabric."""
         answer = await exchange(LinkAttributes(FabricKind.TCP, rails))
-        socks = await self._dial(answer, rails)
+        dialled = await self._dial(answer, rails)
         one_at_a_time = asyncio.Lock()  # each attempt has a secret of its own, and the next one ends it
 
-        async def redial() -> socket.socket:
+        async def redial() -> Dialled:
             async with one_at_a_time:
                 anew = await exchange(LinkAttributes(FabricKind.TCP, 1, answer.link_id))
                 if anew.link_id != answer.link_id:
                     raise LinkNotFound("The remote node answered with another link than the one to rebuild.")
                 return (await self._dial(anew, 1))[0]
 
-        link = TcpLink(socks, redial, events, self._pace, self._stall_timeout, self._links.discard)
+        link = TcpLink(dialled, redial, events, self._pace, self._stall_timeout, self._links.discard)
         self._links.add(link)
         return link
 
-    async def _dial(self, answer: LinkAttributes, wanted: int) -> list[socket.socket]:
+    async def _dial(self, answer: LinkAttributes, wanted: int) -> list[Dialled]:
         """Return the connections that the remote side agreed to. Raises NodeUnreachable."""
-        socks: list[socket.socket] = []
+        dialled: list[Dialled] = []
         try:
             async with asyncio.timeout(self._handshake_timeout):
-                await self._fill(socks, answer, wanted)
+                await self._fill(dialled, answer, wanted)
         except BaseException as error:
-            for sock in socks:
-                sock.close()
+            for each in dialled:
+                each.sock.close()
             if isinstance(error, (OSError, ValueError)):
                 raise _unreachable(answer.address, error) from error
             raise
-        return socks
+        return dialled
 
-    async def _fill(self, socks: list[socket.socket], answer: LinkAttributes, wanted: int) -> None:
+    async def _fill(self, dialled: list[Dialled], answer: LinkAttributes, wanted: int) -> None:
         if answer.fabric is not FabricKind.TCP or not 1 <= answer.rails <= wanted:
             raise ValueError(f"it answered with {answer.rails} rails over {answer.fabric.value}")
         host, port = split_address(answer.address)
-        hello = frames.encode_hello(frames.Hello(answer.link_id, answer.secret))
-        while len(socks) < answer.rails:
-            socks.append(await dial(host, port, hello))
+        while len(dialled) < answer.rails:
+            dialled.append(await dial(host, port, answer.link_id, answer.secret))
         if self._closed:
             raise ConnectionError("this node's tcp fabric is closed")
 

@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* The serving end proves first that it knows the link's secret.
 * Responses come in the order of the requests of their rail; anything else breaks the link.
 * A WRITE is answered when its payload has gone out, not earlier, so a completed request's memory is free.
 * When a rail breaks its requests are flushed, and the link goes on with the others. The rail is brought up again after
@@ -15,21 +16,30 @@ import asyncio
 import random
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NamedTuple
 
 from peermem.core.errors import LinkNotFound, MalformedMessage, PeermemError, StaleEpoch
 from peermem.core.failpoints import chosen, reach
 from peermem.core.retries import RailHealth
-from peermem.fabric import frames
-from peermem.fabric.base import Completion, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
+from peermem.fabric import frames, tcp_proof
+from peermem.fabric.base import CARRIED, Completion, LinkClosed, LinkEnd, LinkEvents, Opcode, Status, WorkRequest
 from peermem.fabric.grants import inside
 from peermem.fabric.payload import Block, Bytes, Payload
+from peermem.fabric.tcp_proof import MAC_SIZE, Proofs
 from peermem.fabric.tcp_stream import LITTLE, Pace, Stream, prepare
 from peermem.memory import Memory
 
 
-async def dial(host: str, port: int, hello: bytes) -> socket.socket:
-    """Return a connection whose hello was welcomed. Raises OSError."""
+class Dialled(NamedTuple):
+    """A connection whose hello was welcomed, and what both ends prove on it."""
+
+    sock: socket.socket
+    proofs: Proofs
+
+
+async def dial(host: str, port: int, link_id: bytes, secret: bytes) -> Dialled:
+    """Return a new rail of a link. Raises OSError."""
     await reach("tcp.dial")
     loop = asyncio.get_running_loop()
     failure: OSError = OSError(f"{host} has no address")
@@ -38,8 +48,7 @@ async def dial(host: str, port: int, hello: bytes) -> socket.socket:
         try:
             prepare(sock)
             await loop.sock_connect(sock, address)
-            await _say_hello(sock, hello)
-            return sock
+            return Dialled(sock, await _say_hello(sock, link_id, secret))
         except OSError as error:
             sock.close()
             failure = error
@@ -49,17 +58,27 @@ async def dial(host: str, port: int, hello: bytes) -> socket.socket:
     raise failure
 
 
-async def _say_hello(sock: socket.socket, hello: bytes) -> None:
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(sock, hello)
+async def _say_hello(sock: socket.socket, link_id: bytes, secret: bytes) -> Proofs:
+    try:
+        greeting = tcp_proof.decode_greeting(await _receive(sock, tcp_proof.GREETING_SIZE))
+        nonce = tcp_proof.fresh_nonce()
+        proofs = Proofs(secret, link_id, greeting, nonce)
+        hello = tcp_proof.encode_hello(tcp_proof.Hello(link_id, nonce, proofs.hello))
+        await asyncio.get_running_loop().sock_sendall(sock, hello)
+        tcp_proof.check_welcome(await _receive(sock, tcp_proof.WELCOME_SIZE), proofs)
+    except MalformedMessage as error:
+        raise ConnectionError(error.message) from None
+    return proofs
+
+
+async def _receive(sock: socket.socket, size: int) -> bytes:
     answer = b""
-    while len(answer) < len(frames.WELCOME):
-        piece = await loop.sock_recv(sock, len(frames.WELCOME) - len(answer))
+    while len(answer) < size:
+        piece = await asyncio.get_running_loop().sock_recv(sock, size - len(answer))
         if not piece:
             raise ConnectionError("it ended the connection instead of a welcome")
         answer += piece
-    if answer != frames.WELCOME:
-        raise ConnectionError("what answers there is no tcp fabric of peermem")
+    return answer
 
 
 class TcpLink:
@@ -67,8 +86,8 @@ class TcpLink:
 
     def __init__(
         self,
-        socks: list[socket.socket],
-        redial: Callable[[], Awaitable[socket.socket]],
+        dialled: Iterable[Dialled],
+        redial: Callable[[], Awaitable[Dialled]],
         events: LinkEvents,
         pace: Pace,
         stall_timeout: float,
@@ -87,8 +106,8 @@ class TcpLink:
         self._resting: dict[RailHealth, asyncio.Task[None]] = {}
         """Rails that are down, and what brings them up again."""
         self._closed = False
-        for sock in socks:
-            self._begin(sock, RailHealth())
+        for each in dialled:
+            self._begin(each, RailHealth())
 
     @property
     def packet(self) -> int:
@@ -118,6 +137,17 @@ class TcpLink:
         min(rails, key=_load).post(request)
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(self._stall_timeout, self._look)
+
+    def carry(self, message: bytes) -> bool:
+        """See Link."""
+        if self._closed or len(message) > CARRIED:
+            return False
+        min(self._rails, key=_load).carry(message)
+        return True
+
+    def heard(self, message: bytes) -> None:
+        """The far end's daemon answers. Raises MalformedMessage."""
+        self._events.heard(message)
 
     async def close(self) -> None:
         """See Link."""
@@ -162,9 +192,9 @@ class TcpLink:
             rail.flush()
         self.report()
 
-    def _begin(self, sock: socket.socket, health: RailHealth) -> None:
+    def _begin(self, dialled: Dialled, health: RailHealth) -> None:
         health.came_up(self._loop.time())
-        self._rails.append(_Rail(self, sock, self._pace, health))
+        self._rails.append(_Rail(self, dialled, self._pace, health))
 
     def _rest(self, health: RailHealth, cause: str) -> None:
         """Leave a rail alone for its pause, then bring it up again."""
@@ -175,7 +205,7 @@ class TcpLink:
     async def _bring_up(self, health: RailHealth, pause: float) -> None:
         await asyncio.sleep(pause)
         try:
-            sock = await self._redial()
+            dialled = await self._redial()
         except (LinkNotFound, StaleEpoch):
             del self._resting[health]
             self._go_down(LinkEnd.REMOTE_CLOSED, "the remote node does not have the link any more")
@@ -183,7 +213,7 @@ class TcpLink:
             self._rest(health, f"it could not be brought up again: {error}")
         else:
             del self._resting[health]
-            self._begin(sock, health)
+            self._begin(dialled, health)
             self._events.rail_up()
 
     def _look(self) -> None:
@@ -201,7 +231,7 @@ class TcpLink:
 class _Rail:
     """One connection of a link; a `StreamOwner`."""
 
-    def __init__(self, link: TcpLink, sock: socket.socket, pace: Pace, health: RailHealth) -> None:
+    def __init__(self, link: TcpLink, dialled: Dialled, pace: Pace, health: RailHealth) -> None:
         self.health = health
         self.load = 0
         """Bytes of requests that have not ended."""
@@ -211,7 +241,10 @@ class _Rail:
         self._pace = pace
         self._response = Block(bytearray(frames.RESPONSE_SIZE))
         self._receiving_data = False
-        self.stream = Stream(sock, self, pace, self._response)
+        self._hearing: tuple[frames.Carried, Block] | None = None
+        """What is carried here, its MAC in front, while it is read."""
+        self._questions, self._answers = dialled.proofs.questions(), dialled.proofs.answers()
+        self.stream = Stream(dialled.sock, self, pace, self._response)
 
     def post(self, request: WorkRequest) -> None:
         ranges = request.ranges
@@ -231,6 +264,10 @@ class _Rail:
         else:
             self.stream.send(frame, payload)
 
+    def carry(self, message: bytes) -> None:
+        head = frames.question_head(len(message))
+        self.stream.send(Block(b"".join((head, self._questions.mac(head, message), message))))
+
     def flush(self) -> None:
         """Close the connection, then give up all requests."""
         self.stream.close()
@@ -244,8 +281,24 @@ class _Rail:
         if self._receiving_data:
             self._receiving_data = False
             return self._response.reset()
+        if self._hearing is not None:
+            return self._heard(*self._hearing)
         response = frames.decode_response(self._response.data)
         self._response.reset()
+        if isinstance(response, frames.Carried):
+            message = Block(bytearray(MAC_SIZE + response.length))
+            self._hearing = response, message
+            return message
+        return self._answered(response)
+
+    def _heard(self, carried: frames.Carried, block: Block) -> Bytes:
+        self._hearing = None
+        mac, message = block.data[:MAC_SIZE], bytes(block.data[MAC_SIZE:])
+        self._answers.check(mac, carried.head, message)
+        self._link.heard(message)
+        return self._response
+
+    def _answered(self, response: frames.Response) -> Bytes:
         if not self._pending or self._pending[0][0].wr_id != response.wr_id:
             raise MalformedMessage("A response is to no request, or out of turn.")
         request, payload = self._pending[0]

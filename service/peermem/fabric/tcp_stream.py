@@ -130,19 +130,26 @@ class Stream:
         self._max_backlog = max_backlog
         self._backlog = 0
         self._reading = self._writing = self._in_turn = self._failed = False
-        self._closed = False
+        self._closed = self._held = False
         self.moved_at = self._loop.time()
         """When a byte moved last, by the loop's clock."""
         self._watch()
 
     def send(self, *items: Block | Payload) -> None:
-        """Queue items, and send at once what the kernel takes."""
+        """Queue items, and send at once what the kernel takes; nothing when it is closed."""
+        if self._closed:
+            return
         idle = not self._outgoing
         self._outgoing.extend(items)
         for item in items:
             self._backlog += item.cost
         if idle and not self._in_turn:
             self._flush()
+
+    def hold(self, *, on: bool) -> None:
+        """Read nothing while it is on."""
+        self._held = on
+        self._watch()
 
     def close(self) -> None:
         """End the connection. Closing twice is no error."""
@@ -222,12 +229,13 @@ class Stream:
     def _send_some(self) -> int:
         buffers: list[memoryview] = []
         payload: Payload | None = None
+        limit = self._pace.call_bytes
         for item in self._outgoing:
-            buffers += item.buffers(self._pace.call_bytes)
+            buffers += item.buffers(limit)
             if isinstance(item, Payload):
                 payload = item
                 break
-            if len(buffers) == MAX_BLOCKS:
+            if len(buffers) == MAX_BLOCKS or item.left > limit:
                 break
         hit("tcp.send")
         try:
@@ -256,7 +264,7 @@ class Stream:
 
     @property
     def _full(self) -> bool:
-        return self._max_backlog is not None and self._backlog > self._max_backlog
+        return self._held or (self._max_backlog is not None and self._backlog > self._max_backlog)
 
     def _watch(self) -> None:
         """Ask the loop for what is of use now."""

@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* A connection is nobody's until its hello shows the secret of a link that was accepted and still wants
-  rails. What shows anything else, or nothing in time, is dropped without an answer, and counted.
+* A connection is nobody's until its hello proves that it knows the secret of a link that was accepted and still wants
+  rails (`tcp_proof`). What shows anything else, or nothing in time, is dropped without an answer, and counted; so is a
+  rail on which something forged is carried.
 * A request is checked against its grant before its payload is touched, and its grant is asked again before
   every system call: so revocation needs no waiting, and a process that was stopped past a grant's expiry
   moves nothing late.
@@ -21,19 +22,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import structlog
+
 from peermem.core.errors import LinkNotFound, MalformedMessage
 from peermem.core.failpoints import chosen
 from peermem.core.types import Rights
-from peermem.fabric import frames
-from peermem.fabric.base import LinkEnd, Opcode, Status
+from peermem.fabric import frames, tcp_proof
+from peermem.fabric.base import LinkEnd, Met, Opcode, Status
 from peermem.fabric.grants import Grant, GrantTable
 from peermem.fabric.payload import Block, Bytes, Payload
+from peermem.fabric.tcp_proof import Proofs, Seal
 from peermem.fabric.tcp_stream import Pace, Stream, prepare
+
+log = structlog.get_logger(__name__)
 
 _CONNECT_TIME = 2
 """Handshake timeouts from `accept` until all rails must be there."""
 _MAX_BACKLOG = 8192
-"""Answers and ranges of answers that may wait on one rail before it takes no more requests."""
+"""Answers and ranges of answers that may wait on one rail before it takes no more requests; of what is carried, each
+256 bytes count as one."""
 _RIGHTS = {Opcode.READ: Rights.READ, Opcode.WRITE: Rights.WRITE}
 
 
@@ -63,10 +70,13 @@ class Target:
         handshake_timeout: float,
         max_pending: int,
         on_link_lost: Callable[[bytes], None],
+        on_met: Met | None,
     ) -> None:
-        """`on_link_lost` is told of links that end by themselves, after their grants ended."""
+        """`on_link_lost` is told of links that end by themselves, after their grants ended, `on_met` of rails on which
+        something is carried here."""
         self.rejected = 0
-        """Connections dropped before they belonged to a link."""
+        """Connections dropped before they belonged to a link, or because of what was carried on them."""
+        self.on_met = on_met
         self._grants = grants
         self._pace = pace
         self._handshake_timeout = handshake_timeout
@@ -79,7 +89,7 @@ class Target:
         return len(self._links)
 
     def accept(self, rails: int) -> tuple[bytes, bytes]:
-        """Make ready for a link; return its id and the secret that each of its rails has to show."""
+        """Make ready for a link; return its id and the secret that each of its rails has to know."""
         link_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
         timer = asyncio.get_running_loop().call_later(_CONNECT_TIME * self._handshake_timeout, self._lose, link_id)
         self._links[link_id] = _AcceptedLink(link_id, secret, rails, rails, timer)
@@ -124,13 +134,14 @@ class Target:
         if len(self._pending) >= self._max_pending:
             self._reject(next(iter(self._pending)))
         rail = _Rail(self, self._grants, sock, self._pace)
+        rail.greet()
         self._pending[rail] = asyncio.get_running_loop().call_later(self._handshake_timeout, self._reject, rail)
 
-    def admit(self, rail: _Rail, hello: frames.Hello) -> bytes | None:
-        """Return the id of the link that the hello's sender may join; None when it may not."""
+    def admit(self, rail: _Rail, greeting: bytes, hello: tcp_proof.Hello) -> Proofs | None:
+        """Let the hello's sender join its link, and return what its secret proves there; None when it may not."""
         link = self._links.get(hello.link_id)
-        secret = link.secret if link is not None else bytes(len(hello.secret))
-        if not hmac.compare_digest(hello.secret, secret) or link is None or link.wanted == 0:
+        proofs = Proofs(link.secret if link is not None else bytes(32), hello.link_id, greeting, hello.nonce)
+        if not hmac.compare_digest(hello.proof, proofs.hello) or link is None or link.wanted == 0:
             return None
         self._pending.pop(rail).cancel()
         if len(link.rails) == link.rail_limit:
@@ -141,13 +152,16 @@ class Target:
         link.wanted -= 1
         if link.wanted == 0:
             link.timer.cancel()
-        return link.link_id
+        return proofs
 
-    def rail_lost(self, rail: _Rail) -> None:
+    def rail_lost(self, rail: _Rail, end: LinkEnd, cause: str) -> None:
         """A connection ended by itself."""
-        if rail.link_id is None:
+        if rail in self._pending:
             self._reject(rail)
             return
+        if end is LinkEnd.BROKEN:
+            log.warning("rail_broken", remote=rail.remote, cause=cause)
+            self.rejected += 1
         link = self._links.get(rail.link_id)
         if link is not None and rail in link.rails:
             link.rails.remove(rail)
@@ -169,22 +183,33 @@ class Target:
 
 
 class _Rail:
-    """One incoming connection; a `StreamOwner`. `_next` is what to do with what is being read."""
+    """One incoming connection; a `StreamOwner` and an `Asker`. `_next` is what to do with what is being read."""
 
     def __init__(self, target: Target, grants: GrantTable, sock: socket.socket, pace: Pace) -> None:
-        self.link_id: bytes | None = None
+        """Raises OSError when the connection is gone already."""
+        self.link_id = b""
+        self.remote = _name_of(sock)
         self._target = target
         self._grants = grants
-        self._block = Block(bytearray(frames.HELLO_SIZE))
+        self._block = Block(bytearray(tcp_proof.HELLO_SIZE))
         self._head = Block(bytearray(frames.HEAD_SIZE))
         self._next: Callable[[], Bytes] = self._on_hello
         self._pace = pace
+        self._greeting = tcp_proof.fresh_nonce()
+        self._questions: Seal
+        self._answers: Seal
+        self._take: Callable[[bytes], None] | None = None
+        """Takes what is carried here, once something is."""
         self._stream = Stream(sock, self, pace, self._block, _MAX_BACKLOG)
 
     @property
     def moved_at(self) -> float:
         """When a byte moved last, by the loop's clock."""
         return self._stream.moved_at
+
+    def greet(self) -> None:
+        """Say what the hello has to be made of."""
+        self._stream.send(Block(tcp_proof.encode_greeting(self._greeting)))
 
     def close(self) -> None:
         self._stream.close()
@@ -198,13 +223,25 @@ class _Rail:
 
     def lost(self, end: LinkEnd, cause: str) -> None:
         """See StreamOwner."""
-        self._target.rail_lost(self)
+        self._target.rail_lost(self, end, cause)
+
+    def answer(self, message: bytes) -> None:
+        """See Asker."""
+        head = frames.answer_head(len(message))
+        self._stream.send(Block(b"".join((head, self._answers.mac(head, message), message))))
+
+    def hold(self, *, on: bool) -> None:
+        """See Asker."""
+        self._stream.hold(on=on)
 
     def _on_hello(self) -> Bytes:
-        self.link_id = self._target.admit(self, frames.decode_hello(self._block.data))
-        if self.link_id is None:
+        hello = tcp_proof.decode_hello(self._block.data)
+        proofs = self._target.admit(self, self._greeting, hello)
+        if proofs is None:
             raise MalformedMessage("The hello shows no link that wants this connection.")
-        self._stream.send(Block(frames.WELCOME))
+        self.link_id = hello.link_id
+        self._questions, self._answers = proofs.questions(), proofs.answers()
+        self._stream.send(Block(tcp_proof.encode_welcome(proofs.welcome)))
         return self._await_head()
 
     def _await_head(self) -> Bytes:
@@ -213,6 +250,8 @@ class _Rail:
 
     def _on_head(self) -> Bytes:
         head = frames.decode_head(self._head.data)
+        if isinstance(head, frames.Carried):
+            return self._hear(head)
         self._pace.request(head.total)
         first = frames.first_range(self._head.data)
         if head.count == 1:
@@ -220,6 +259,21 @@ class _Rail:
         rest = Block(bytearray(frames.RANGE_SIZE * (head.count - 1)))
         self._next = lambda: self._serve(head, first + rest.data)
         return rest
+
+    def _hear(self, carried: frames.Carried) -> Bytes:
+        message = Block(bytearray(carried.length))
+
+        def received() -> Bytes:
+            self._questions.check(carried.mac, carried.head, message.data)
+            if self._take is None:
+                if self._target.on_met is None:
+                    raise MalformedMessage("Nobody here takes messages.")
+                self._take = self._target.on_met(self)
+            self._take(bytes(message.data))
+            return self._await_head()
+
+        self._next = received
+        return message
 
     def _serve(self, head: frames.RequestHead, ranges: bytes | bytearray) -> Bytes:
         offsets, lengths = frames.decode_ranges(ranges)
@@ -245,7 +299,6 @@ class _Rail:
         """Return the grant that allows the request, or why none does."""
         if min(lengths) == 0 or sum(lengths) != head.total:
             return Status.REM_INV_REQ_ERR
-        assert self.link_id is not None
         grant = self._grants.find(self.link_id, head.rkey, _RIGHTS[head.opcode], offsets, lengths)
         return grant or Status.REM_ACCESS_ERR
 
@@ -265,6 +318,12 @@ class _Rail:
 
         self._next = received
         return payload if payload.left else received()
+
+
+def _name_of(sock: socket.socket) -> str:
+    """Return the other end as gRPC names it."""
+    host, port = sock.getpeername()[:2]
+    return f"ipv6:[{host}]:{port}" if sock.family == socket.AF_INET6 else f"ipv4:{host}:{port}"
 
 
 def _moved_at(rail: _Rail) -> float:

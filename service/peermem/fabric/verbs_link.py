@@ -156,6 +156,10 @@ class VerbsLink:
             self._loop.call_soon(self._report)
         self._mender.watch()
 
+    def carry(self, message: bytes) -> bool:
+        """See Link. It carries none."""
+        return False
+
     async def close(self) -> None:
         """See Link."""
         if self._closed:

@@ -5,7 +5,7 @@ Keys and secrets cross here and nowhere else; what holds them hides them from re
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,16 @@ class OpenedLink:
     """Identifies the run of the accepting daemon; part of every later call on the link."""
 
 
+class Ear(Protocol):
+    """What takes in what a link's rails carry here from the daemon at its far end."""
+
+    def heard(self, message: bytes) -> None:
+        """A message came. Raises MalformedMessage."""
+
+    def broke(self) -> None:
+        """A rail broke: what was on it is lost."""
+
+
 class GrantSource(Protocol):
     """The side that owns memory and lets links access it: a remote daemon, or this one for itself."""
 
@@ -34,6 +44,9 @@ class GrantSource(Protocol):
 
         Raises AccessDenied, FabricUnavailable, LimitReached, LinkNotFound, ShuttingDown.
         """
+
+    def use_rails(self, link_id: bytes, carry: Callable[[bytes], bool]) -> Ear:
+        """Ask on the rails of an open link as well, until `close_link`. `carry` is the fabric link's (`Link.carry`)."""
 
     async def close_link(self, link_id: bytes) -> None:
         """End a link and its grants. Unknown ids are no error."""

@@ -6,6 +6,8 @@ Rules of this file:
   NodeUnreachable.
 * Every call has a deadline; a daemon that does not answer is unreachable.
 * A call that found no connection is made again, once, on a new one.
+* Grants are asked for on their link's rails where these carry it, which takes a fraction of the time; where they
+  don't, or not in time, by a call. What is a fence is a call.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError
+from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError, Unauthenticated
 from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
@@ -28,9 +30,9 @@ from peermem.core.node import NodeFacts
 from peermem.core.transfer import TransferFacts, TransferRequest
 from peermem.core.types import GrantedKey, LinkAttributes, Rights
 from peermem.credentials.base import Credentials
-from peermem.remote.base import OpenedLink, RemoteNode, Remotes
+from peermem.remote.base import Ear, OpenedLink, RemoteNode, Remotes
 from peermem.remote.connection import Connection, Door, NotThatNode
-from peermem.remote.grants import GrantExchange
+from peermem.remote.grants import GrantCall, GrantExchange, GrantRails, Lost
 from peermem.v1 import link_pb2, node_pb2, transfer_pb2
 from peermem.wire import FABRICS, node_from_proto, transfer_from_proto, transfer_request_to_proto
 from peermem.wire_links import grant_from_proto, opened_from_proto, queue_pairs_to_proto
@@ -39,6 +41,8 @@ T = TypeVar("T")
 
 _DEADLINE = 5.0
 """Seconds for a call that the other daemon answers at once."""
+_RAILS_DEADLINE = 3.0
+"""Seconds for an answer on rails, until it is asked for by a call."""
 _RIGHTS = {Rights.READ: link_pb2.RIGHT_READ, Rights.WRITE: link_pb2.RIGHT_WRITE}
 _SLOW_DEADLINE = 120.0
 """Seconds for a call that moves or checks bytes before it answers."""
@@ -91,7 +95,9 @@ class GrpcRemoteNode:
         self._epoch = epoch
         self._links: set[bytes] = set()
         """Open ones; the exchange of grants ends with the last."""
-        self._exchange: GrantExchange | None = None
+        self._rails: dict[bytes, GrantRails] = {}
+        """Of links whose rails carry questions."""
+        self._grants: GrantCall | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def open_link(self, offer: LinkAttributes) -> OpenedLink:
@@ -111,20 +117,27 @@ class GrpcRemoteNode:
         self._links.add(opened.attributes.link_id)
         return opened
 
+    def use_rails(self, link_id: bytes, carry: Callable[[bytes], bool]) -> Ear:
+        """See GrantSource."""
+        rails = self._rails[link_id] = GrantRails(carry)
+        return rails
+
     async def close_link(self, link_id: bytes) -> None:
         """See GrantSource."""
+        if (rails := self._rails.pop(link_id, None)) is not None:
+            rails.close()
         request = link_pb2.CloseLinkRequest(link_id=link_id)
         try:
             await self._call(lambda to: to.links.CloseLink(request, timeout=_DEADLINE))
         finally:
             self._links.discard(link_id)
             if not self._links:
-                self._end_exchange()
+                self._end_call()
 
-    def _end_exchange(self) -> None:
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            closing = asyncio.get_running_loop().create_task(exchange.close())
+    def _end_call(self) -> None:
+        call, self._grants = self._grants, None
+        if call is not None:
+            closing = asyncio.get_running_loop().create_task(call.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -133,10 +146,10 @@ class GrpcRemoteNode:
         return await self._call(lambda to: ask(self._exchange_on(to)))
 
     def _exchange_on(self, connection: Connection) -> GrantExchange:
-        if self._exchange is None or not self._exchange.serves(connection):
-            self._end_exchange()
-            self._exchange = GrantExchange(connection)
-        return self._exchange
+        if self._grants is None or not self._grants.serves(connection):
+            self._end_call()
+            self._grants = GrantCall(connection)
+        return self._grants.exchange
 
     async def acquire_grant(self, link_id: bytes, epoch: str, wanted: Wanted) -> GrantedKey:
         """See GrantSource."""
@@ -150,9 +163,20 @@ class GrpcRemoteNode:
             length=wanted.length,
             staged=wanted.staged,
         )
-        grant = await self._ask(lambda exchange: exchange.acquire(question, _DEADLINE))
+        grant = await self._acquire(question)
         with self._faults():
             return grant_from_proto(grant)
+
+    async def _acquire(self, question: link_pb2.AcquireGrant) -> link_pb2.Grant:
+        rails = self._rails.get(question.link_id)
+        if rails is not None and rails.serves:
+            try:
+                return await rails.exchange.acquire(question, _RAILS_DEADLINE)
+            except (Lost, TimeoutError, Unauthenticated):
+                pass
+        if rails is not None:
+            rails.vouched()
+        return await self._ask(lambda exchange: exchange.acquire(question, _DEADLINE))
 
     async def release_grants(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """See GrantSource."""
@@ -160,8 +184,10 @@ class GrpcRemoteNode:
 
     def give_back(self, link_id: bytes, grant_id: int) -> None:
         """See GrantSource."""
-        if self._exchange is not None and not self._exchange.is_over:  # else its link broke as well
-            self._exchange.give_back(link_id, [grant_id])
+        if (rails := self._rails.get(link_id)) is not None and rails.serves:
+            rails.exchange.give_back(link_id, [grant_id])
+        elif self._grants is not None and not self._grants.is_over:  # else its link broke as well
+            self._grants.exchange.give_back(link_id, [grant_id])
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
@@ -239,7 +265,9 @@ class GrpcRemoteNode:
 
     async def close(self) -> None:
         """See RemoteNode."""
-        self._end_exchange()
+        for rails in self._rails.values():
+            rails.close()
+        self._end_call()
         await self._door.close()
         if self._closing:
             await asyncio.wait(list(self._closing))

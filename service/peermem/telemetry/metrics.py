@@ -1,5 +1,5 @@
 """The daemon's metrics: names, labels, buckets, a method for what happens. Those of NIC ports, the policy, faults,
-loads and stores, and the daemon's own condition have files of their own beside this one.
+loads and stores, the directory and the daemon's own condition have files of their own beside this one.
 
 Rules of this file:
 
@@ -40,6 +40,7 @@ from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
 from peermem.telemetry.condition import ConditionMetrics
+from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.gauges import gauge
 from peermem.telemetry.nics import NicUse, nic_metrics
@@ -115,6 +116,7 @@ class Snapshot:
     """NIC ports, such as mlx5_0/1, and whether the verbs fabric can use them."""
     paths: Mapping[tuple[str, str, Path], bool] = field(default_factory=dict)
     """Whether the last trial of a device with a NIC port, by this path, moved the right bytes."""
+    directory: DirectoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ class Metrics:
             "path",
             "device",
         )
+        self._moving: dict[tuple[Direction, FabricKind, Path, str], Counter] = {}
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
             "Time from a transfer's acceptance to its end.",
@@ -227,7 +230,11 @@ class Metrics:
     def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, device: str, count: int) -> None:
         """Some bytes of a running transfer are in place; `device` is that of the region here, the source's where both
         are, and `path` how it is reached."""
-        self._bytes.labels(direction.value, fabric.value, path.value, device).inc(count)
+        known = self._moving.get((direction, fabric, path, device))
+        if known is None:
+            known = self._bytes.labels(direction.value, fabric.value, path.value, device)
+            self._moving[direction, fabric, path, device] = known
+        known.inc(count)
 
     def transfer_ended(
         self,
@@ -312,6 +319,8 @@ class _StateCollector(Collector):
             return
         now = self.snapshot()
         yield from _device_gauges(now.devices)
+        if now.directory is not None:
+            yield from directory_metrics(now.directory)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
         yield gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]

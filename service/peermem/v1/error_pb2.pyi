@@ -161,6 +161,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
     ERROR_REASON_AUTHORITY_UNREACHABLE: _ErrorReason.ValueType  # 81
     """UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
+    ERROR_REASON_NODE_NAME_TAKEN: _ErrorReason.ValueType  # 90
+    """ALREADY_EXISTS: another daemon is in the directory under this node's name."""
+    ERROR_REASON_DIRECTORY_UNREACHABLE: _ErrorReason.ValueType  # 91
+    """UNAVAILABLE: the directory can't be reached, or refuses this daemon."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every reason that a call or a transfer can fail with. `ErrorInfo.reason` and `Error.reason` hold
@@ -303,6 +307,10 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 80
 """UNAUTHENTICATED: the caller did not prove who it is, or not by anything that counts here (any more)."""
 ERROR_REASON_AUTHORITY_UNREACHABLE: ErrorReason.ValueType  # 81
 """UNAVAILABLE: what has to say whose token a caller shows could not be asked."""
+ERROR_REASON_NODE_NAME_TAKEN: ErrorReason.ValueType  # 90
+"""ALREADY_EXISTS: another daemon is in the directory under this node's name."""
+ERROR_REASON_DIRECTORY_UNREACHABLE: ErrorReason.ValueType  # 91
+"""UNAVAILABLE: the directory can't be reached, or refuses this daemon."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

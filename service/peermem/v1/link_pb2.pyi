@@ -163,7 +163,7 @@ class OpenLinkResponse(_message.Message):
     address: _builtins.str
     """host:port to connect to; for the tcp fabric."""
     secret: _builtins.bytes
-    """What a connection has to present: 32 random bytes; for the tcp fabric."""
+    """What a connection has to prove to know, and never shows: 32 random bytes; for the tcp fabric."""
     rails: _builtins.int
     """Rails that the answering side accepts, at most those asked for."""
     @_builtins.property

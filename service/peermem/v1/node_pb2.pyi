@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from peermem.v1 import error_pb2 as _error_pb2
 from peermem.v1 import region_pb2 as _region_pb2
 from peermem.v1 import transfer_pb2 as _transfer_pb2
@@ -22,6 +23,68 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _NodeState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NODE_STATE_UNSPECIFIED: _NodeState.ValueType  # 0
+    """Not known."""
+    NODE_STATE_UP: _NodeState.ValueType  # 1
+    """The directory says so now, or it is the node that was asked."""
+    NODE_STATE_UNCONFIRMED: _NodeState.ValueType  # 2
+    """The directory said so last, and the node that was asked has not reached it since `state_time`. The
+    node can be used.
+    """
+    NODE_STATE_GONE: _NodeState.ValueType  # 3
+    """It left the directory at `state_time`, or its lease there ended."""
+
+class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
+    """What is known of a node's being there."""
+
+NODE_STATE_UNSPECIFIED: NodeState.ValueType  # 0
+"""Not known."""
+NODE_STATE_UP: NodeState.ValueType  # 1
+"""The directory says so now, or it is the node that was asked."""
+NODE_STATE_UNCONFIRMED: NodeState.ValueType  # 2
+"""The directory said so last, and the node that was asked has not reached it since `state_time`. The
+node can be used.
+"""
+NODE_STATE_GONE: NodeState.ValueType  # 3
+"""It left the directory at `state_time`, or its lease there ended."""
+Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
+
+@_typing.final
+class NodeDevice(_message.Message):
+    """A device of a node, as the directory tells of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Short name, unique on the node."""
+    kind: _builtins.str
+    """See Device.kind."""
+    size: _builtins.int
+    """Bytes in all."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeDevice: _TypeAlias = NodeDevice  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
@@ -40,16 +103,19 @@ class Node(_message.Message):
     RUNNING_TRANSFER_COUNT_FIELD_NUMBER: _builtins.int
     LINK_COUNT_FIELD_NUMBER: _builtins.int
     GRANT_COUNT_FIELD_NUMBER: _builtins.int
+    NICS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STATE_TIME_FIELD_NUMBER: _builtins.int
+    LINKS_HERE_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}."""
     address: _builtins.str
     """host:port of its gRPC server."""
     epoch: _builtins.str
-    """Identifies this run of the daemon; another one after each start. Empty for a node that was not
-    asked.
-    """
+    """Identifies this run of the daemon; another one after each start."""
     version: _builtins.str
-    """Version of the daemon; empty for a node that was not asked."""
+    """Version of the daemon."""
     region_count: _builtins.int
     """Regions that it holds."""
     region_bytes: _builtins.int
@@ -60,13 +126,29 @@ class Node(_message.Message):
     """Links that are open to other nodes, both ways."""
     grant_count: _builtins.int
     """Grants that other nodes hold on its regions."""
+    state: Global___NodeState.ValueType
+    """Whether it is there."""
+    links_here_count: _builtins.int
+    """Links that the node that was asked has open to it."""
     @_builtins.property
     def fabrics(self) -> _containers.RepeatedScalarFieldContainer[_transfer_pb2.Fabric.ValueType]:
         """Fabrics that it serves."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When the daemon started."""
+        """When the daemon started; absent, like all counts, for a node that was not asked."""
+
+    @_builtins.property
+    def nics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NIC ports that its verbs fabric uses, such as mlx5_0/1."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeDevice]:
+        """Its devices, but for those that stand for memory that jobs handed in."""
+
+    @_builtins.property
+    def state_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when; absent for NODE_STATE_UP."""
 
     def __init__(
         self,
@@ -82,10 +164,15 @@ class Node(_message.Message):
         running_transfer_count: _builtins.int = ...,
         link_count: _builtins.int = ...,
         grant_count: _builtins.int = ...,
+        nics: _abc.Iterable[_builtins.str] | None = ...,
+        devices: _abc.Iterable[Global___NodeDevice] | None = ...,
+        state: Global___NodeState.ValueType = ...,
+        state_time: _timestamp_pb2.Timestamp | None = ...,
+        links_here_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "fabrics", b"fabrics", "grant_count", b"grant_count", "link_count", b"link_count", "name", b"name", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "epoch", b"epoch", "fabrics", b"fabrics", "grant_count", b"grant_count", "link_count", b"link_count", "links_here_count", b"links_here_count", "name", b"name", "nics", b"nics", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "state", b"state", "state_time", b"state_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,7 +38,10 @@ class NodeServiceStub:
     NODE_UNREACHABLE.
     """
     ListNodes: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListNodesRequest, _node_pb2.ListNodesResponse]
-    """Lists the nodes that the directory knows, this one among them, in order of their names."""
+    """Lists the nodes that the directory knows, this one among them, and those that left it within the
+    last ten minutes, in order of their names. What a static directory does not tell of other nodes is
+    empty.
+    """
     ListDevices: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListDevicesRequest, _node_pb2.ListDevicesResponse]
     """Lists this node's devices in order of their names."""
     ListNics: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListNicsRequest, _node_pb2.ListNicsResponse]
@@ -59,7 +62,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     NODE_UNREACHABLE.
     """
     ListNodes: _aio.UnaryUnaryMultiCallable[_node_pb2.ListNodesRequest, _node_pb2.ListNodesResponse]  # type: ignore[assignment]
-    """Lists the nodes that the directory knows, this one among them, in order of their names."""
+    """Lists the nodes that the directory knows, this one among them, and those that left it within the
+    last ten minutes, in order of their names. What a static directory does not tell of other nodes is
+    empty.
+    """
     ListDevices: _aio.UnaryUnaryMultiCallable[_node_pb2.ListDevicesRequest, _node_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists this node's devices in order of their names."""
     ListNics: _aio.UnaryUnaryMultiCallable[_node_pb2.ListNicsRequest, _node_pb2.ListNicsResponse]  # type: ignore[assignment]
@@ -89,7 +95,10 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.ListNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ListNodesResponse, _abc.Awaitable[_node_pb2.ListNodesResponse]]:
-        """Lists the nodes that the directory knows, this one among them, in order of their names."""
+        """Lists the nodes that the directory knows, this one among them, and those that left it within the
+        last ten minutes, in order of their names. What a static directory does not tell of other nodes is
+        empty.
+        """
 
     @_abc_1.abstractmethod
     def ListDevices(

@@ -212,6 +212,7 @@ class Region(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     NICS_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}/regions/{region}."""
     length: _builtins.int
@@ -228,6 +229,8 @@ class Region(_message.Message):
     """Where it is in its life."""
     why: _builtins.str
     """Why these NICs, or why none."""
+    published: _builtins.bool
+    """Whether FindRegions finds it, on any node."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free labels of the owner: at most 16, keys of 1 to 63 and values of 0 to 63 bytes of UTF-8."""
@@ -258,10 +261,11 @@ class Region(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         nics: _abc.Iterable[_builtins.str] | None = ...,
         why: _builtins.str = ...,
+        published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "nics", b"nics", "owner", b"owner", "path", b"path", "state", b"state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "nics", b"nics", "owner", b"owner", "path", b"path", "published", b"published", "state", b"state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -301,6 +305,7 @@ class CreateRegionRequest(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    PUBLISH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Makes a repeated request return the first one's result: 1 to 128 characters; empty: never
     taken for a repetition.
@@ -315,6 +320,10 @@ class CreateRegionRequest(_message.Message):
     """Adopt the file descriptor that the attach socket answered with this token."""
     length: _builtins.int
     """Bytes, at least 1. For what is adopted 0 means all of it, from its offset on."""
+    publish: _builtins.bool
+    """Have it be found on all nodes of the cluster, until it ends: its name, length, labels, path and kind
+    of device are then known to every identified client of every node. Who may use it is decided as ever.
+    """
     @_builtins.property
     def gpu(self) -> Global___GpuMemory:
         """Adopt memory that the job of this session has on a GPU."""
@@ -338,10 +347,11 @@ class CreateRegionRequest(_message.Message):
         length: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lease: Global___Lease | None = ...,
+        publish: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "gpu", b"gpu", "lease", b"lease", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "gpu", b"gpu", "labels", b"labels", "lease", b"lease", "length", b"length", "region_id", b"region_id", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "device", b"device", "gpu", b"gpu", "labels", b"labels", "lease", b"lease", "length", b"length", "publish", b"publish", "region_id", b"region_id", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["device", "adopted", "gpu"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -482,6 +492,146 @@ class ListRegionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRegionsResponse: _TypeAlias = ListRegionsResponse  # noqa: Y015
+
+@_typing.final
+class PublishedRegion(_message.Message):
+    """What is known of a published region on all nodes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    DEVICE_KIND_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """nodes/{node}/regions/{region}."""
+    length: _builtins.int
+    """Bytes."""
+    device_kind: _builtins.str
+    """Kind of the device that it is on, see Device.kind."""
+    path: Global___Path.ValueType
+    """How a NIC reaches it."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """See Region.labels."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        length: _builtins.int = ...,
+        device_kind: _builtins.str = ...,
+        path: Global___Path.ValueType = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_kind", b"device_kind", "labels", b"labels", "length", b"length", "name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishedRegion: _TypeAlias = PublishedRegion  # noqa: Y015
+
+@_typing.final
+class FindRegionsRequest(_message.Message):
+    """Request of FindRegions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most so many regions in the answer, 0 to 1000; 0 means 1000."""
+    page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only regions that carry all these labels with these values."""
+
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindRegionsRequest: _TypeAlias = FindRegionsRequest  # noqa: Y015
+
+@_typing.final
+class FindRegionsResponse(_message.Message):
+    """Response of FindRegions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishedRegion]:
+        """The page."""
+
+    def __init__(
+        self,
+        *,
+        regions: _abc.Iterable[Global___PublishedRegion] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "regions", b"regions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindRegionsResponse: _TypeAlias = FindRegionsResponse  # noqa: Y015
 
 @_typing.final
 class DeleteRegionRequest(_message.Message):

@@ -53,6 +53,11 @@ class RegionServiceStub:
                 request_serializer=peermem_dot_v1_dot_region__pb2.ListRegionsRequest.SerializeToString,
                 response_deserializer=peermem_dot_v1_dot_region__pb2.ListRegionsResponse.FromString,
                 _registered_method=True)
+        self.FindRegions = channel.unary_unary(
+                '/peermem.v1.RegionService/FindRegions',
+                request_serializer=peermem_dot_v1_dot_region__pb2.FindRegionsRequest.SerializeToString,
+                response_deserializer=peermem_dot_v1_dot_region__pb2.FindRegionsResponse.FromString,
+                _registered_method=True)
         self.DeleteRegion = channel.unary_unary(
                 '/peermem.v1.RegionService/DeleteRegion',
                 request_serializer=peermem_dot_v1_dot_region__pb2.DeleteRegionRequest.SerializeToString,
@@ -113,6 +118,16 @@ class RegionServiceServicer:
 
     def ListRegions(self, request, context):
         """Lists the regions of this node that the caller sees, in order of their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindRegions(self, request, context):
+        """Finds published regions on all nodes of the cluster by their labels, in order of node and region. An
+        answer may hold fewer than there are, or none, and still have a next page. What was published or
+        withdrawn a moment ago may not be so yet; the region's node says what holds. With a static directory,
+        the regions of this node. Errors: INVALID_FIELD, ACCESS_DENIED, DIRECTORY_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +206,11 @@ def add_RegionServiceServicer_to_server(servicer, server):
                     servicer.ListRegions,
                     request_deserializer=peermem_dot_v1_dot_region__pb2.ListRegionsRequest.FromString,
                     response_serializer=peermem_dot_v1_dot_region__pb2.ListRegionsResponse.SerializeToString,
+            ),
+            'FindRegions': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindRegions,
+                    request_deserializer=peermem_dot_v1_dot_region__pb2.FindRegionsRequest.FromString,
+                    response_serializer=peermem_dot_v1_dot_region__pb2.FindRegionsResponse.SerializeToString,
             ),
             'DeleteRegion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteRegion,
@@ -308,6 +328,33 @@ class RegionService:
             '/peermem.v1.RegionService/ListRegions',
             peermem_dot_v1_dot_region__pb2.ListRegionsRequest.SerializeToString,
             peermem_dot_v1_dot_region__pb2.ListRegionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindRegions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peermem.v1.RegionService/FindRegions',
+            peermem_dot_v1_dot_region__pb2.FindRegionsRequest.SerializeToString,
+            peermem_dot_v1_dot_region__pb2.FindRegionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

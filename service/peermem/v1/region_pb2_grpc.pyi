@@ -49,6 +49,12 @@ class RegionServiceStub:
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
     ListRegions: _grpc.UnaryUnaryMultiCallable[_region_pb2.ListRegionsRequest, _region_pb2.ListRegionsResponse]
     """Lists the regions of this node that the caller sees, in order of their names."""
+    FindRegions: _grpc.UnaryUnaryMultiCallable[_region_pb2.FindRegionsRequest, _region_pb2.FindRegionsResponse]
+    """Finds published regions on all nodes of the cluster by their labels, in order of node and region. An
+    answer may hold fewer than there are, or none, and still have a next page. What was published or
+    withdrawn a moment ago may not be so yet; the region's node says what holds. With a static directory,
+    the regions of this node. Errors: INVALID_FIELD, ACCESS_DENIED, DIRECTORY_UNREACHABLE.
+    """
     DeleteRegion: _grpc.UnaryUnaryMultiCallable[_region_pb2.DeleteRegionRequest, _region_pb2.DeleteRegionResponse]
     """Ends a region. After the answer nothing reads or writes its memory through peermem. A transfer
     that another node runs on it fails with REGION_DELETED. Idempotent by request_id. Errors:
@@ -103,6 +109,12 @@ class RegionServiceAsyncStub(RegionServiceStub):
     """Returns one region of this node. Errors: REGION_NOT_FOUND, WRONG_NODE."""
     ListRegions: _aio.UnaryUnaryMultiCallable[_region_pb2.ListRegionsRequest, _region_pb2.ListRegionsResponse]  # type: ignore[assignment]
     """Lists the regions of this node that the caller sees, in order of their names."""
+    FindRegions: _aio.UnaryUnaryMultiCallable[_region_pb2.FindRegionsRequest, _region_pb2.FindRegionsResponse]  # type: ignore[assignment]
+    """Finds published regions on all nodes of the cluster by their labels, in order of node and region. An
+    answer may hold fewer than there are, or none, and still have a next page. What was published or
+    withdrawn a moment ago may not be so yet; the region's node says what holds. With a static directory,
+    the regions of this node. Errors: INVALID_FIELD, ACCESS_DENIED, DIRECTORY_UNREACHABLE.
+    """
     DeleteRegion: _aio.UnaryUnaryMultiCallable[_region_pb2.DeleteRegionRequest, _region_pb2.DeleteRegionResponse]  # type: ignore[assignment]
     """Ends a region. After the answer nothing reads or writes its memory through peermem. A transfer
     that another node runs on it fails with REGION_DELETED. Idempotent by request_id. Errors:
@@ -172,6 +184,18 @@ class RegionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_region_pb2.ListRegionsResponse, _abc.Awaitable[_region_pb2.ListRegionsResponse]]:
         """Lists the regions of this node that the caller sees, in order of their names."""
+
+    @_abc_1.abstractmethod
+    def FindRegions(
+        self,
+        request: _region_pb2.FindRegionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_region_pb2.FindRegionsResponse, _abc.Awaitable[_region_pb2.FindRegionsResponse]]:
+        """Finds published regions on all nodes of the cluster by their labels, in order of node and region. An
+        answer may hold fewer than there are, or none, and still have a next page. What was published or
+        withdrawn a moment ago may not be so yet; the region's node says what holds. With a static directory,
+        the regions of this node. Errors: INVALID_FIELD, ACCESS_DENIED, DIRECTORY_UNREACHABLE.
+        """
 
     @_abc_1.abstractmethod
     def DeleteRegion(

@@ -25,8 +25,13 @@ from tests.deploy.prometheus.files import ROOT, RUNBOOKS, cases, rules
 from tests.deploy.prometheus.promql import TARGET, Pages, names
 from tests.telemetry.test_metrics import SNAPSHOT
 
-NICS = {"peermem_nic_works", "peermem_path_works", "peermem_nic_events_total"}
-"""What only a NIC shows, beside node_exporter's names and objects of the verbs fabric."""
+NICS = {
+    "peermem_nic_works",
+    "peermem_path_works",
+    "peermem_nic_events_total",
+    "peermem_directory_lease_remaining_seconds",
+}
+"""What only a NIC shows, beside node_exporter's names and objects of the verbs fabric; and, with etcd, its lease."""
 
 
 def of(kind: type[Enum]) -> set[str]:
@@ -69,7 +74,9 @@ def known(pages: list[str], nic_page: str) -> Pages:
 def _of_nics(page: str) -> Iterator[str]:
     for line in page.splitlines():
         name = re.split("[ {]", line.removeprefix("# HELP ").removeprefix("# TYPE "))[0]
-        if name in NICS or name.startswith(("node_infiniband_", "peermem_verbs_objects")):
+        if name in NICS or name.startswith(
+            ("node_infiniband_", "peermem_verbs_objects", "peermem_directory_lease_remaining")
+        ):
             yield line
 
 

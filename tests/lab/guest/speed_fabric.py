@@ -112,6 +112,10 @@ class FabricEnd:
         assert self._work
         self._work.completed(completions)
 
+    def heard(self, message: bytes) -> None:
+        """See LinkEvents."""
+        raise AssertionError("nothing was carried, and something came back")
+
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
         raise AssertionError(f"a rail went down: {cause}")

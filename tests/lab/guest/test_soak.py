@@ -146,6 +146,10 @@ class Soak:
         assert [each.status for each in completions] == [Status.SUCCESS]
         self._news.set()
 
+    def heard(self, message: bytes) -> None:
+        """See LinkEvents."""
+        raise AssertionError("nothing was carried, and something came back")
+
     def rail_down(self, cause: str, pause: float) -> None:
         """See LinkEvents."""
         raise AssertionError(f"a rail went down: {cause}")

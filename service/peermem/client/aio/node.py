@@ -20,7 +20,7 @@ from peermem.client.aio.region import Region
 from peermem.client.aio.renewal import Renewal
 from peermem.client.aio.transfer import Pipeline, Transfer
 from peermem.client.attach import Attachment
-from peermem.client.facts import Device, Lease, Nic, NodeInfo, TransferInfo, Verdict
+from peermem.client.facts import Device, Lease, Nic, NodeInfo, PublishedRegion, TransferInfo, Verdict
 from peermem.client.requests import Time
 from peermem.client.segments import Plan, Segments, Side, explicit, full_name
 from peermem.client.storage import StorageInfo, Watcher, load_request, store_request
@@ -135,17 +135,25 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Allocate a region on `device`, zeroed.
 
         `lease` is `session` (freed when this process ends; the default with an attach socket), `none`
         (until it is deleted; the default without) or a time to live such as `30s`, which is renewed
-        while this node object is open.
+        while this node object is open. With `publish` it is found on all nodes (`find_regions`): its name, length,
+        labels, path and kind of device are then known to every identified client of every node.
         """
         return await self._create(
             requests.create_region(
-                device=device, length=length, name=name, labels=labels, lease=lease, request=request_id
+                device=device,
+                length=length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request=request_id,
             )
         )
 
@@ -157,6 +165,7 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Make a region of a memfd or a dma-buf of this process; without `length`, of all of it.
@@ -168,7 +177,13 @@ class Node:
         token, _ = await asyncio.to_thread(attachment.hand_in, fd)
         return await self._create(
             requests.create_region(
-                adopted=token, length=length, name=name, labels=labels, lease=lease, request=request_id
+                adopted=token,
+                length=length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request=request_id,
             )
         )
 
@@ -179,6 +194,7 @@ class Node:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         lease: str | float | None = None,
+        publish: bool = False,
         request_id: str | None = None,
     ) -> Region:
         """Make a region of a tensor's or array's memory, of any library that speaks DLPack or the CUDA array interface.
@@ -192,13 +208,25 @@ class Node:
         found = tensors.memory_of(tensor)
         if isinstance(found, tensors.HostFile):
             region = await self.adopt(
-                found.fd, length=found.length, name=name, labels=labels, lease=lease, request_id=request_id
+                found.fd,
+                length=found.length,
+                name=name,
+                labels=labels,
+                lease=lease,
+                publish=publish,
+                request_id=request_id,
             )
         else:
             gpu = requests.gpu_memory(found, await self.devices())
             region = await self._create(
                 requests.create_region(
-                    gpu=gpu, length=found.length, name=name, labels=labels, lease=lease, request=request_id
+                    gpu=gpu,
+                    length=found.length,
+                    name=name,
+                    labels=labels,
+                    lease=lease,
+                    publish=publish,
+                    request=request_id,
                 )
             )
         self._attached[region.name] = tensor
@@ -216,6 +244,20 @@ class Node:
             page = await self._channel.unary(self._channel.regions.ListRegions, request)
             for region in page.regions:
                 yield self._bound(region)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    async def find_regions(self, labels: Mapping[str, str] | None = None) -> AsyncIterator[PublishedRegion]:
+        """Iterate over the published regions of all nodes that carry all these labels, in order of node and region.
+
+        Raises DirectoryUnreachable, AccessDenied.
+        """
+        request = region_pb2.FindRegionsRequest(labels=labels or {})
+        while True:
+            page = await self._channel.unary(self._channel.regions.FindRegions, request)
+            for region in page.regions:
+                yield PublishedRegion.from_proto(region)
             request.page_token = page.next_page_token
             if not request.page_token:
                 return

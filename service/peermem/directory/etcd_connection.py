@@ -1,0 +1,238 @@
+"""One connection to one member of an etcd cluster, over etcd's own gRPC.
+
+Rules of this file:
+
+* Whatever goes wrong is a Fault, with a cause for people; passwords and tokens are in none.
+* Every call has a deadline. A member that does not answer, or that has lost its cluster's leader, ends what runs on it.
+* Certificates and the password are read when a connection is made, so that a new one has what was renewed. A token that
+  etcd has forgotten is replaced by a new one, once for each call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import grpc
+
+from peermem.credentials.watched import read_small
+from peermem.directory.records import Span
+from peermem.etcd import rpc_pb2, rpc_pb2_grpc
+from peermem.offload import in_thread
+
+T = TypeVar("T")
+_Renewing: TypeAlias = "grpc.aio.StreamStreamCall[rpc_pb2.LeaseKeepAliveRequest, rpc_pb2.LeaseKeepAliveResponse]"
+
+DEADLINE = 5.0
+"""Seconds for a call."""
+MAX_OPERATIONS = 128
+"""Of one transaction: etcd's default for --max-txn-ops."""
+_PAGE = 1000
+"""Keys read at once."""
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),  # etcd closes connections of who asks more often than every 5 s
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_REFUSED = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+
+
+class Fault(Exception):
+    """A call failed, or a stream ended."""
+
+    def __init__(self, cause: str, *, refused: bool = False) -> None:
+        """`refused` where trying again is of no use until somebody changes something."""
+        super().__init__(cause)
+        self.cause = cause
+        self.refused = refused
+
+
+class LeaseLost(Exception):
+    """There is no such lease any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What is shown to etcd, and what etcd has to show."""
+
+    ca: Path | None = None
+    """PEM: the authorities of etcd's certificates; None for plain TCP."""
+    certificate: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    password_file: Path | None = None
+
+
+class Connection:
+    """A channel and its stubs; made by `connect`, closed by `close`."""
+
+    def __init__(self, channel: grpc.aio.Channel, user: str, password: str) -> None:
+        self._channel = channel
+        self._user = user
+        self._password = password
+        self._token: tuple[tuple[str, str], ...] = ()
+        self._kv = rpc_pb2_grpc.KVStub(channel)
+        self._watch = rpc_pb2_grpc.WatchStub(channel)
+        self._lease = rpc_pb2_grpc.LeaseStub(channel)
+        self._auth = rpc_pb2_grpc.AuthStub(channel)
+        self._renewing: _Renewing | None = None
+
+    async def authenticate(self) -> None:
+        """Get a token where there is a user. Raises Fault."""
+        if self._user:
+            request = rpc_pb2.AuthenticateRequest(name=self._user, password=self._password)
+            with _faults():
+                answer = await self._auth.Authenticate(request, timeout=DEADLINE)
+            self._token = (("token", answer.token),)
+
+    async def range(self, span: Span, *, start: bytes = b"", limit: int = _PAGE, at: int = 0) -> rpc_pb2.RangeResponse:
+        """Return keys and values of a span, from `start` on, at a revision (0: as this member knows now)."""
+        request = rpc_pb2.RangeRequest(
+            key=start or span.start, range_end=span.end, limit=limit, revision=at, serializable=not at
+        )
+        return await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
+
+    async def count(self, span: Span) -> int:
+        """Return how many keys a span has."""
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True, serializable=True)
+        answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
+        return answer.count
+
+    async def list(self, span: Span) -> tuple[list[rpc_pb2.KeyValue], rpc_pb2.ResponseHeader]:
+        """Return everything in a span, as of the revision in the header."""
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, limit=_PAGE)
+        page = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
+        header, found = page.header, list(page.kvs)
+        while page.more:
+            page = await self.range(span, start=found[-1].key + b"\0", at=header.revision)
+            found += page.kvs
+        return found, header
+
+    async def transact(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
+        """Make a transaction. Raises Fault, and LeaseLost where a put names a lease that is gone."""
+        return await self._call(lambda: self._kv.Txn(request, timeout=DEADLINE, metadata=self._token))
+
+    async def grant(self, ttl: int) -> int:
+        """Return a new lease of some seconds."""
+        request = rpc_pb2.LeaseGrantRequest(TTL=ttl)
+        answer = await self._call(lambda: self._lease.LeaseGrant(request, timeout=DEADLINE, metadata=self._token))
+        return answer.ID
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease and what hangs on it. Raises Fault, LeaseLost."""
+        request = rpc_pb2.LeaseRevokeRequest(ID=lease)
+        await self._call(lambda: self._lease.LeaseRevoke(request, timeout=DEADLINE, metadata=self._token))
+
+    async def renew(self, lease: int, deadline: float) -> None:
+        """Have a lease last its whole time from now. Raises Fault, LeaseLost."""
+        if self._renewing is None:
+            self._renewing = self._lease.LeaseKeepAlive(metadata=(*self._token, _HAS_LEADER))
+        with _faults():
+            async with asyncio.timeout(deadline):
+                await self._renewing.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
+                answer = await self._renewing.read()
+        if not isinstance(answer, rpc_pb2.LeaseKeepAliveResponse):
+            raise Fault("it ended the renewals")
+        if answer.TTL <= 0:
+            raise LeaseLost
+
+    async def watch(self, span: Span, revision: int) -> AsyncGenerator[rpc_pb2.WatchResponse]:
+        """Yield what happens in a span from a revision on. Raises Fault."""
+        call = self._watch.Watch(metadata=(*self._token, _HAS_LEADER))
+        wanted = rpc_pb2.WatchCreateRequest(
+            key=span.start, range_end=span.end, start_revision=revision, progress_notify=True, fragment=True
+        )
+        try:
+            with _faults():
+                async with asyncio.timeout(DEADLINE):
+                    await call.write(rpc_pb2.WatchRequest(create_request=wanted))
+                    answer = await call.read()
+                while isinstance(answer, rpc_pb2.WatchResponse):
+                    yield answer
+                    answer = await call.read()
+        finally:
+            call.cancel()
+        raise Fault("it ended the watch")
+
+    async def close(self) -> None:
+        """Break what runs on it."""
+        await self._channel.close()
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            with _faults():
+                return await call()
+        except _TokenForgotten:
+            await self.authenticate()
+            with _faults():
+                return await call()
+
+
+async def connect(endpoint: str, proof: Proof) -> Connection:
+    """Return a connection to host:port on which calls may be made. Raises Fault."""
+    try:
+        ca, certificate, key, password = await in_thread(lambda: _read(proof))
+    except OSError as error:
+        raise Fault(f"{error.filename}: {error.strerror}", refused=True) from None
+    if ca is None:
+        channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+    else:
+        shown = grpc.ssl_channel_credentials(ca, key, certificate)
+        channel = grpc.aio.secure_channel(endpoint, shown, options=_OPTIONS)
+    connection = Connection(channel, proof.user, (password or b"").decode("utf-8", "replace").strip())
+    try:
+        await connection.authenticate()
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+def _read(proof: Proof) -> list[bytes | None]:
+    files = (proof.ca, proof.certificate, proof.key, proof.password_file)
+    return [read_small(path) if path is not None else None for path in files]
+
+
+class _TokenForgotten(Fault):
+    """etcd does not know the token (any more)."""
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _fault(error.code(), error.details() or "no details") from None
+    except TimeoutError:
+        raise Fault("no answer in time") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Fault("the connection was given up") from None  # not this task but its call was cancelled
+    except asyncio.InvalidStateError as error:  # a write on a stream that has ended
+        raise Fault(f"the stream ended: {error}") from None
+
+
+def _fault(code: grpc.StatusCode, details: str) -> Exception:
+    if "requested lease not found" in details:
+        return LeaseLost()
+    cause = f"{code.name}: {details}"
+    if code is grpc.StatusCode.UNAUTHENTICATED and "invalid auth token" in details:
+        return _TokenForgotten(cause)
+    return Fault(cause, refused=code in _REFUSED or "certificate" in details.lower())
+
+
+_HAS_LEADER = ("hasleader", "true")

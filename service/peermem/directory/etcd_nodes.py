@@ -1,0 +1,196 @@
+"""The nodes that etcd tells of: read once, then followed by a watch.
+
+Rules of this file:
+
+* A watch that was broken off goes on from the revision after the last one that was seen. Only where that is not to be
+  had any more (compacted, or another etcd answers) everything is read again.
+* A node goes when etcd says so. One that is missing in a new reading, which may be of an etcd that lost its data, stays
+  for the time of a lease: if it lives, it is back by then.
+* An entry that makes no sense is left out, counted, and told in the log once for each revision of it.
+* What this node says of itself goes before what etcd says of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import structlog
+
+from peermem.directory.base import Changes, Counts, GoneNode, NodeEntry
+from peermem.directory.etcd_connection import Connection, Fault
+from peermem.directory.records import BadRecord, Keys, NodeRecord, read_node
+from peermem.etcd import rpc_pb2
+
+log = structlog.get_logger(__name__)
+
+GONE_KEPT = 600.0
+"""Seconds that a node that has gone is told of."""
+_MAX_GONE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    entry: NodeEntry
+    at: float
+
+
+class Nodes:
+    """The table of nodes, kept up to date by `follow`."""
+
+    def __init__(self, keys: Keys, grace: float, changes: Changes, counts: Counts, on_own: Callable[[], None]) -> None:
+        """A node that is missing without a word stays for `grace` seconds. `on_own` is called when this node's own
+        entry is deleted, or is somebody else's."""
+        self._keys = keys
+        self._grace = grace
+        self._changes = changes
+        self._counts = counts
+        self._on_own = on_own
+        self._entries: dict[str, NodeEntry] = {}
+        self._gone: dict[str, _Gone] = {}
+        self._own: NodeEntry | None = None
+        self._revision = 0
+        """The last one that is known whole; 0: none is."""
+        self._cluster = 0
+        self._timers: set[asyncio.TimerHandle] = set()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the nodes have been read."""
+        return self._revision > 0
+
+    def entries(self) -> Mapping[str, NodeEntry]:
+        """Return the nodes."""
+        return MappingProxyType(self._entries)
+
+    def gone(self) -> Mapping[str, GoneNode]:
+        """Return nodes that went lately."""
+        now = asyncio.get_running_loop().time()
+        return {
+            node: GoneNode(gone.entry, now - gone.at) for node, gone in self._gone.items() if now - gone.at < GONE_KEPT
+        }
+
+    def set_own(self, entry: NodeEntry | None) -> None:
+        """Say what this node says of itself; None: it left."""
+        before, self._own = self._own, entry
+        if entry is not None:
+            self._add(entry)
+        elif before is not None:
+            self._entries.pop(before.node, None)
+        self._changes.tell()
+
+    async def follow(self, connection: Connection, on_known: Callable[[], None]) -> None:
+        """Keep the table up to date; `on_known` is called when it is. Ends with a Fault only."""
+        resumes = self.is_known
+        if not resumes:
+            await self._read(connection)
+        while True:
+            async for answer in connection.watch(self._keys.nodes, self._revision + 1):
+                if answer.compact_revision or (answer.created and self._is_another(answer.header)):
+                    break
+                if answer.created:
+                    self._counts.resumes += resumes
+                    on_known()
+                if answer.canceled:
+                    raise Fault(f"it ended the watch: {answer.cancel_reason}")
+                self._take(answer)
+            await self._read(connection)
+            resumes = False
+
+    def _is_another(self, header: rpc_pb2.ResponseHeader) -> bool:
+        return header.cluster_id != self._cluster or header.revision < self._revision
+
+    async def _read(self, connection: Connection) -> None:
+        """Read everything."""
+        found, header = await connection.list(self._keys.nodes)
+        missing = {node: entry for node, entry in self._entries.items() if self._own is None or node != self._own.node}
+        for kv in found:
+            missing.pop(self._put(kv) or "", None)
+        self._cluster, self._revision = header.cluster_id, header.revision
+        self._counts.listings += 1
+        if missing:
+            log.info("directory_nodes_missing", nodes=sorted(missing)[:16], count=len(missing), grace=self._grace)
+            self._later(missing)
+        if self._own is not None:
+            self._check_own(found)
+        self._changes.tell()
+
+    def _later(self, missing: Mapping[str, NodeEntry]) -> None:
+        """Take nodes for gone that are not back within the grace time."""
+
+        def over() -> None:
+            self._timers.discard(timer)
+            for node, entry in missing.items():
+                if self._entries.get(node) is entry:
+                    self._remove(node)
+            self._changes.tell()
+
+        timer = asyncio.get_running_loop().call_later(self._grace, over)
+        self._timers.add(timer)
+
+    def _check_own(self, found: list[rpc_pb2.KeyValue]) -> None:
+        own = self._own
+        if own is not None and self._keys.node(own.node) not in {kv.key for kv in found}:
+            self._on_own()
+
+    def _take(self, answer: rpc_pb2.WatchResponse) -> None:
+        for event in answer.events:
+            if event.type == rpc_pb2.Event.PUT:
+                self._put(event.kv)
+            else:
+                self._delete(event.kv.key)
+        if not answer.fragment:  # else the rest of this revision is still to come
+            self._revision = max(self._revision, answer.header.revision)
+        if answer.events:
+            self._changes.tell()
+
+    def _put(self, kv: rpc_pb2.KeyValue) -> str | None:
+        """Enter a node; return which, or None where it makes no sense."""
+        try:
+            record = read_node(self._keys.node_of(kv.key), kv.value)
+        except BadRecord as bad:
+            self._counts.garbage += 1
+            log.warning("directory_entry_ignored", key=_shown(kv.key), cause=str(bad)[:200])
+            return None
+        self._enter(record)
+        return record.entry.node
+
+    def _enter(self, record: NodeRecord) -> None:
+        if self._own is None or record.entry.node != self._own.node:
+            self._add(record.entry)
+        elif record.entry.epoch != self._own.epoch:
+            self._on_own()
+
+    def _delete(self, key: bytes) -> None:
+        try:
+            node = self._keys.node_of(key)
+        except BadRecord:
+            return
+        if self._own is not None and node == self._own.node:
+            self._on_own()
+        elif node in self._entries:
+            self._remove(node)
+
+    def _add(self, entry: NodeEntry) -> None:
+        if self._entries.get(entry.node) != entry:
+            log.debug("directory_node_known", node=entry.node, address=entry.address, epoch=entry.epoch)
+        self._entries[entry.node] = entry
+        self._gone.pop(entry.node, None)
+
+    def _remove(self, node: str) -> None:
+        entry = self._entries.pop(node)
+        self._gone[node] = _Gone(entry, asyncio.get_running_loop().time())
+        if len(self._gone) > _MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+        log.info("directory_node_gone", node=node, address=entry.address)
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        for timer in self._timers:
+            timer.cancel()
+
+
+def _shown(key: bytes) -> str:
+    return repr(key[:200])[2:-1]

@@ -1,0 +1,1 @@
+"""Generated from protos/peermem/etcd by `make protos`; never edited by hand."""
