@@ -19,15 +19,17 @@ LOCKED := $(VENV)/.locked-$(VERSION)
 READY := $(VENV)/.ready-$(VERSION)
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+comma := ,
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test chaos soak fuzz lab lab-soak bench check fix protos dashboard lock clean
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench check fix protos dashboard lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 demo: $(READY) ## Move a file between two nodes and compare it (FILE=path)
 	$(BIN)/python -m bench.demo $(if $(FILE),"$(FILE)")
@@ -49,8 +51,21 @@ soak: $(READY) ## The same for half an hour without ending a daemon: do they gro
 
 fuzz: $(READY) ## Try thousands of malformed inputs on every parser that faces a socket (EXAMPLES=N for each test)
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest --timeout 1800 $(ARGS) \
-		tests/api/test_attach_fuzz.py tests/api/test_grpc_fuzz.py tests/api/test_http_fuzz.py tests/directory/test_records.py \
-		tests/fabric/test_tcp_fuzz.py
+		tests/directory/test_records.py $(wildcard tests/*_fuzz.py tests/*/*_fuzz.py)
+
+# What builds the image: buildah, podman or docker, whichever is there.
+ENGINE ?= $(or $(firstword $(foreach engine,buildah podman docker,$(shell command -v $(engine)))),docker)
+RELEASE = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+image: ## Build the container image peermem:VERSION (ENGINE=docker chooses what builds it)
+	$(ENGINE) build --tag peermem:$(RELEASE) --build-arg VERSION=$(RELEASE) \
+		--build-arg REVISION=$(or $(shell git rev-parse HEAD 2>/dev/null),unknown) \
+		$(if $(PIP_INDEX_URL),--build-arg PIP_INDEX_URL=$(PIP_INDEX_URL)) \
+		$(if $(PIP_CERT),--secret id=authorities$(comma)src=$(PIP_CERT) --build-arg PIP_CERT=/run/authorities.pem) \
+		$(ARGS) .
+
+image-test: $(READY) ## Build the image from nothing but Debian, run daemons from it and look at what it holds (root)
+	PEERMEM_BUILD_IMAGE=1 $(BIN)/python -m pytest tests/deploy/test_image.py $(ARGS)
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
@@ -108,7 +123,8 @@ lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 		--python-version 3.11 --fork-strategy fewest pyproject.toml --extra daemon $(ARGS)" && \
 	$$compile --output-file requirements/runtime.txt && \
 	$$compile --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt && \
-	$$compile --group test --constraint requirements/dev.txt --output-file requirements/lab.txt
+	$$compile --group test --constraint requirements/dev.txt --output-file requirements/lab.txt && \
+	$$compile --extra spiffe --constraint requirements/dev.txt --output-file requirements/image.txt
 
 venv: $(READY) ## Make the environment (PYTHON=python3.13 chooses the interpreter)
 

@@ -33,6 +33,8 @@ class Place:
     """What its command is handed to, such as `ip netns exec NAME`; it must exec, not fork."""
     config: str = ""
     """TOML of this daemon alone, behind that of all."""
+    program: tuple[str, ...] = (sys.executable, "-m", "peermem")
+    """The daemon."""
 
 
 HERE = Place()
@@ -81,7 +83,7 @@ class Daemon:
         environ["PYTHONPATH"] = str(_SOURCE)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.place.prefix, sys.executable, "-m", "peermem", "--config", str(self.config)],
+                [*self.place.prefix, *self.place.program, "--config", str(self.config)],
                 stdout=log,
                 stderr=log,
                 env=environ | dict(self.environ),

@@ -1,4 +1,4 @@
-"""`python -m bench.reliability CHAOS... [--soak REPORT] [--fuzz REPORT]`: writes RELIABILITY.md from reports.
+"""`python -m bench.reliability CHAOS... [--plants REPORT...] [--soak REPORT] [--fuzz REPORT]`: writes RELIABILITY.md.
 
 Rules of this file:
 
@@ -59,9 +59,14 @@ down what they ask for and see. Faults follow each other after 0.1 to 0.7 s. A c
 acknowledged bytes have to be there, bytes whose transfer failed, was cancelled or whose region was deleted must not
 change after the answer, and when everybody is gone every daemon holds what it held at its start. What has no known
 outcome (its daemon or its job died) is not judged until its region was deleted.
-That the checker notices what it looks for is tested on planted faults (`tests/chaos/test_model.py`). With the daemons'
-fences switched off, two runs met no late write, so that a 0 there proves little: what proves the fence is
-`tests/e2e/test_failures.py` and `tests/broker/test_mending.py`."""
+The daemons know each other by certificates, and each has a policy with quotas that is changed and broken while they
+run. Jobs (each a user of its own, where the run is root's) also try what no policy allows, or only the one of the
+moment: the checker judges by the policy that was in force all the while."""
+
+_PLANTED = """\
+That the checker notices what it looks for is tried with defects that are planted in the daemons, by failpoints that no
+configuration has without `break_on_purpose`, or by a policy that is none. A run is over when the checker has found the
+defect. Whose grants are not ended also have to be deaf to the end of links, which would end the grants as well."""
 
 _RECOVERY = """\
 From the end of the fault (a killed daemon is ready again, a wire is open again) to the end of the first transfer that
@@ -69,7 +74,7 @@ succeeded with the node that was hit; where a daemon died, of one that was asked
 come between."""
 
 
-def page(chaos: Sequence[Report], soak: Report | None, fuzz: Report | None) -> str:
+def page(chaos: Sequence[Report], soak: Report | None, fuzz: Report | None, plants: Sequence[Report] = ()) -> str:
     """Return the page."""
     parts = [
         "# What was broken, and what held",
@@ -81,8 +86,14 @@ def page(chaos: Sequence[Report], soak: Report | None, fuzz: Report | None) -> s
         _table(("fault", "injected"), sorted(_sum(chaos, "faults").items())),
         "What daemons did wrong because a failpoint told them to:",
         _table(("failpoint", "passed"), sorted(_sum(chaos, "failpoints").items())),
+        "What was tried that the policy denies, by what and by whom (as a guest: with a certificate over TLS; as "
+        "nobody: on the unix socket without a session; as an impostor: with the certificate of another node):",
+        _table(("attempt", "tried", "refused"), _denied(chaos)),
         "How transfers ended:",
         _table(("outcome", "transfers"), sorted(_sum(chaos, "transfers").items())),
+        "## Planted defects",
+        _PLANTED,
+        _planted(plants),
         "## Recovery",
         _RECOVERY,
         _table(("after", "faults", "median", "worst"), _recoveries(chaos)),
@@ -110,16 +121,39 @@ def _verdict(chaos: Sequence[Report]) -> str:
             ("slots written late", total["late"]),
             ("leaks", total["leaks"]),
             ("limits of a daemon that were filled", total["limits_filled"]),
-            ("denied attempts tried", total["denied_tried"]),
-            ("denied attempts refused", total["denied_refused"]),
+            ("denied attempts tried", _sum(chaos, "denied_tried").total()),
+            ("denied attempts refused", _sum(chaos, "denied_refused").total()),
+            ("attempts that the policy of the moment allowed", total["allowed_reached"]),
+            ("attempts without an answer, or while the policy changed", total["unanswered"]),
         ],
     )
 
 
 _TOTALS = (
     *("bytes_verified", "fenced_bytes_verified", "wrong_or_lost", "late", "leaks"),
-    *("limits_filled", "denied_tried", "denied_refused"),
+    *("limits_filled", "allowed_reached", "unanswered"),
 )
+
+
+def _planted(plants: Sequence[Report]) -> str:
+    if not plants:
+        return "Not tried: `make chaos ARGS='--plant NAME --seeds 10 --report REPORT'`."
+    found: dict[tuple[str, str], list[float | None]] = {}
+    for report in plants:
+        found.setdefault((report["plant"], report["what"]), []).extend(report["found_after"])
+    rows = []
+    for (name, what), each in sorted(found.items()):
+        times = [time for time in each if time is not None]
+        middle, worst = (f"{median(times):.1f} s", f"{max(times):.1f} s") if times else ("-", "-")
+        rows.append((name, what, len(each), len(times), middle, worst))
+    commands = _commands(report["command"] for report in plants)
+    return "\n\n".join((commands, _table(("plant", "what is wrong", "runs", "found", "median", "worst"), rows)))
+
+
+def _denied(chaos: Sequence[Report]) -> Iterable[tuple[object, ...]]:
+    refused = _sum(chaos, "denied_refused")
+    for what, count in sorted(_sum(chaos, "denied_tried").items()):
+        yield what, count, refused[what]
 
 
 def _recoveries(chaos: Sequence[Report]) -> Iterable[tuple[object, ...]]:
@@ -135,18 +169,37 @@ def _growth(soak: Report | None) -> str:
     if soak is None:
         return "Not measured: `make soak ARGS='--report REPORT'`."
     rows = [
-        (each["node"], *(f"{count / (1 << 20):.1f} MiB" for count in each["bytes"]), *each["descriptors"])
+        (
+            each["node"],
+            ", ".join(map(_mib, _some(each["bytes"][:-1]))),
+            _mib(each["bytes"][-1]),
+            each["descriptors"][0],
+            each["descriptors"][-1],
+        )
         for each in soak["growth"]
     ]
-    head = ("daemon", "memory, warm", "at the end", "descriptors, warm", "at the end")
+    head = ("daemon", "memory, from when it is warm", "at the end", "descriptors, warm", "at the end")
     faults, transfers = sum(soak["faults"].values()), sum(soak["transfers"].values())
     text = (
         f"{soak['seconds']:.0f} s with {faults} faults, in which no daemon was ended; {transfers:,} transfers, "
         f"{soak['bytes_verified']:,} bytes verified, {soak['wrong_or_lost'] + soak['late']} wrong, lost or late, "
-        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, and when everybody is gone; "
-        "what is remembered of ended transfers (`transfer.keep_ended`) is part of it:"
+        f"{soak['leaks']} leaks. Memory is RssAnon after the first 20 s, at equal distances after that, and when "
+        "everybody is gone; what is remembered of ended transfers (`transfer.keep_ended`) is part of it:"
     )
     return "\n\n".join((_commands([soak["command"]]), text, _table(head, rows)))
+
+
+def _some(values: Sequence[int]) -> Sequence[int]:
+    """Return some of many, at equal distances, the first one and the last one among them."""
+    gaps = min(_COLUMNS, len(values)) - 1
+    return [values[round(index * (len(values) - 1) / gaps)] for index in range(gaps + 1)] if gaps else values
+
+
+_COLUMNS = 8
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
 
 
 def _inputs(fuzz: Report | None) -> str:
@@ -182,12 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__.partition("\n")[0])
     parser.add_argument("chaos", nargs="+", type=Path, help="reports of `python -m tests.chaos --report`")
+    parser.add_argument("--plants", nargs="*", type=Path, default=[], help="reports of runs with `--plant`")
     parser.add_argument("--soak", type=Path, help="report of a soak")
     parser.add_argument("--fuzz", type=Path, help="what FUZZ_REPORT named in `make fuzz`")
     options = parser.parse_args(arguments)
     chaos = [json.loads(path.read_text()) for path in options.chaos]
     soak, fuzz = (json.loads(path.read_text()) if path else None for path in (options.soak, options.fuzz))
-    _PAGE.write_text(page(chaos, soak, fuzz))
+    plants = [json.loads(path.read_text()) for path in options.plants]
+    _PAGE.write_text(page(chaos, soak, fuzz, plants))
     return 0
 
 

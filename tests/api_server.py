@@ -1,4 +1,4 @@
-"""A small Kubernetes API server: real HTTPS, TokenReview and nothing else."""
+"""A small Kubernetes API server: real HTTPS, TokenReview, and ResourceSlices of one node."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from typing import Any
 
 from aiohttp import web
 
-from peermem.api.kubernetes import ApiServer
+from peermem.api.api_server import ApiClient, ApiServer
+from peermem.api.kubernetes import TokenReviewer
 from tests.certificates import Authority
 
 OWN = "the-daemons-own"
+SLICES = "/apis/resource.k8s.io/v1/resourceslices"
 PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
 
 
@@ -39,6 +41,10 @@ class FakeApiServer:
         self.asked: list[dict[str, Any]] = []
         self.answer: web.Response | None = None
         """What it answers instead."""
+        self.slices: dict[str, dict[str, Any]] = {}
+        self.nodes = {"worker-7": "uid-of-worker-7"}
+        self.forbids = ""
+        """A method that the daemon's ClusterRole does not have."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.url = ""
@@ -60,8 +66,11 @@ class FakeApiServer:
         }
         return text
 
-    def config(self, audience: str = "peermem", node: str | None = None) -> ApiServer:
-        return ApiServer(self.url, self.folder / "ca.pem", self.folder / "own", audience, node)
+    def client(self) -> ApiClient:
+        return ApiClient(ApiServer(self.url, self.folder / "ca.pem", self.folder / "own"))
+
+    def reviewer(self, audience: str = "peermem", node: str | None = None) -> TokenReviewer:
+        return TokenReviewer(self.client(), audience, node)
 
     async def _review(self, request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != f"Bearer {OWN}":
@@ -74,6 +83,28 @@ class FakeApiServer:
         unknown = {"authenticated": False, "error": "[invalid bearer token]"}
         return web.json_response(review | {"status": self.known.get(review["spec"]["token"], unknown)}, status=201)
 
+    async def _node(self, request: web.Request) -> web.Response:
+        uid = self.nodes.get(request.match_info["name"])
+        return web.json_response({"metadata": {"uid": uid}}) if uid else web.Response(status=404)
+
+    async def _slice(self, request: web.Request) -> web.Response:
+        """As the real one: another version for each write, and a conflict where the one that is replaced is another."""
+        if request.headers.get("Authorization") != f"Bearer {OWN}" or request.method == self.forbids:
+            return web.Response(status=403)
+        sent = await request.json() if request.method in ("POST", "PUT") else {}
+        name = request.match_info.get("name") or sent["metadata"]["name"]
+        known = self.slices.get(name)
+        if (known is None) is not (request.method == "POST"):
+            return web.Response(status=409 if known else 404)
+        if request.method == "DELETE":
+            return web.json_response(self.slices.pop(name))
+        if known and sent and sent["metadata"].get("resourceVersion") != known["metadata"]["resourceVersion"]:
+            return web.Response(status=409)
+        if sent:
+            version = int(known["metadata"]["resourceVersion"]) + 1 if known else 1
+            self.slices[name] = sent | {"metadata": sent["metadata"] | {"resourceVersion": str(version)}}
+        return web.json_response(self.slices[name])
+
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[FakeApiServer]:
         files = self.authority.issue(dns=None, ip="127.0.0.1").write(self.folder / "api")
@@ -81,6 +112,9 @@ class FakeApiServer:
         context.load_cert_chain(files / "cert.pem", files / "key.pem")
         app = web.Application()
         app.router.add_post(PATH, self._review)
+        app.router.add_get("/api/v1/nodes/{name}", self._node)
+        app.router.add_post(SLICES, self._slice)
+        app.router.add_route("*", f"{SLICES}/{{name}}", self._slice)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)

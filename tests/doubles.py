@@ -160,6 +160,7 @@ class CuedFabric:
         self.refusal: PeermemError | None = None
         """Raised by `register`."""
         self.registered: list[Memory] = []
+        self.revoked: list[RemoteKey] = []
         self.granting: asyncio.Event | None = None
         """Waited for by `grant` while it is here."""
         self.links: list[CuedLink] = []
@@ -237,6 +238,7 @@ class CuedFabric:
         return await self._inner.grant(link_id, memory, offset, length, rights, ttl)
 
     async def revoke(self, key: RemoteKey) -> None:
+        self.revoked.append(key)
         await self._inner.revoke(key)
 
 

@@ -8,10 +8,12 @@ import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
+import peermem
 from peermem.app import App
-from peermem.config import Config, Grpc, Http, ListenAddress, SocketPath, Tcp, Tls
-from peermem.config_values import NodeIds
+from peermem.config import Config, Grpc, Http, ListenAddress, Policy, SocketPath, Tcp, Tls
+from peermem.config_values import FilePath, NodeIds
 from tests.certificates import HOUR, NOW, PATTERN, Authority
+from tests.policies import rule, tenant
 from tests.trusting import Node, free_ports
 
 AUTHORITY = Authority()
@@ -54,14 +56,43 @@ async def test_a_daemon_whose_certificate_is_over_is_not_ready(node: Node, monke
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://{address}/readyz") as answer:
                 assert answer.status == 200
+            async with session.get(f"http://{address}/metrics") as answer:
+                page = await answer.text()
             later = (NOW + 25 * HOUR).timestamp()
             monkeypatch.setattr("time.time", lambda: later)
             async with session.get(f"http://{address}/readyz") as answer:
                 assert answer.status == 503
                 assert "The certificate of spiffe://example.org/peermem/a ended" in await answer.text()
+        for whose, end in {"node": NOW + 24 * HOUR, "authority": NOW + 240 * HOUR}.items():
+            name = f'peermem_tls_certificate_expiry_timestamp_seconds{{certificate="{whose}"}} '
+            (told,) = (float(line.removeprefix(name)) for line in page.splitlines() if line.startswith(name))
+            assert told == int(end.timestamp())
     finally:
         monkeypatch.undo()
         await app.stop()
+
+
+async def test_health_and_metrics_name_no_region_owner_label_or_tenant(node: Node, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    policy = tmp_path / "policy.toml"
+    policy.write_text(rule("a-rule", "uid:*", "create") + tenant("a-tenant", "uid:*", "regions = 2"))
+    http, rules = Http(address=ListenAddress(address)), Policy(file=FilePath(str(policy)))
+    app = App(node.config({}, http=http, policy=rules))
+    await app.start()
+    try:
+        async with await peermem.aio.connect(node.target) as job, aiohttp.ClientSession() as session:
+            made = [await job.create_region(device="bar0", length=1, name="a-region", labels={"a-label": "a-value"})]
+            made.append(await job.create_region(device="bar0", length=1, name="another-region"))
+            transfer = await job.transfer(*made)
+            told = ""
+            for path in ("/", "/healthz", "/readyz", "/metrics"):
+                async with session.get(f"http://{address}{path}") as answer:
+                    told += await answer.text()
+    finally:
+        await app.stop()
+    for name in ("a-region", "another-region", "a-label", "a-value", "uid:", "a-tenant", transfer.name.split("/")[-1]):
+        assert name not in told
+    assert 'device="bar0"' in told
 
 
 @pytest.mark.parametrize("insecure", [False, True])

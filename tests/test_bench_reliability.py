@@ -14,9 +14,9 @@ from tests.chaos.slots import SLOT
 
 
 def outcome(seed: int) -> Outcome:
-    verdict = Verdict(
-        outcomes=Counter(succeeded=10, fenced=2), slots_verified=3, fences_verified=5, denied=4, refused=4
-    )
+    verdict = Verdict(outcomes=Counter(succeeded=10, fenced=2), slots_verified=3, fences_verified=5)
+    verdict.denied.update({"read a region, a guest": 4})
+    verdict.refused.update({"read a region, a guest": 4})
     return Outcome(
         seed,
         60.2,
@@ -26,13 +26,14 @@ def outcome(seed: int) -> Outcome:
         failpoints=Counter({"tcp.send": 4}),
         limits=1,
         recoveries={"links reset": [0.1, 0.4], "daemon killed": [1.5]},
-        growth=[Growth("a", 50 << 20, 51 << 20, 40, 40)],
+        growth=[Growth("a", [50 << 20, 52 << 20, 51 << 20], [40, 41, 40])],
     )
 
 
 def test_the_page_adds_up_what_the_reports_tell() -> None:
     reports = [outcome(1).as_json(), outcome(2).as_json()]
-    told = page(reports, reports[0], {"command": "make fuzz EXAMPLES=300", "inputs": {"tcp hello": 1200}})
+    plants = [{"command": "plant it", "plant": "no-fence", "what": "none", "found_after": [3.0, None, 5.0]}]
+    told = page(reports, reports[0], {"command": "make fuzz EXAMPLES=300", "inputs": {"tcp hello": 1200}}, plants)
     for line in (
         "$ python -m tests.chaos --seed 2 --seconds 60",
         "| daemon killed | 6 |",
@@ -41,8 +42,11 @@ def test_the_page_adds_up_what_the_reports_tell() -> None:
         f"| acknowledged bytes that were read again and right | {6 * SLOT:,} |",
         "| slots written late | 0 |",
         "| denied attempts refused | 8 |",
+        "| read a region, a guest | 8 | 8 |",
         "| links reset | 4 | 0.25 s | 0.40 s |",
-        "| a | 50.0 MiB | 51.0 MiB | 40 | 40 |",
+        "| a | 50.0 MiB, 52.0 MiB | 51.0 MiB | 40 | 40 |",
+        "$ plant it",
+        "| no-fence | none | 3 | 2 | 4.0 s | 5.0 s |",
         "$ make fuzz EXAMPLES=300",
         "| tcp hello | 1,200 |",
     ):
@@ -53,6 +57,7 @@ def test_what_was_not_measured_is_told_so() -> None:
     told = page([outcome(1).as_json()], None, None)
     assert "Not measured: `make soak" in told
     assert "Not counted: `FUZZ_REPORT" in told
+    assert "Not tried: `make chaos" in told
 
 
 def test_an_outcome_says_what_is_wrong() -> None:

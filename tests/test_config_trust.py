@@ -22,6 +22,13 @@ def test_tls_opens_the_network_without_insecure_network(tmp_path: Path) -> None:
     assert not load(write(tmp_path, ""), {}).tls.on
 
 
+def test_with_tls_health_and_metrics_are_plain_where_other_hosts_reach_them(tmp_path: Path) -> None:
+    http = 'http.address = "10.0.0.1:7472"\n'
+    assert load(write(tmp_path, f"{http}{TLS}"), {}).http.address == "10.0.0.1:7472"
+    file = write(tmp_path, http)
+    assert any(found.startswith(f"{file}: http.address 10.0.0.1:7472 can be reached") for found in problems(file))
+
+
 def test_tokens(tmp_path: Path) -> None:
     text = f'grpc.token_address = "127.0.0.1:7473"\n{TLS}{KUBERNETES}this_node_only = "node-7.example.org"'
     config = load(write(tmp_path, text), {"PEERMEM_KUBERNETES_AUDIENCE": "memory"})

@@ -18,7 +18,7 @@ from peermem.core.errors import PeermemError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCKS = {lock: (ROOT / "requirements" / f"{lock}.txt").read_text() for lock in ("runtime", "lab", "dev")}
+LOCKS = {lock: (ROOT / "requirements" / f"{lock}.txt").read_text() for lock in ("runtime", "image", "lab", "dev")}
 NO_LOCK_LINE = r"(?!$| *#|    --hash=sha256:[0-9a-f]{64}( \\)?$|[a-z0-9-]+==[^ ]+( ; [^/]+)? \\$)"
 
 
@@ -99,6 +99,7 @@ def test_the_locks_pin_every_dependency_to_the_same_release() -> None:
     assert pins("dev").keys() >= DEVELOPMENT
     assert pins("lab").keys() >= RUNTIME | TEST
     assert pins("dev").items() >= pins("lab").items() >= pins("runtime").items()
+    assert pins("dev").items() >= pins("image").items() >= pins("runtime").items()
 
 
 @pytest.mark.parametrize("lock", LOCKS)

@@ -165,6 +165,18 @@ SECURITY = [
         ],
         alerts=["PeermemPolicyRefused", "PeermemAuditFails"],
     ),
+    Panel(
+        "Certificates",
+        "Time until the first ends: the one that a node shows, and the first of the authorities that it believes.",
+        "s",
+        [
+            Query(
+                "min by (certificate) (peermem_tls_certificate_expiry_timestamp_seconds{@}) - time()",
+                "{{certificate}}",
+            )
+        ],
+        alerts=["PeermemCertificateExpires"],
+    ),
 ]
 
 CONTROL = [

@@ -17,9 +17,10 @@ from pathlib import Path
 import structlog
 
 from peermem import policy_file
-from peermem.config import DEFAULT_PATH, Config, load
+from peermem.config import DEFAULT_PATH, Config, given_by_manager, load
 from peermem.core.version import VERSION
 from peermem.strict_toml import ConfigError
+from peermem.supervisor import Supervisor
 from peermem.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -57,7 +58,7 @@ async def run(config: Config) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - set here, not read
     from peermem.app import App
 
-    app = App(config)
+    app = App(config, Supervisor(given_by_manager()))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 
@@ -32,8 +33,9 @@ from peermem.api.transfers import TransferService
 from peermem.app_directory import make_directory, notes_of, own_entry, why_unknown
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
+from peermem.app_slices import publish_devices
 from peermem.app_snapshot import condition, snapshot
-from peermem.app_trust import open_trust
+from peermem.app_trust import ends, open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.broker.sessions import SessionTable
@@ -49,6 +51,7 @@ from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.directory.base import Directory
 from peermem.remote.client import GrpcRemotes
+from peermem.supervisor import Given, Supervisor
 from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
 from peermem.telemetry.nics import NicUse
 
@@ -58,9 +61,10 @@ log = structlog.get_logger(__name__)
 class App:
     """One daemon: made from a configuration, started once, stopped once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, supervisor: Supervisor | None = None) -> None:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
+        self._supervisor = supervisor or Supervisor(Given())
         self.metrics = Metrics(VERSION, node=config.node)
         self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
@@ -81,6 +85,7 @@ class App:
     async def stop(self) -> None:
         """Drain within the grace time, then close everything in reverse order."""
         self._reasons = ("The daemon is shutting down.",)
+        self._supervisor.stopping()
         log.info("stopping", grace=float(self.config.shutdown.grace))
         await self._stack.aclose()
         log.info("stopped")
@@ -107,29 +112,51 @@ class App:
         self._stack.push_async_callback(parts.storage.close)
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
-        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
-        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
-        self.metrics.condition.observe(lambda: condition(broker, config.region.max_regions))
-        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
-        await self._start_attach(broker, sessions)
+        self._observe(broker, sessions, parts, trust)
+        attach = self._listen_for_jobs(broker, sessions)
         identity = Identity(sessions, trust)
         links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
         server = self._server(broker, identity, trust, links)
         self._stack.push_async_callback(server.stop, _CALLS_GRACE)
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
+        if attach is not None:
+            attach.serve()
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""
-        for work in (broker.tend(), self._policy.tend(broker.go_by), watch_event_loop(self.metrics)):
+        for work in (
+            broker.tend(),
+            self._policy.tend(broker.go_by),
+            watch_event_loop(self.metrics),
+            self._supervisor.tend(self._status),
+        ):
             self._spawn(work)
         self._stack.push_async_callback(broker.drain, self.config.shutdown.grace)
         await directory.join(own_entry(broker.node_facts(), address))
         self._stack.push_async_callback(directory.leave)
+        preflight = self._preflight(broker)
+        publish_devices(
+            self.config.kubernetes,
+            lambda: preflight.reach(broker.device_facts()),
+            read_topology,
+            self._stack,
+            self._spawn,
+        )
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
+        self._supervisor.ready()
+
+    def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
+        """Let scrapes ask what there is from now on."""
+        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
+        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
+        if trust.credentials is not None:
+            self.metrics.certificates.observe(partial(ends, trust.credentials))
+        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
 
     def _break_on_purpose(self, texts: Sequence[str]) -> None:
         if self.config.break_on_purpose:
@@ -151,6 +178,10 @@ class App:
         refused = status.refusal.message if status.refusal is not None else ""
         reasons = (*self._reasons, *filter(None, (over, refused)))
         return Health(not reasons, reasons, (*filter(None, (self._policy.problem,)), *notes_of(status)))
+
+    def _status(self) -> str:
+        health = self._health()
+        return " ".join((f"Node {self.config.node}.", *health.reasons, *health.notes))
 
     def _broker(self, directory: Directory, parts: Parts, sessions: SessionTable, trust: Trust) -> Broker:
         config = self.config
@@ -182,11 +213,15 @@ class App:
             parts.storage,
         )
 
-    async def _start_attach(self, broker: Broker, sessions: SessionTable) -> None:
-        if self.config.attach.socket:
-            server = AttachServer(self.config.attach.socket, sessions, broker.map_region, self.config.node)
-            await server.start()
-            self._stack.push_async_callback(server.close)
+    def _listen_for_jobs(self, broker: Broker, sessions: SessionTable) -> AttachServer | None:
+        path = self.config.attach.socket
+        handed_over = self._supervisor.adopt(path)
+        if path is None:
+            return None
+        server = AttachServer(path, sessions, broker.map_region, self.config.node)
+        server.listen(handed_over)
+        self._stack.push_async_callback(server.close)
+        return server
 
     def _server(self, broker: Broker, identity: Identity, trust: Trust, links: LinkService) -> GrpcServer:
         config = self.config

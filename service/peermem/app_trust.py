@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
 
+from peermem.api.api_server import ApiClient, ApiServer
 from peermem.api.identity import Trust
-from peermem.api.kubernetes import ApiServer, TokenReviewer
+from peermem.api.kubernetes import TokenReviewer
 from peermem.config import Config, Kubernetes, Tls
 from peermem.core.spiffe import Denied, NodePattern
 from peermem.credentials.base import Credentials, Source
@@ -17,6 +18,7 @@ from peermem.credentials.denied import follow_denied, read_denied
 from peermem.credentials.files import CredentialFiles
 from peermem.credentials.trial import BadPair
 from peermem.credentials.workload_api import WorkloadApi
+from peermem.telemetry.certificates import Whose
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +31,7 @@ async def open_trust(config: Config, stack: AsyncExitStack, spawn: Spawn) -> Tru
     _warn(config)
     review = None
     if config.kubernetes.api_server:
-        reviewer = TokenReviewer(_api_server(config.kubernetes, config.kubernetes.api_server))
+        reviewer = _reviewer(config.kubernetes, config.kubernetes.api_server)
         stack.push_async_callback(reviewer.close)
         review = reviewer.review
     return Trust(await _credentials(config, stack, spawn), review, config.tls.anonymous)
@@ -54,6 +56,12 @@ async def _credentials(config: Config, stack: AsyncExitStack, spawn: Spawn) -> C
     return credentials
 
 
+def ends(credentials: Credentials) -> Mapping[Whose, float]:
+    """Return when certificates end, in seconds since 1970."""
+    own, authorities = credentials.ends()
+    return {Whose.NODE: own, **({Whose.AUTHORITY: authorities} if authorities is not None else {})}
+
+
 def _source(tls: Tls, spiffe_id: str) -> Source:
     if tls.workload_api:
         return WorkloadApi(tls.workload_api, spiffe_id)
@@ -61,8 +69,9 @@ def _source(tls: Tls, spiffe_id: str) -> Source:
     return CredentialFiles(certificate, key, ca)
 
 
-def _api_server(config: Kubernetes, url: str) -> ApiServer:
-    return ApiServer(url, Path(config.ca), Path(config.token), config.audience, config.this_node_only)
+def _reviewer(config: Kubernetes, url: str) -> TokenReviewer:
+    client = ApiClient(ApiServer(url, Path(config.ca), Path(config.token)))
+    return TokenReviewer(client, config.audience, config.this_node_only)
 
 
 def _warn(config: Config) -> None:

@@ -56,6 +56,7 @@ from peermem.config_values import Name as Name
 from peermem.config_values import SocketPath as SocketPath
 from peermem.strict_toml import ConfigError as ConfigError
 from peermem.strict_toml import Contradiction
+from peermem.supervisor import Given
 
 DEFAULT_PATH = Path("/etc/peermem/peermem.toml")
 PREFIX = "PEERMEM_"
@@ -294,6 +295,18 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         name: text for name, text in environ.items() if name.startswith(PREFIX) and name not in CLIENT_VARIABLES
     }
     return strict_toml.build(Config, table, file, variables, PREFIX, _contradictions)
+
+
+def given_by_manager(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Given:
+    """Return what a service manager says in the environment of the process `pid`, this one if None."""
+    own = str(os.getpid() if pid is None else pid)
+    watchdog = environ.get("WATCHDOG_USEC", "") if environ.get("WATCHDOG_PID", own) == own else ""
+    sockets = environ.get("LISTEN_FDS", "") if environ.get("LISTEN_PID") == own else ""
+    return Given(
+        environ.get("NOTIFY_SOCKET", ""),
+        int(watchdog) / 1e6 if watchdog.isdecimal() else 0.0,
+        int(sockets) if sockets.isdecimal() else 0,
+    )
 
 
 def _contradictions(config: Config) -> Iterator[Contradiction]:

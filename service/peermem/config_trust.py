@@ -52,6 +52,8 @@ class Kubernetes(Struct, frozen=True, forbid_unknown_fields=True):
     """What a token must be issued for."""
     this_node_only: KubernetesNode | None = None
     """Kubernetes' name of this node: a token that is bound to a pod of another node is refused; None: it is not."""
+    publish_as: KubernetesNode | None = None
+    """Kubernetes' name of this node, as whose ResourceSlice its devices are published; None: they are not."""
 
 
 def trust_contradictions(tls: Tls, kubernetes: Kubernetes, token_address: str | None) -> Iterator[Contradiction]:
@@ -74,6 +76,11 @@ def trust_contradictions(tls: Tls, kubernetes: Kubernetes, token_address: str | 
         yield (
             "grpc.token_address",
             "grpc.token_address is of no use while no token counts. Set kubernetes.api_server, or leave it out.",
+        )
+    if kubernetes.publish_as and not kubernetes.api_server:
+        yield (
+            "kubernetes.publish_as",
+            "kubernetes.publish_as is of no use while kubernetes.api_server is empty. Set that, or leave it out.",
         )
     if tls.anonymous and not token_address:
         yield (

@@ -118,6 +118,8 @@ def region_to_proto(facts: core_region.RegionFacts) -> region_pb2.Region:
         create_time=time_to_proto(facts.created_at),
         nics=facts.nics,
         why=facts.why,
+        slurm_job=facts.origin.slurm_job,
+        pod=facts.origin.pod,
         published=facts.published,
     )
 

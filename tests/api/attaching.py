@@ -60,7 +60,8 @@ class Node:
 
 @asynccontextmanager
 async def serving(server: AttachServer) -> AsyncIterator[None]:
-    await server.start()
+    server.listen()
+    server.serve()
     try:
         yield
     finally:

@@ -89,7 +89,8 @@ class TestSession:
 
     async def test_the_end_of_the_server_is_the_end_of_all(self, node: Node) -> None:
         server = node.server()
-        await server.start()
+        server.listen()
+        server.serve()
         attachment = await node.attach()
         await server.close()
         await server.close()
@@ -354,6 +355,27 @@ class TestSocketFile:
         async with serving(AttachServer(node.path, node.sessions, node.map_region, "a", mode=0o600)):
             assert stat.S_IMODE(os.stat(node.path).st_mode) == 0o600
 
+    async def test_who_connects_before_it_serves_is_answered_then(self, node: Node) -> None:
+        server = node.server()
+        server.listen()
+        waiting = asyncio.create_task(node.attach())
+        await until(lambda: os.path.exists(node.path))
+        server.serve()
+        (await waiting).close()
+        await server.close()
+
+    async def test_one_that_was_handed_over_is_served_and_left_there(self, node: Node) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as held:
+            held.bind(node.path)
+            held.listen()
+            for _ in range(2):  # as when the daemon is restarted
+                server = node.server()
+                server.listen(held.dup())
+                server.serve()
+                (await node.attach()).close()
+                await server.close()
+            assert os.stat(node.path)
+
     async def test_one_of_a_dead_daemon_is_replaced(self, node: Node) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
             dead.bind(node.path)
@@ -362,13 +384,13 @@ class TestSocketFile:
 
     async def test_one_of_a_living_daemon_is_left_alone(self, served: Node) -> None:
         with pytest.raises(OSError, match="Another daemon is listening"):
-            await served.server().start()
+            served.server().listen()
         (await served.attach()).close()
 
     async def test_a_file_that_is_no_socket_is_left_alone(self, node: Node, tmp_path: Path) -> None:
         node.path = str(tmp_path)
         server = node.server()
         with pytest.raises(OSError, match="no socket"):
-            await server.start()
+            server.listen()
         await server.close()
         assert os.listdir(tmp_path) == []

@@ -41,7 +41,7 @@ async def reviewer(server: FakeApiServer) -> AsyncIterator[TokenReviewer]:
 
 @asynccontextmanager
 async def reviewing(server: FakeApiServer, node: str | None = None) -> AsyncIterator[TokenReviewer]:
-    reviewer = TokenReviewer(server.config(node=node))
+    reviewer = server.reviewer(node=node)
     try:
         yield reviewer
     finally:
@@ -196,7 +196,7 @@ async def test_an_api_server_that_can_not_be_asked_lets_nobody_in(
 
 
 async def test_an_api_server_that_is_silent_is_given_up(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peermem.api.kubernetes._PATIENCE", 0.1)
+    monkeypatch.setattr("peermem.api.api_server.PATIENCE", 0.1)
     server.gate.clear()
     async with reviewing(server) as reviewer:
         with pytest.raises(errors.AuthorityUnreachable, match=r"no answer within 0\.1 seconds"):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path as FilePath
 
+import grpc
 import pytest
 
 import peermem
@@ -16,6 +17,7 @@ from peermem.core.node import NodeDevice
 from peermem.core.preflight import Check
 from peermem.core.types import FabricKind, Path
 from peermem.directory.base import GoneNode, NodeEntry
+from peermem.v1 import node_pb2, node_pb2_grpc
 from tests.broker.conftest import NicHost, hosts, nic_hosts
 from tests.directory.cued import CuedDirectory
 from tests.doubles import PATIENCE
@@ -151,3 +153,19 @@ async def test_nodes_with_what_the_directory_says_of_them(node: peermem.aio.Node
     here, b, c = await node.nodes()
     assert [each.state for each in (here, b, c)] == [NodeState.UP, NodeState.UNCONFIRMED, NodeState.GONE]
     assert b.state_time is not None
+
+
+async def test_nodes_come_in_pages(target: str, node: peermem.aio.Node, host: NicHost) -> None:
+    others = [NodeEntry(f"n{number:04}", "10.0.0.2:7470") for number in range(2500)]
+    host.broker.directory = CuedDirectory(*others)
+    names = [info.name for info in await node.nodes()]
+    assert names == ["nodes/a", *(f"nodes/{other.node}" for other in others)]
+
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = node_pb2_grpc.NodeServiceStub(channel)
+        page = await stub.ListNodes(node_pb2.ListNodesRequest(page_size=2, page_token="a"))
+        assert ([each.name for each in page.nodes], page.next_page_token) == (["nodes/n0000", "nodes/n0001"], "n0001")
+        last = await stub.ListNodes(node_pb2.ListNodesRequest(page_token="n2498"))
+        assert ([each.name for each in last.nodes], last.next_page_token) == (["nodes/n2499"], "")
+        with pytest.raises(grpc.aio.AioRpcError, match="page_size"):
+            await stub.ListNodes(node_pb2.ListNodesRequest(page_size=1001))

@@ -328,3 +328,33 @@ async def test_connections_that_fail_take_no_transfer_with_them(pair: list[Host]
         facts = await outcome(await start(a, whole(source, sink), checksum=True))
     assert (facts.state, facts.error) == (State.SUCCEEDED, None)
     assert await content(b, sink) == DATA
+
+
+# What runs of chaos plant, to see whether it is found
+
+
+async def test_a_fence_that_is_skipped_asks_nobody(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, LENGTH), await region(b, LENGTH)
+    for fences, _ in enumerate(("skipped", "asked for")):
+        a.cues.calls.clear()
+        with turned_on("fence.skip", times=1 - fences), turned_on("slice.post", times=1):
+            assert (await outcome(await start(a, whole(source, sink)))).state is State.SUCCEEDED
+        assert a.cues.calls.count("release_grants") == fences
+
+
+async def test_a_grant_that_is_kept_is_told_to_have_ended(pair: list[Host]) -> None:
+    a, b = pair
+    for revoked, _ in enumerate(("kept", "revoked")):
+        with turned_on("grant.keep", times=1 - revoked):
+            await moves(a, b)
+            await eventually(lambda: b.broker.serving.grant_count == 0)
+        assert len(b.tcp.revoked) == revoked
+
+
+async def test_a_grant_that_is_forgotten_is_held_on(pair: list[Host]) -> None:
+    a, b = pair
+    with turned_on("grant.forget", times=1):
+        await moves(a, b)
+        await moves(a, b)
+    assert a.broker.links.grant_count == 1

@@ -11,8 +11,9 @@ import pytest
 
 from peermem.broker.relays import Relay
 from peermem.core import errors
-from peermem.core.identity import ANONYMOUS, Subject
+from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.names import ChildName
+from peermem.core.origin import Origin
 from peermem.core.plan import Direction
 from peermem.core.policy import Action
 from peermem.core.region import Lease, RegionRequest
@@ -20,6 +21,7 @@ from peermem.core.region import State as RegionState
 from peermem.core.segments import columns
 from peermem.core.transfer import State
 from peermem.core.types import LeaseKind
+from peermem.wire import region_to_proto
 from tests.broker.conftest import hosts
 from tests.broker.support import eventually, failure, outcome, region, start, whole
 from tests.doubles import MIB, Host
@@ -90,6 +92,18 @@ async def test_a_ttl_ends_a_region_and_its_transfer(pair: list[Host]) -> None:
     a.tcp.let_go()
     assert type(await failure(transfer)) is errors.RegionDeleted
     await eventually(lambda: len(a.broker.regions) == 0)
+
+
+async def test_a_region_tells_which_job_made_it(pair: list[Host]) -> None:
+    a = pair[0]
+    session = a.sessions.open(Subject("uid:5"), 1, Origin(slurm_job="42"))
+    request = RegionRequest("", 4096, "bar0", "", {}, Lease(LeaseKind.NONE))
+    made = [await a.broker.create_region(Subject("uid:5"), who, request) for who in (session, None)]
+    a.sessions.close(session)
+    told = [region_to_proto(region.facts) for region in made]
+    assert [(each.slurm_job, each.pod) for each in told] == [("42", ""), ("", "")]
+    for one in made:
+        await a.broker.delete_region(ROOT, one.name, force=False)
 
 
 async def test_a_session_ends_its_regions_also_one_that_is_being_made(pair: list[Host]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -56,6 +58,19 @@ async def test_without_a_proof_tcp_carries_it_and_the_region_says_why(nic_pair: 
     error = await failure(await start(a, whole(source, sink), fabric=FabricKind.VERBS))
     assert type(error) is errors.FabricUnavailable
     assert "not reached over verbs" in error.message
+
+
+async def test_why_no_nic_reaches_regions_is_known_without_keeping_them(nic_pair: list[NicHost]) -> None:
+    a, _ = nic_pair
+    a.nic.unreachable = {Path.HOST}
+    memories = []
+    for _ in range(3):
+        made = await region(a, MIB)
+        memories.append(weakref.ref(made.memory))
+        await a.broker.delete_region(ANONYMOUS, made.name, force=False)
+        del made
+    gc.collect()
+    assert [memory() for memory in memories] == [None] * 3
 
 
 async def test_a_region_there_that_no_nic_reaches_is_found_out_once(nic_pair: list[NicHost]) -> None:

@@ -101,6 +101,21 @@ async def test_access_that_is_refused_again_and_again_ends_with_grant_refused(pa
     assert type(await failure(await start(a, whole(source, sink)))) is errors.GrantRefused
 
 
+async def test_a_region_that_goes_after_a_refusal_is_told_to_have_gone(pair: list[Host]) -> None:
+    """A grant may have run out, and the one after it ended with its region."""
+    a, b = pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    a.tcp.hold = True
+    transfer = await start(a, whole(source, sink))
+    for _ in range(2):
+        await eventually(lambda: a.tcp.held == 1)
+        a.tcp.statuses = [Status.REM_ACCESS_ERR]
+        if a.cues.calls.count("acquire_grant") == 2:
+            a.cues.once["acquire_grant"] = errors.RegionDeleted("It is being deleted.")
+        a.tcp.links[0].let_go()
+    assert type(await failure(transfer)) is errors.RegionDeleted
+
+
 async def test_a_refusal_is_met_with_a_new_grant(pair: list[Host]) -> None:
     a, b = pair
     source, sink = await region(a, MIB, data=noise(MIB)), await region(b, MIB)

@@ -3,6 +3,7 @@
 Rules of this file:
 
 * Every daemon reaches every other one only over wires: one for each pair's gRPC, one for each node's tcp fabric.
+* They know each other by certificates, and each has a policy.
 * Times are short, and little is remembered of what ended, so that what is given up is given up within a run, and what
   grows is seen; nothing else differs from a real daemon.
 """
@@ -16,11 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from bench.daemons import Daemon, free_ports
+from bench.daemons import Daemon, Place, free_ports
 
 import peermem
+from tests.chaos.history import Governed, Record
+from tests.chaos.policies import BROKEN, OPEN, Certificates, policy
 from tests.chaos.proxy import Mode, Network, Wire, network
-from tests.e2e.support import eventually, holdings
+from tests.e2e.support import eventually, holdings, metric
 
 LIMIT = 60
 """Regions of one daemon."""
@@ -38,16 +41,28 @@ link_idle = "1s"
 keep_ended = 200
 [shutdown]
 grace = "2s"
+[audit]
+decisions = "denied"
 """
 ENVIRON = {"PEERMEM_TCP_STALL_TIMEOUT": "500ms"}
-_PATIENCE = 45.0
+_RELOAD = 30.0
+"""Seconds in which a policy is put in force."""
+_EXPECTED = '"policy_refused"'
 _DEFECT = re.compile(r'_defect|Traceback|"level": "(error|critical)"')
 
 
 class Cluster:
     """Daemons and wires."""
 
-    def __init__(self, folder: Path, nodes: Sequence[str], wires: Network) -> None:
+    def __init__(
+        self, folder: Path, nodes: Sequence[str], wires: Network, failpoints: Sequence[str], *, is_open: bool
+    ) -> None:
+        """`failpoints` are those of the first start. With `is_open` no policy holds, and it is told as if one did."""
+        self.record = Record(folder / "daemons.history")
+        self.certificates = Certificates(folder / "tls", tuple(nodes))
+        self._folder = folder
+        self._is_open = is_open
+        self._guests_read = dict.fromkeys(nodes, True)
         ports = {node: free_ports(3) for node in nodes}
         self.fabric: dict[str, Wire] = {node: wires.wire(f"127.0.0.1:{ports[node][1]}") for node in nodes}
         """By the node that they lead to."""
@@ -63,8 +78,10 @@ class Cluster:
         """Lines of logs that tell of a defect."""
         for node in nodes:
             others = {there: self.control[node, there].address for there in nodes if there != node}
-            self.daemons[node] = Daemon(node, folder / node, ports[node], others, EXTRA)
-            self.start(node, ())
+            here = Place(config=f'{self.certificates.table(node)}\n[policy]\nfile = "{self._policy_file(node)}"')
+            self.daemons[node] = Daemon(node, folder / node, ports[node], others, EXTRA, here)
+            self._write_policy(node, self._policy(node))
+            self.start(node, failpoints)
 
     def start(self, node: str, failpoints: Sequence[str]) -> None:
         """Start a daemon that breaks as it is told."""
@@ -79,7 +96,53 @@ class Cluster:
 
     def targets(self) -> dict[str, dict[str, str]]:
         """Return where jobs reach the daemons."""
-        return {node: {"socket": daemon.target, "tcp": daemon.grpc} for node, daemon in self.daemons.items()}
+        return {
+            node: {
+                "socket": daemon.target,
+                "attach": f"{daemon.folder}/attach.sock",
+                "tcp": daemon.grpc,
+                "fabric": daemon.tcp,
+            }
+            for node, daemon in self.daemons.items()
+        }
+
+    def _policy_file(self, node: str) -> Path:
+        return self._folder / f"policy-{node}.toml"
+
+    def _policy(self, node: str) -> str:
+        return OPEN if self._is_open else policy(guests_read=self._guests_read[node])
+
+    def _write_policy(self, node: str, text: str) -> None:
+        fresh = self._folder / f"policy-{node}.new"
+        fresh.write_text(text)
+        fresh.rename(self._policy_file(node))
+
+    def change_policy(self, node: str) -> None:
+        """Let guests of a node read what they could not, or the other way round, and see it in force."""
+        self.record.add(Governed, node=node, guests_read=None)
+        self._guests_read[node] = not self._guests_read[node]
+        if self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds"):
+            self._govern(node)
+
+    def break_policy(self, node: str) -> None:
+        """Put a file with an error in a policy's place, see it refused, and put it right again."""
+        self._put_policy(node, BROKEN, "peermem_policy_reload_failures_total")
+        self._put_policy(node, self._policy(node), "peermem_policy_loaded_timestamp_seconds")
+
+    def _put_policy(self, node: str, text: str, metric_that_grows: str) -> bool:
+        """Have a daemon read another policy, and return whether it has: one that dies meanwhile reads it when it starts
+        again."""
+        self._write_policy(node, text)
+        try:
+            before = metric(self.daemons[node], metric_that_grows)
+            self.signal(node, signal.SIGHUP)
+            eventually(lambda: metric(self.daemons[node], metric_that_grows) > before, "the policy", _RELOAD)
+        except OSError:
+            return False
+        return True
+
+    def _govern(self, node: str) -> None:
+        self.record.add(Governed, node=node, guests_read=self._guests_read[node])
 
     def isolate(self, node: str, mode: Mode) -> None:
         """Have nothing pass to and from a node that is not on a connection that it made to another one's fabric."""
@@ -117,7 +180,7 @@ class Cluster:
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         return int(status["RssAnon"].split()[0]) << 10, len(list((process / "fd").iterdir()))
 
-    def settle(self, node: str) -> dict[str, float]:
+    def settle(self, node: str, patience: float) -> dict[str, float]:
         """Wait until a daemon that nobody uses holds what it held at its start, or the patience is over; return what
         it holds."""
         held: dict[str, float] = {}
@@ -127,7 +190,7 @@ class Cluster:
             return all(count <= self.baselines[node].get(what, 0.0) for what, count in held.items())
 
         with suppress(AssertionError):  # what is left is told
-            eventually(empty, "the end of what a daemon holds", _PATIENCE)
+            eventually(empty, "the end of what a daemon holds", patience)
         return held
 
     def ready(self) -> None:
@@ -135,6 +198,7 @@ class Cluster:
         for node, daemon in self.daemons.items():
             daemon.ready()
             self.baselines[node] = self.holds(node)
+            self._govern(node)
 
     def end(self) -> None:
         """End the daemons, and look for defects in their logs."""
@@ -142,14 +206,17 @@ class Cluster:
             self.signal(node, signal.SIGCONT)
             daemon.kill()
             lines = daemon.log.read_text().splitlines()
-            self.defects += [f"{node}: {line}" for line in lines if _DEFECT.search(line)]
+            self.defects += [f"{node}: {line}" for line in lines if _DEFECT.search(line) and _EXPECTED not in line]
 
 
 @contextmanager
-def cluster(folder: Path, nodes: Sequence[str] = ("a", "b", "c")) -> Iterator[Cluster]:
+def cluster(
+    folder: Path, nodes: Sequence[str] = ("a", "b", "c"), failpoints: Sequence[str] = (), *, is_open: bool = False
+) -> Iterator[Cluster]:
     """Run daemons for the time of a block."""
     with ExitStack() as stack:
-        made = Cluster(folder, nodes, stack.enter_context(network()))
+        made = Cluster(folder, nodes, stack.enter_context(network()), failpoints, is_open=is_open)
+        stack.callback(made.record.close)
         stack.callback(made.end)
         made.ready()
         yield made

@@ -12,10 +12,11 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.chaos.cluster import Cluster
+from tests.chaos.plants import Plant
 from tests.chaos.proxy import Mode
 
 FAILPOINTS = (
@@ -51,7 +52,7 @@ FAILPOINTS = (
 """What restarted daemons are told."""
 CORRUPT = "tcp.corrupt=on*6+30"
 """Only where every transfer is checked."""
-_KINDS = (
+KINDS = (
     ("daemon killed", 20),
     ("daemon stopped", 15),
     ("job killed", 15),
@@ -61,7 +62,28 @@ _KINDS = (
     ("one direction of gRPC stalled", 6),
     ("links reset", 18),
     ("fabric stalled", 8),
+    ("fabric late", 14),
+    ("rails late", 8),
+    ("node late", 10),
+    ("policy changed", 10),
+    ("policy broken", 3),
+    ("certificate renewed", 3),
 )
+_PAUSES, _LATE = (0.05, 0.3, 0.8, 1.5, 2.5), (2.0, 3.0)
+"""Seconds that a fault lasts. What is late is so for longer than jobs have patience, so that it comes after their
+answer: that is when a missing fence shows."""
+_AT_ONCE: Mapping[str, Callable[[Cluster, str], None]] = {
+    "links reset": lambda cluster, node: cluster.fabric[node].reset(),
+    "policy changed": lambda cluster, node: cluster.change_policy(node),
+    "policy broken": lambda cluster, node: cluster.break_policy(node),
+    "certificate renewed": lambda cluster, node: cluster.certificates.renew(node),
+}
+_ON_THE_FABRIC = {"fabric stalled": Mode.STALLED, "fabric late": Mode.LATE, "rails late": Mode.HALF_LATE}
+_AROUND_A_NODE = {
+    "node cut off, silently": Mode.STALLED,
+    "node cut off, with resets": Mode.CUT,
+    "node late": Mode.LATE,
+}
 
 
 @dataclass(slots=True)
@@ -94,14 +116,19 @@ class Injector:
         *,
         corrupts: bool,
         spares_daemons: bool,
+        plant: Plant | None,
     ) -> None:
         """`renew` starts a job anew in the place of the one with this index. With `corrupts` bytes are changed on the
-        way, with `spares_daemons` no daemon is ended, so that their growth can be seen."""
-        self._kinds = [(kind, weight) for kind, weight in _KINDS if kind != "daemon killed" or not spares_daemons]
+        way, with `spares_daemons` no daemon is ended, so that their growth can be seen. Daemons that a `plant` is in
+        are told nothing else, and keep it."""
+        self._kinds = [(kind, weight) for kind, weight in KINDS if kind != "daemon killed" or not spares_daemons]
+        if plant is not None and plant.among:
+            self._kinds = [(kind, weight) for kind, weight in self._kinds if kind in plant.among]
         self._random = random.Random(seed)
         self._cluster = cluster
         self._jobs = list(jobs)
         self._renew = renew
+        self._plant = plant
         self._points = (*FAILPOINTS, CORRUPT) if corrupts else FAILPOINTS
         self.injected: list[Injected] = []
 
@@ -122,7 +149,7 @@ class Injector:
             self._revive()
 
     def _break(self, kind: str, node: str) -> None:
-        cluster, pause = self._cluster, self._random.choice((0.05, 0.3, 0.8, 1.5, 2.5))
+        cluster, pause = self._cluster, self._random.choice(_LATE if "late" in kind else _PAUSES)
         if kind == "daemon killed":
             self._kill(node, pause)
         elif kind == "daemon stopped":
@@ -134,19 +161,22 @@ class Injector:
             self._jobs[index] = self._renew(index)
         elif kind == "job stopped":
             self._hold(pause, self._random.choice(self._jobs).process.send_signal)
-        elif kind == "links reset":
-            cluster.fabric[node].reset()
-        elif kind == "fabric stalled":
-            cluster.fabric[node].set(Mode.STALLED)
-            time.sleep(pause)
-        elif kind == "one direction of gRPC stalled":
-            pair = self._random.choice(sorted(pair for pair in cluster.control if node in pair))
-            cluster.control[pair].set(Mode.STALLED)
-            time.sleep(pause)
+        elif kind in _AT_ONCE:
+            _AT_ONCE[kind](cluster, node)
         else:
-            cluster.isolate(node, Mode.STALLED if kind == "node cut off, silently" else Mode.CUT)
+            self._change_wires(kind, node)
             time.sleep(pause)
         cluster.heal()
+
+    def _change_wires(self, kind: str, node: str) -> None:
+        cluster = self._cluster
+        if kind in _ON_THE_FABRIC:
+            cluster.fabric[node].set(_ON_THE_FABRIC[kind])
+        elif kind in _AROUND_A_NODE:
+            cluster.isolate(node, _AROUND_A_NODE[kind])
+        else:
+            pair = self._random.choice(sorted(pair for pair in cluster.control if node in pair))
+            cluster.control[pair].set(Mode.STALLED)
 
     def _hold(self, pause: float, send: Callable[[signal.Signals], None]) -> None:
         send(signal.SIGSTOP)
@@ -159,33 +189,35 @@ class Injector:
         self._start(node)
 
     def _start(self, node: str) -> None:
-        points = self._random.sample(self._points, self._random.choice((0, 1, 1, 2)))
-        points = list({point.partition("=")[0]: point for point in points}.values())
-        self._cluster.start(node, points)
+        self._cluster.start(node, self._told())
         try:
             self._cluster.daemons[node].ready()
         except AssertionError:
             if not self._cluster.is_dead(node):  # it died at a failpoint: `_revive` is next
                 raise
 
+    def _told(self) -> Sequence[str]:
+        """Return the failpoints of a daemon that starts."""
+        if self._plant is not None:
+            return self._plant.failpoints
+        points = self._random.sample(self._points, self._random.choice((0, 1, 1, 2)))
+        return list({point.partition("=")[0]: point for point in points}.values())
+
     def _revive(self) -> None:
         """Start daemons that died at a failpoint."""
         for node, daemon in self._cluster.daemons.items():
             if self._cluster.is_dead(node):
                 self.injected.append(Injected("daemon died at a failpoint", node, time.monotonic()))
-                self._cluster.start(node, ())
+                self._cluster.start(node, self._plant.failpoints if self._plant else ())
                 daemon.ready()
 
     def heal(self) -> None:
-        """End all faults; daemons run without failpoints."""
+        """End all faults; daemons run without failpoints, but for those of a plant."""
         self._cluster.heal()
         for node, daemon in self._cluster.daemons.items():
             self._cluster.signal(node, signal.SIGCONT)
-            if (
-                daemon.environ["PEERMEM_FAILPOINTS"] != "[]"
-                or daemon.process is None
-                or daemon.process.poll() is not None
-            ):
+            is_told = self._plant is None and daemon.environ["PEERMEM_FAILPOINTS"] != "[]"
+            if is_told or self._cluster.is_dead(node):
                 daemon.kill()
                 self._cluster.start(node, ())
             daemon.ready()

@@ -89,11 +89,26 @@ class Gone(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Denied(Event):
-    """Something was tried that the policy denies."""
+class Tried(Event):
+    """Somebody tried something at a node that no policy allows, or that the one of the moment decides."""
 
     what: str
-    refused: bool
+    node: str
+    since: float
+    """When it began."""
+    outcome: str
+    """refused, reached or unanswered."""
+    reason: str
+    hinges: bool
+    """Whether it is allowed where guests may read what is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Governed(Event):
+    """The policy of a node, by whether guests may read what is shared; None while it changes."""
+
+    node: str
+    guests_read: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ class Held(Event):
 
 
 KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Made, Wrote, Asked, Ended, Saw, Deleted, Gone, Denied, Filled, Held)
+    kind.__name__: kind for kind in (Made, Wrote, Asked, Ended, Saw, Deleted, Gone, Tried, Governed, Filled, Held)
 }
 
 
@@ -144,5 +159,6 @@ def parse(line: str) -> Event:
 
 def read(paths: Sequence[Path]) -> Iterator[Event]:
     """Return the events of several processes in the order in which they happened."""
-    events = [parse(line) for path in paths for line in path.read_text().splitlines()]
+    whole = (path.read_text().rpartition("\n")[0] for path in paths)  # the last line may be about to be written
+    events = [parse(line) for text in whole for line in text.splitlines()]
     yield from sorted(events, key=lambda event: event.at)

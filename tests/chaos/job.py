@@ -9,7 +9,9 @@ Rules of this file:
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import random
 import signal
 import sys
@@ -22,16 +24,21 @@ from typing import Any
 
 import peermem
 from peermem import errors
-from tests.chaos.history import Asked, Deleted, Denied, Ended, Filled, Gone, Made, Record, Saw, Wrote
+from tests.chaos.history import Asked, Deleted, Ended, Filled, Gone, Made, Record, Saw, Tried, Wrote
+from tests.chaos.impostors import Bait
 from tests.chaos.slots import SLOT, Words, fill, look, words
+from tests.chaos.strangers import SHARED, Reach, Victim, outcome_of
+from tests.chaos.trespass import Rumours, Trespass
 
 SLOTS = 48
 """Of a region."""
 _CALL, _TRANSFER, _WAIT = "5s", "6s", "25s"
 _ENDLESS = 20.0
 """Seconds of patience with a transfer that no transfer outlasts."""
-_GRAVE = 3.0
-"""Seconds for which the memory of a deleted region, or of a fenced transfer, is watched."""
+_GRAVE = 3.5
+"""Seconds for which the memory of a deleted region, or of a fenced transfer, is watched: longer than what is late."""
+_ATTEMPTS = 3
+"""At forbidden things, one after the other."""
 _FILL = 80
 """Regions that fill a limit, at most."""
 
@@ -44,6 +51,8 @@ class Held:
     region: peermem.Region
     memory: Words
     is_sink: bool
+    request_id: str = ""
+    """Of a region that is there for others to try things on, and is used for nothing else."""
     rests_until: float = 0.0
     """Nobody writes it before: what comes late would show."""
 
@@ -73,14 +82,19 @@ class Flight:
 class Job:
     """The job."""
 
-    def __init__(self, number: int, seed: int, targets: dict[str, dict[str, str]], checksums: bool, out: Path) -> None:
-        """`targets` are the unix socket and the TCP address of each node."""
+    def __init__(
+        self, number: int, seed: int, targets: dict[str, dict[str, str]], checksums: bool, out: Path, tls: Path
+    ) -> None:
+        """`targets` are where each node is reached, `tls` has the certificates of nodes and guests."""
         self._number = number
         self._random = random.Random(seed)
         self._targets = targets
         self._always_checksum = checksums
+        self._tls = tls
+        self._rumours = Rumours(out.with_suffix(".rumours"))
         self._record = Record(out)
         self._homes: dict[str, Home] = {}
+        self._last_transfer = ""
         self._graves: list[tuple[float, str, Words]] = []
         self._next = 0
 
@@ -99,7 +113,7 @@ class Job:
     def _step(self) -> None:
         homes = list(self._homes.values())
         steps = (self._move, self._inspect, self._delete_one, self._trespass, self._fill_up)
-        (step,) = self._random.choices(steps, (80, 8, 6, 4, 2))
+        (step,) = self._random.choices(steps, (80, 8, 6, 8, 2))
         try:
             step(homes)
         except errors.PeermemError:
@@ -139,7 +153,7 @@ class Job:
 
     def _region(self, home: Home, *, is_sink: bool) -> Held:
         for held in home.held:
-            if held.is_sink is is_sink and held.rests_until < time.monotonic():
+            if held.is_sink is is_sink and not held.request_id and held.rests_until < time.monotonic():
                 return held
         region = home.node.create_region(device="bar0", length=SLOTS * SLOT)
         held = Held(f"{self._number}-{self._count()}", region, words(region.map()), is_sink)
@@ -184,6 +198,7 @@ class Job:
                 timeout=_TRANSFER,
                 checksum=self._always_checksum or self._random.random() < 0.5,
             )
+            self._last_transfer = transfer.name
             flights.append(Flight(op, transfer, asked, sink, first, count))
         outcomes = [self._land(flight) for flight in flights]
         if "unknown" in outcomes:
@@ -244,6 +259,12 @@ class Job:
         self._graves.append((time.monotonic() + _GRAVE, held.key, held.memory))
 
     def _watch_graves(self) -> None:
+        """Look once more at memory that nobody was to write, when its time is over."""
+        for home in self._homes.values():
+            for held in home.held:
+                if 0 < held.rests_until < time.monotonic():
+                    held.rests_until = 0.0
+                    self._see(held.key, held.memory)
         for grave in list(self._graves):
             until, key, memory = grave
             if time.monotonic() > until:
@@ -262,35 +283,85 @@ class Job:
             self._bury(home, self._random.choice(home.held))
 
     def _trespass(self, homes: list[Home]) -> None:
-        """Come from the network, where nobody is known, and end what is a local user's."""
-        home = self._random.choice(homes)
-        held = self._region(home, is_sink=True)
-        with peermem.connect(self._targets[home.name]["tcp"], attach=False, timeout=_CALL) as stranger:
-            try:
-                stranger.delete_region(held.region.name, force=True)
-            except errors.AccessDenied:
-                self._record.add(Denied, what="delete a region of another user", refused=True)
-            else:
-                self._record.add(Denied, what="delete a region of another user", refused=False)
+        """Try some things that nobody may."""
+        for _ in range(_ATTEMPTS):
+            self._try_one(homes)
+
+    def _try_one(self, homes: list[Home]) -> None:
+        """Try something, on a region that is there for this or on one that is used."""
+        home, asked = self._random.choice(homes), self._random.choice(homes)
+        bait = self._bait(home)
+        victim = bait if self._random.random() < 0.6 else self._region(home, is_sink=True)
+        reach = {each.name: Reach(each.name, self._targets[each.name], self._tls) for each in homes}
+        with Trespass(self._random, reach[home.name], reach[asked.name], self._rumours) as trespass:
+            who, attempt = trespass.choose(
+                Victim(victim.region.name, bool(victim.request_id), self._last_transfer, "", ""),
+                Bait(bait.region.name, f"uid:{os.geteuid()}"),
+                list(self._targets),
+            )
+            since = time.monotonic()
+            outcome, reason = outcome_of(attempt.act)
+        if self._epoch(home) != home.epoch:
+            outcome = "unanswered"  # what it was tried on has gone
+        what = f"{attempt.what}, {who}"
+        self._record.add(
+            Tried, what=what, node=home.name, since=since, outcome=outcome, reason=reason, hinges=attempt.hinges
+        )
+
+    def _bait(self, home: Home) -> Held:
+        """Return the region of a node that others try things on; it tells of it to other jobs."""
+        for held in home.held:
+            if held.request_id:
+                return held
+        request_id = f"bait-{self._number}-{self._count()}-{self._random.getrandbits(32)}"
+        region = home.node.create_region(device="bar0", length=SLOT, labels=SHARED, request_id=request_id)
+        held = Held(f"{self._number}-{self._count()}", region, words(region.map()), False, request_id)
+        home.held.append(held)
+        self._record.add(Made, region=held.key, node=home.name, slots=1)
+        self._write(held, 0, 1)
+        self._rumours.tell(home.name, Victim(region.name, False, self._last_transfer, "", request_id))
+        return held
 
     def _fill_up(self, homes: list[Home]) -> None:
-        """Make regions until the node refuses more."""
+        """Make regions until the node refuses more, or the policy's limit does."""
         home = self._random.choice(homes)
         made: list[peermem.Region] = []
         try:
             made.extend(home.node.create_region(device="bar0", length=4096) for _ in range(_FILL))
         except errors.LimitReached:
             self._record.add(Filled, node=home.name)
+        except errors.QuotaExceeded as error:
+            self._record.add(
+                Tried,
+                what="make more regions than the quota, an owner",
+                node=home.name,
+                since=time.monotonic(),
+                outcome="refused",
+                reason=error.reason,
+                hinges=False,
+            )
         for region in made:
             region.delete()
+
+
+def _become(user: int) -> None:
+    """Be another user for every other process, who still reads root's files: Python may lie among them."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, 0)
+    ctypes.CDLL(None).setfsuid(0)
 
 
 def main() -> None:
     """Run the job that the first argument, a JSON object, describes."""
     order: dict[str, Any] = json.loads(sys.argv[1])
+    if os.geteuid() != order["user"]:
+        _become(order["user"])
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    job = Job(order["number"], order["seed"], order["targets"], order["checksums"], Path(order["out"]))
+    job = Job(
+        order["number"], order["seed"], order["targets"], order["checksums"], Path(order["out"]), Path(order["tls"])
+    )
     job.run(lambda: bool(stopping))
 
 

@@ -6,6 +6,7 @@ Rules of this file:
 * A slot is known, open while an operation that writes it has no outcome, or fenced: whatever it held at the first look
   after the answer it holds until somebody is asked to write it again.
 * An operation without a known outcome leaves its slots open until their region was deleted.
+* What was tried is judged by the policy that was in force all the while; while it changed, both outcomes are right.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from tests.chaos.history import Asked, Deleted, Denied, Ended, Event, Gone, Held, Made, Saw, Wrote
+from tests.chaos.history import Asked, Deleted, Ended, Event, Gone, Governed, Held, Made, Saw, Tried, Wrote
 
 ZERO = "zero"
 """What a slot of a new region holds."""
@@ -32,6 +33,8 @@ class Fault(Enum):
     """A daemon holds something for nobody."""
     REACHED = "reached what is denied"
     """Somebody reached what the policy denies."""
+    REFUSED = "refused what is allowed"
+    """The policy allows it, and it was denied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,14 @@ class Verdict:
     """Acknowledged slots that were looked at and right."""
     fences_verified: int = 0
     """Looks at slots that nobody was to write, and that were unchanged."""
-    denied: int = 0
-    refused: int = 0
+    denied: Counter[str] = field(default_factory=Counter)
+    """What was tried that the policy denied, and was answered."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """How much of it was refused."""
+    reached: int = 0
+    """What strangers tried that the policy of the moment allowed, and reached."""
+    unanswered: int = 0
+    """What was tried and got no answer, because something was broken, or while the policy changed."""
 
 
 class Model:
@@ -78,6 +87,7 @@ class Model:
         self.verdict = Verdict()
         self._regions: dict[str, list[_Slot]] = {}
         self._ops: dict[str, Asked] = {}
+        self._policies: dict[str, Governed] = {}
 
     def follow(self, events: Iterable[Event]) -> Verdict:
         """Take events in their order; return the verdict so far."""
@@ -106,8 +116,10 @@ class Model:
                     slot.writers.clear()
             case Gone():
                 self._regions.pop(event.region, None)
-            case Denied():
-                self._deny(event)
+            case Tried():
+                self._try(event)
+            case Governed():
+                self._policies[event.node] = event
             case Held():
                 self._hold(event)
 
@@ -142,11 +154,26 @@ class Model:
                 self.verdict.fences_verified += 1
             slot.value, slot.acknowledged = value, False
 
-    def _deny(self, event: Denied) -> None:
-        self.verdict.denied += 1
-        self.verdict.refused += event.refused
-        if not event.refused:
-            self._violate(Fault.REACHED, event.what, event.at, "was not refused")
+    def _try(self, event: Tried) -> None:
+        allowed, refused = self._allows(event), event.outcome == "refused"
+        if allowed is None or event.outcome == "unanswered":
+            self.verdict.unanswered += 1
+        elif not allowed:
+            self.verdict.denied[event.what] += 1
+            self.verdict.refused[event.what] += refused
+            if not refused:
+                self._violate(Fault.REACHED, event.what, event.at, f"was not refused by {event.node}")
+        elif refused:
+            self._violate(Fault.REFUSED, event.what, event.at, f"was refused by {event.node}: {event.reason}")
+        else:
+            self.verdict.reached += 1
+
+    def _allows(self, event: Tried) -> bool | None:
+        """Return whether the policy allowed it all the while; None where it changed."""
+        if not event.hinges:
+            return False
+        policy = self._policies.get(event.node)
+        return policy.guests_read if policy is not None and policy.at <= event.since else None
 
     def _hold(self, event: Held) -> None:
         for what, count in event.now.items():

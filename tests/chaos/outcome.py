@@ -26,13 +26,11 @@ _POINT = re.compile(r'"point": ?"([a-z_.]+)"')
 
 @dataclass(slots=True)
 class Growth:
-    """A daemon's own memory and descriptors, after the start of a run and at its end."""
+    """A daemon's own memory and descriptors: when it was warm, from time to time, and at the end."""
 
     node: str
-    bytes_before: int
-    bytes_after: int
-    descriptors_before: int
-    descriptors_after: int
+    bytes: list[int]
+    descriptors: list[int]
 
 
 @dataclass(slots=True)
@@ -76,16 +74,13 @@ class Outcome:
             "wrong_or_lost": wrong[Fault.WRONG],
             "late": wrong[Fault.LATE],
             "leaks": wrong[Fault.LEAK],
-            "denied_tried": verdict.denied,
-            "denied_refused": verdict.refused,
+            "denied_tried": dict(verdict.denied),
+            "denied_refused": dict(verdict.refused),
+            "allowed_reached": verdict.reached,
+            "unanswered": verdict.unanswered,
             "recovery": {kind: [round(each, 3) for each in times] for kind, times in self.recoveries.items()},
             "growth": [
-                {
-                    "node": each.node,
-                    "bytes": [each.bytes_before, each.bytes_after],
-                    "descriptors": [each.descriptors_before, each.descriptors_after],
-                }
-                for each in self.growth
+                {"node": each.node, "bytes": each.bytes, "descriptors": each.descriptors} for each in self.growth
             ],
             "violations": [f"{each.fault.value}: {each.where} {each.why}" for each in verdict.violations],
             "defects": self.defects,

@@ -3,7 +3,9 @@
 Rules of this file:
 
 * A wire that is open passes bytes on and ends. One that is stalled accepts and passes nothing on, as a network that
-  drops packets. One that is cut ends what is on it, and whatever comes, with a reset.
+  drops packets. One that is late takes what comes and passes it on when it opens again, also what its sender has given
+  up meanwhile, as a network with long queues; one can be late for every other connection only. One that is cut ends
+  what is on it, and whatever comes, with a reset.
 * All wires run on one event loop in a thread of their own; anybody may change a wire at any time.
 * Nobody is refused by a wire: a refusal says that a daemon is dead, which only its own host can know.
 """
@@ -20,6 +22,8 @@ from enum import Enum
 
 _RESET = struct.pack("ii", 1, 0)
 _PIECE = 1 << 18
+_QUEUE = 16 << 20
+"""Bytes of one direction of a connection that a late wire takes."""
 
 
 class Mode(Enum):
@@ -27,6 +31,8 @@ class Mode(Enum):
 
     OPEN = "open"
     STALLED = "stalled"
+    LATE = "late"
+    HALF_LATE = "half late"
     CUT = "cut"
 
 
@@ -41,6 +47,7 @@ class Wire:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._ends: set[asyncio.StreamWriter] = set()
+        self._accepted_count = 0
         self._server: asyncio.Server | None = None
 
     async def open(self) -> None:
@@ -64,7 +71,7 @@ class Wire:
 
     async def _set(self, mode: Mode) -> None:
         self._mode = mode
-        if mode is Mode.STALLED:
+        if mode in (Mode.STALLED, Mode.LATE, Mode.HALF_LATE):
             self._flowing.clear()
         else:
             self._flowing.set()
@@ -73,16 +80,20 @@ class Wire:
                 _abort(writer)
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._accepted_count += 1
+        is_odd = self._accepted_count % 2 == 1
         self._ends.add(writer)
         try:
-            await self._flowing.wait()
+            await self._flows(is_odd)
             if self._mode is Mode.CUT:
                 return
             host, _, port = self.upstream.rpartition(":")
             far_reader, far_writer = await asyncio.open_connection(host, int(port), limit=_PIECE)
             self._ends.add(far_writer)
             try:
-                await asyncio.gather(self._pass(reader, far_writer), self._pass(far_reader, writer))
+                await asyncio.gather(
+                    self._pass(reader, far_writer, is_odd=is_odd), self._pass(far_reader, writer, is_odd=is_odd)
+                )
             finally:
                 self._ends.discard(far_writer)
                 _abort(far_writer)
@@ -92,12 +103,55 @@ class Wire:
             self._ends.discard(writer)
             _abort(writer)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(_PIECE):
+    async def _flows(self, is_odd: bool) -> None:
+        """Wait until this connection's bytes may pass."""
+        if is_odd or self._mode is not Mode.HALF_LATE:
             await self._flowing.wait()
-            writer.write(data)
-            await writer.drain()
-        raise ConnectionResetError  # whichever side ends, both do
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_odd: bool) -> None:
+        """Pass on what comes, and then its end. That `writer`'s side has ended, the other direction finds out."""
+        writer.transport.set_write_buffer_limits(0)
+        is_over, was_late = False, False
+        while not is_over:
+            data, is_over = await _read(reader)
+            if self._mode is Mode.LATE or (is_odd and self._mode is Mode.HALF_LATE):
+                rest, is_over = await self._queue(reader) if not is_over else (b"", True)
+                data, was_late = data + rest, True
+            await self._flows(is_odd)
+            with suppress(OSError):
+                writer.write(data)
+                await writer.drain()
+        if was_late:
+            writer.close()  # behind all that is on the way
+        else:
+            _abort(writer)
+
+    async def _queue(self, reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+        """Take what comes until the wire opens or changes, or the queue is full; return it, and whether that is all."""
+        queue, is_over = bytearray(), False
+        opening = asyncio.ensure_future(self._flowing.wait())
+        try:
+            while not (opening.done() or is_over or len(queue) > _QUEUE):
+                reading = asyncio.ensure_future(_read(reader))
+                await asyncio.wait({opening, reading}, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    reading.cancel()
+                    await asyncio.wait({reading})
+                if not reading.cancelled():
+                    piece, is_over = reading.result()
+                    queue += piece
+        finally:
+            opening.cancel()
+        return bytes(queue), is_over
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """Return the next bytes, and whether there will be no more."""
+    try:
+        data = await reader.read(_PIECE)
+    except OSError:
+        return b"", True
+    return data, not data
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import queue
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +17,7 @@ class Echo:
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = "{}:{}".format(*self.listener.getsockname())
+        self.heard: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -29,6 +32,7 @@ class Echo:
         with sock:
             try:
                 while data := sock.recv(4096):
+                    self.heard.put(data)
                     sock.sendall(data)
             except ConnectionError:
                 pass
@@ -41,10 +45,15 @@ def wires() -> Iterator[Network]:
 
 
 @pytest.fixture
-def wire(wires: Network) -> Iterator[Wire]:
+def echo() -> Iterator[Echo]:
     echo = Echo()
-    yield wires.wire(echo.address)
+    yield echo
     echo.listener.close()
+
+
+@pytest.fixture
+def wire(wires: Network, echo: Echo) -> Wire:
+    return wires.wire(echo.address)
 
 
 def dial(wire: Wire) -> socket.socket:
@@ -74,6 +83,37 @@ def test_a_stalled_wire_passes_nothing_on_until_it_is_open_again(wire: Wire) -> 
             wire.set(Mode.OPEN)
             assert sock.recv(3, socket.MSG_WAITALL) == b"two"
             assert late.recv(5, socket.MSG_WAITALL) == b"three"
+
+
+def test_a_late_wire_passes_on_what_its_sender_has_given_up(wire: Wire, echo: Echo) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        assert echo.heard.get(timeout=10) == b"one"
+        wire.set(Mode.LATE)
+        sock.sendall(bytes(1 << 20))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with pytest.raises(queue.Empty):
+        echo.heard.get(timeout=0.05)
+    wire.set(Mode.OPEN)
+    assert echo.heard.get(timeout=10).count(0) > 0
+
+
+def test_a_wire_can_be_late_for_every_other_connection(wire: Wire) -> None:
+    with dial(wire) as odd, dial(wire) as even:
+        for sock in (odd, even):
+            sock.sendall(b"one")
+            assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        wire.set(Mode.HALF_LATE)
+        for sock in (odd, even):
+            sock.sendall(b"two")
+        assert even.recv(3, socket.MSG_WAITALL) == b"two"
+        odd.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            odd.recv(1)
+        odd.settimeout(10)
+        wire.set(Mode.OPEN)
+        assert odd.recv(3, socket.MSG_WAITALL) == b"two"
 
 
 def test_a_wire_that_is_cut_resets_what_is_on_it_and_what_comes(wire: Wire) -> None:

@@ -67,6 +67,13 @@ def test_nodes_and_devices(run: Run) -> None:
     run("nics")
 
 
+def test_regions_are_deleted_by_name_or_by_job(run: Run) -> None:
+    assert "Name regions, or a Slurm job" in run("regions", "delete", code=2).stderr
+    assert "Name regions, or a Slurm job" in run("regions", "delete", "life", "--slurm-job", "7", code=2).stderr
+    assert facts(run("regions", "delete", "--slurm-job", "7", "--json")) == {"deleted": []}
+    assert facts(run("regions", "list", "--slurm-job", "7", "--json")) == {"regions": []}
+
+
 def test_the_life_of_a_region(run: Run) -> None:
     made = facts(
         run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "life", "--label", "k=v", "--json")
@@ -224,6 +231,11 @@ def test_completion_offers_regions_and_devices(cluster: Cluster, region: str) ->
     assert "plain,bar0" in complete(f"peermemctl --target {cluster.target('a')} regions create --device b")
 
 
+def _interruptible() -> None:
+    """Be interrupted by SIGINT, which whoever started the tests in the background may have had ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_cancels_the_transfer(cluster: Cluster, run: Run) -> None:
     words = ("regions", "create", "--device", "bar0", "--length", "400MiB", "--json")
     names = facts(run(*words))["name"], facts(run(*words, target="b"))["name"]
@@ -236,6 +248,7 @@ def test_an_interrupt_cancels_the_transfer(cluster: Cluster, run: Run) -> None:
             + [f"{name}:0+400MiB" for name in names],
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_interruptible,
         )
         try:
             eventually(lambda: len(list(node.transfers())) > before)

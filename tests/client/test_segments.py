@@ -31,6 +31,8 @@ def region(name: str, length: int) -> RegionInfo:
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
         nics=(),
         why="",
+        slurm_job="",
+        pod="",
         published=False,
     )
 

@@ -18,3 +18,22 @@ def test_every_fault_crosses_a_process_boundary(reason: str) -> None:
 
 def test_a_reason_of_a_newer_daemon_is_not_lost() -> None:
     assert isinstance(PeermemError.restore("BRAND_NEW", "Why.", {}), Internal)
+
+
+def raised(error: PeermemError) -> PeermemError:
+    try:
+        raise ValueError from error
+    except ValueError as cause:
+        try:
+            raise error from cause
+        except PeermemError as told:
+            return told
+
+
+def test_what_is_kept_keeps_nobody() -> None:
+    kept = RegionNotFound("Not here.", region="x")
+    anew = raised(kept.again())
+    assert (type(anew), anew.message, anew.metadata) == (RegionNotFound, "Not here.", {"region": "x"})
+    assert kept.__traceback__ is None
+    assert anew.bare() is anew
+    assert (anew.__traceback__, anew.__cause__, anew.__context__) == (None, None, None)

@@ -56,10 +56,10 @@ class Agent(workload_pb2_grpc.SpiffeWorkloadAPIServicer):
                 if self._over:
                     context.abort(grpc.StatusCode.PERMISSION_DENIED, "no identity issued")
                 told = self._current
-            yield workload_pb2.X509SVIDResponse(svids=[_svid(each) for each in told])
+            yield workload_pb2.X509SVIDResponse(svids=[svid(each) for each in told])
 
 
-def _svid(certificate: Certificate) -> workload_pb2.X509SVID:
+def svid(certificate: Certificate) -> workload_pb2.X509SVID:
     parsed = x509.load_pem_x509_certificate(certificate.pem)
     key = serialization.load_pem_private_key(certificate.key, None)
     return workload_pb2.X509SVID(

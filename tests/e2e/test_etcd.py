@@ -181,3 +181,17 @@ def test_etcd_that_is_not_there_at_the_start(tmp_path: Path) -> None:
         finally:
             etcd.kill()
         check_log(daemon)
+
+
+def test_links_are_there_only_while_they_are_used(etcd: EtcdServer, tmp_path: Path) -> None:
+    entry = json.dumps({"v": 1, "address": "127.0.0.1:9", "epoch": "e", "fabrics": ["tcp"]}).encode()
+    for number in range(300):
+        etcd.put(f"/peermem/v1/default/nodes/other-{number}", entry)
+    idle = environ(etcd) | {"PEERMEM_TRANSFER_LINK_IDLE": "0s"}
+    with daemons(tmp_path, ("a", "b"), DEVICE, idle) as nodes, peermem.connect(nodes["a"].target) as a:
+        eventually(lambda: len(a.nodes()) == 302)
+        assert metric(nodes["a"], "peermem_links") == 0
+        before = len(list(Path(f"/proc/{nodes['a'].pid}/fd").iterdir()))
+        copy(a, noise(MIB))
+        eventually(lambda: metric(nodes["a"], "peermem_links") == 0)
+        eventually(lambda: len(list(Path(f"/proc/{nodes['a'].pid}/fd").iterdir())) <= before + 2)

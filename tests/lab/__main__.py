@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.deploy import container_image
 from tests.lab import host, image, machine, plugs, report, results, suites
 from tests.lab.cache import Cache
 from tests.lab.debian import RELEASES
@@ -44,14 +45,15 @@ class Lab:
         self._output = output.resolve()
         self._clock = clock
 
-    def boot(self, release: str, plan: str) -> tuple[Boot, GuestResult]:
-        """Boot a guest until one comes up, let it carry out its plan, and read what it left."""
+    def boot(self, release: str, plan: str, *, container: bool = False) -> tuple[Boot, GuestResult]:
+        """Boot a guest until one comes up, with a disk that has the container image where `container` says so, let it
+        carry out its plan, and read what it left."""
         boot = machine.until_up(
-            lambda: self._boot_once(release, plan), self._clock, lambda line: tell(f"{release}: {line}")
+            lambda: self._boot_once(release, plan, container), self._clock, lambda line: tell(f"{release}: {line}")
         )
         return boot, results.read(self._output / "out" / release, self._output / f"console-{release}.log")
 
-    def _boot_once(self, release: str, plan: str) -> Boot:
+    def _boot_once(self, release: str, plan: str, container: bool) -> Boot:
         console = self._output / f"console-{release}.log"
         out = self._output / "out" / release
         console.unlink(missing_ok=True)
@@ -70,6 +72,8 @@ class Lab:
 
             files = image.assemble(Cache(_CACHE), RELEASES[release], plan, folder)
             disk = machine.make_disks(folder)
+            if container:
+                container_image.make_disk(folder / machine.CONTAINER_IMAGE)
             boot = machine.run(machine.command(files, folder, console), self._clock, console, hear)
             results.unpack(disk, out)
         return boot
@@ -83,8 +87,9 @@ class Lab:
         guests: dict[str, GuestResult] = {}
         for release in dict.fromkeys(suite.release for suite in chosen):
             tell(f"== {release}: booting")
-            plan = suites.plan([suite for suite in chosen if suite.release == release], choice)
-            boots[release], guests[release] = self.boot(release, plan)
+            its = [suite for suite in chosen if suite.release == release]
+            container = any(suite.settings.image for suite in its)
+            boots[release], guests[release] = self.boot(release, suites.plan(its, choice), container=container)
         found = report.troubles(chosen, choice, boots, guests)
         seconds = time.monotonic() - begun
         data = report.build(found, seconds, boots, guests)

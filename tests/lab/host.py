@@ -19,7 +19,9 @@ _NEEDS = {
     "seabios": "/usr/share/seabios/bios-256k.bin",
     "mmdebstrap": "mmdebstrap",
     "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "buildah": "buildah",
     "cpio": "cpio",
+    "e2fsprogs": "mke2fs",
     "kmod": "depmod",
     "xz-utils": "xz",
 }

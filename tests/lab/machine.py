@@ -37,6 +37,8 @@ _BOOTS, _BOOT_SECONDS = 3, 60
 _KERNEL_ARGUMENTS = (
     "console=ttyS0 loglevel=5 panic=-1 mitigations=off log_buf_len=4M rdinit=/init intel_iommu=on iommu=pt"
 )
+CONTAINER_IMAGE = "container"
+"""The file of the disk that holds the container image's root filesystem, where there is one."""
 _PANIC = re.compile(r"Kernel panic - .*")
 
 
@@ -81,10 +83,15 @@ def monitor(folder: Path) -> Path:
 
 def command(image: Image, folder: Path, console: Path) -> list[str]:
     """Return the command line of the machine, whose disks are files in `folder`."""
+    container = [
+        ("-drive", f"file={folder}/{CONTAINER_IMAGE},if=none,id=container,format=raw,readonly=on"),
+        ("-device", "virtio-blk-pci,drive=container"),
+    ]
     devices = [
         ("-qmp", f"unix:{monitor(folder)},server=on,wait=off"),
         ("-drive", f"file={folder}/results,if=none,id=results,format=raw,cache=unsafe"),
         ("-device", "virtio-blk-pci,drive=results"),
+        *(container if (folder / CONTAINER_IMAGE).exists() else ()),
         ("-drive", f"file={folder}/nvme,if=none,id=disk,format=raw,cache=unsafe"),
         ("-object", json.dumps(bar_memory(folder))),
         *(

@@ -22,7 +22,7 @@ class Settings:
 
     `releases` names the guests; `namespace` is a network namespace, "" for the initial one, from which tests start
     daemons by `ip netns exec`; `seconds` is all the time that it may take, or `soak_seconds`, if more, when the soak is
-    whole; `skips` are the names of the tests that may be skipped.
+    whole; `skips` are the names of the tests that may be skipped; `image` asks for a disk with the container image.
     """
 
     releases: tuple[str, ...] = ("trixie",)
@@ -30,6 +30,7 @@ class Settings:
     seconds: int = 300
     soak_seconds: int = 0
     skips: tuple[str, ...] = ()
+    image: bool = False
 
 
 TABLE = {
@@ -38,6 +39,7 @@ TABLE = {
     "fabric_verbs_nodes": Settings(namespace="n1"),
     "fabric_verbs_subjects": Settings(namespace="n1"),
     "faults": Settings(seconds=1800),
+    "image": Settings(seconds=600, image=True),
     "lab": Settings(releases=("trixie", "bookworm")),
     "machines": Settings(seconds=600),
     "nodes": Settings(seconds=600),
@@ -46,6 +48,7 @@ TABLE = {
     "soak": Settings(namespace="n1", soak_seconds=3600),
     "speed": Settings(seconds=600),
     "storage": Settings(seconds=600),
+    "systemd": Settings(namespace="n1", seconds=600),
     "vfio": Settings(seconds=600),
 }
 

@@ -14,6 +14,7 @@ import pytest
 import structlog
 
 from peermem.core.identity import ANONYMOUS, Subject
+from peermem.core.origin import Origin
 from peermem.telemetry import audit, logs
 from peermem.telemetry.audit import Audit, AuditFile, Decisions
 
@@ -42,7 +43,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 def test_a_decision_is_one_line_whatever_the_level_of_logs_is(stream: io.StringIO) -> None:
     audit.called("ipv4:10.0.0.2:5000", "GetRegion", "request-1" + "x" * 500)
-    audit.of_process(4711)
+    audit.of_process(4711, Origin(slurm_job="77"))
     Audit("all").decided(USER, "read", "nodes/a/regions/x", "team-a", allowed=True)
     (line,) = lines(stream.getvalue())
     assert line == {
@@ -58,6 +59,7 @@ def test_a_decision_is_one_line_whatever_the_level_of_logs_is(stream: io.StringI
         "pid": 4711,
         "call": "GetRegion",
         "request": "request-1" + "x" * 119,
+        "slurm_job": "77",
     }
 
 

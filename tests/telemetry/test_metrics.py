@@ -15,6 +15,7 @@ from peermem.core.plan import Direction
 from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
+from peermem.telemetry.certificates import Whose
 from peermem.telemetry.metrics import (
     DURATION_BUCKETS,
     SIZE_BUCKETS,
@@ -74,6 +75,7 @@ def everything(metrics: Metrics) -> None:
     metrics.condition.observe_health(lambda: True, lambda: False)
     metrics.condition.observe(lambda: CONDITION)
     metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 10)
+    metrics.certificates.observe(lambda: {Whose.NODE: 1.8e9, Whose.AUTHORITY: 1.9e9})
     metrics.transfer_ended(State.SUCCEEDED, None, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 0.1)
     metrics.transfer_ended(State.FAILED, "TIMEOUT", Direction.RELAYED, None, None, 1, 0.1)
     metrics.storage.moved(Order.LOAD, Way.DIRECT, 10)
@@ -195,6 +197,14 @@ def test_the_current_state_is_asked_for_each_time(metrics: Metrics, read: Read) 
     metrics.observe(lambda: Snapshot((), {}, 6, {}, 0, 0, 0, {}, {}))
     assert read("peermem_running_transfers") == 6
     assert read("peermem_regions", **device) is None
+
+
+def test_when_certificates_end_is_asked_for_each_time(metrics: Metrics, read: Read) -> None:
+    name = "peermem_tls_certificate_expiry_timestamp_seconds"
+    assert read(name, certificate="node") is None
+    for end in (1.8e9, 1.9e9):
+        metrics.certificates.observe(lambda end=end: {Whose.NODE: end, Whose.AUTHORITY: 2.1e9})  # type: ignore[misc]
+        assert [read(name, certificate=whose) for whose in ("node", "authority")] == [end, 2.1e9]
 
 
 def test_what_else_is_counted(metrics: Metrics, read: Read) -> None:

@@ -2,6 +2,7 @@
 
 Rules of this file:
 
+* Jobs can connect before the daemon answers (`listen`, `serve`), so that none is turned away while it starts.
 * SOCK_SEQPACKET, one protobuf message a packet, answered in order (protos/peermem/v1/attach.proto).
 * Who connects is what the kernel says (`job_process`). The session ends with the connection, and with the process, also
   where a child of it keeps the connection.
@@ -83,9 +84,23 @@ class AttachServer:
         self._places = asyncio.Semaphore(sessions.max_sessions + _STRANGERS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
+        self._owns_path = True
 
-    async def start(self) -> None:
-        """Begin to listen. Raises OSError, also when a daemon is listening there already."""
+    def listen(self, handed_over: socket.socket | None = None) -> None:
+        """Let jobs connect, at a socket that somebody else listens on already if one is `handed_over`; they are
+        answered from `serve` on.
+
+        Raises OSError, also when a daemon is listening there already.
+        """
+        self._owns_path = handed_over is None
+        self._listener = handed_over or self._bound()
+
+    def serve(self) -> None:
+        """Answer those who have connected, and whoever does from now on."""
+        assert self._listener is not None, "it listens"
+        self._spawn(self._accept(self._listener))
+
+    def _bound(self) -> socket.socket:
         free_socket_path(self._path, socket.SOCK_SEQPACKET)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
@@ -95,8 +110,7 @@ class AttachServer:
         except BaseException:
             listener.close()
             raise
-        self._listener = listener
-        self._spawn(self._accept(listener))
+        return listener
 
     async def close(self) -> None:
         """End all sessions and remove the socket. Closing twice is no error."""
@@ -108,7 +122,8 @@ class AttachServer:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_END_WAIT)
         listener.close()
-        self._path.unlink(missing_ok=True)
+        if self._owns_path:
+            self._path.unlink(missing_ok=True)
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -259,7 +274,7 @@ class _Job:
 
     def _map(self, region: str, session: Session, shared: list[int]) -> attach_pb2.AttachMapped:
         audit.called("attach", "map")
-        audit.of_process(session.pid)
+        audit.of_process(session.pid, session.origin)
         memory = self._map_region(parse_region(region, "region"), session.subject)
         fd, offset = memory.share()
         shared.append(fd)

@@ -92,7 +92,7 @@ class Identity:
             return self._client_of(self.node(context), spoken_subject(told[ON_BEHALF_KEY], ON_BEHALF_KEY))
         if SESSION_KEY in told:
             session = self._session(told[SESSION_KEY], context)
-            audit.of_process(session.pid)
+            audit.of_process(session.pid, session.origin)
             return session.subject
         if TOKEN_KEY in told:
             return await self._token_subject(told[TOKEN_KEY], context)

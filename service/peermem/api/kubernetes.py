@@ -15,18 +15,15 @@ import base64
 import binascii
 import hashlib
 import re
-import ssl
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
-import aiohttp
 import msgspec
 
+from peermem.api.api_server import ApiCallError, ApiClient
 from peermem.core.errors import AuthorityUnreachable, LimitReached, Unauthenticated
 from peermem.core.identity import Subject
-from peermem.credentials.watched import Watched, read_small
 
 _BELIEVED = 60.0
 """Seconds."""
@@ -36,12 +33,8 @@ _KEPT = 4096
 """Tokens that are remembered."""
 _AT_ONCE = 64
 """Reviews at the same time; more are refused."""
-_PATIENCE = 5.0
-"""Seconds for one review."""
 _LONGEST = 12_000
 """Characters of a token; metadata holds 16 KiB in all."""
-_LARGEST = 1 << 20
-"""Bytes of an answer."""
 _ACCOUNT = re.compile(r"system:serviceaccount:([a-z0-9-]{1,63}):([a-z0-9.-]{1,220})", re.ASCII)
 _NODE_NAME = "authentication.kubernetes.io/node-name"
 
@@ -67,20 +60,6 @@ class _Claims(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class ApiServer:
-    """Where tokens are reviewed, and what for."""
-
-    url: str
-    ca: Path
-    """PEM: who signs its certificate."""
-    token: Path
-    """The daemon's own token."""
-    audience: str
-    node: str | None
-    """Kubernetes' name of this node, where tokens that are bound to pods of others are refused."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Known:
     until: float
     """By the monotonic clock."""
@@ -90,19 +69,20 @@ class _Known:
 class TokenReviewer:
     """Asks the API server, and remembers its answers for a while."""
 
-    def __init__(self, server: ApiServer) -> None:
-        self._server = server
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_PATIENCE))
+    def __init__(self, client: ApiClient, audience: str, node: str | None) -> None:
+        """`client` is this object's to close; `node` is Kubernetes' name of this node where tokens that are bound to
+        pods of others are refused."""
+        self._client = client
+        self._audience = audience
+        self._node = node
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._asking: dict[bytes, asyncio.Task[Subject]] = {}
-        self._ca = Watched(server.ca)
-        self._context: ssl.SSLContext | None = None
 
     async def close(self) -> None:
         """End the connections."""
         for task in self._asking.values():
             task.cancel()
-        await self._session.close()
+        await self._client.close()
 
     async def review(self, token: str) -> Subject:
         """Return whose token it is. Raises Unauthenticated, AuthorityUnreachable, LimitReached."""
@@ -134,7 +114,7 @@ class TokenReviewer:
             claims = msgspec.json.decode(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)), type=_Claims)
         except (binascii.Error, ValueError):
             raise Unauthenticated("The token is no JSON Web Token, as those of service accounts are.") from None
-        if self._server.audience not in ([claims.aud] if isinstance(claims.aud, str) else claims.aud):
+        if self._audience not in ([claims.aud] if isinstance(claims.aud, str) else claims.aud):
             raise self._other_audience()
         if claims.exp <= time.time():
             raise Unauthenticated("The token has expired. Read the file again that it is in: it is renewed there.")
@@ -142,9 +122,9 @@ class TokenReviewer:
 
     def _other_audience(self) -> Unauthenticated:
         return Unauthenticated(
-            f"The token was not issued for the audience {self._server.audience!r}. Project one into the pod with that "
+            f"The token was not issued for the audience {self._audience!r}. Project one into the pod with that "
             "audience (serviceAccountToken.audience).",
-            audience=self._server.audience,
+            audience=self._audience,
         )
 
     async def _reviewed(self, digest: bytes, token: str, end: float) -> Subject:
@@ -160,73 +140,45 @@ class TokenReviewer:
     def _judged(self, status: _Status) -> Subject | Unauthenticated:
         if not status.authenticated:
             return Unauthenticated("The Kubernetes API server does not know the token (any more). Show a fresh one.")
-        if self._server.audience not in status.audiences:
+        if self._audience not in status.audiences:
             return self._other_audience()
         found = _ACCOUNT.fullmatch(status.user.username)
         if found is None:
             return Unauthenticated("The token is not of a service account, and no other counts here.")
         nodes = status.user.extra.get(_NODE_NAME, [])
-        if self._server.node and nodes and nodes != [self._server.node]:
+        if self._node and nodes and nodes != [self._node]:
             return Unauthenticated(
                 f"The token is bound to a pod of the Kubernetes node {nodes[0][:80]}, and this daemon serves those of "
-                f"{self._server.node}. Connect to the daemon of the pod's own node.",
+                f"{self._node}. Connect to the daemon of the pod's own node.",
                 node=nodes[0][:80],
             )
         return Subject(f"kubernetes:{found[1]}/{found[2]}")
 
     async def _ask(self, token: str) -> _Status:
         """Raises AuthorityUnreachable."""
-        spec = {"token": token, "audiences": [self._server.audience]}
+        spec = {"token": token, "audiences": [self._audience]}
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
         try:
-            own = (await asyncio.to_thread(read_small, self._server.token)).decode("ascii").strip()
-            context = await asyncio.to_thread(self._fresh_context)
-            async with self._session.post(
-                f"{self._server.url}/apis/authentication.k8s.io/v1/tokenreviews",
-                json=review,
-                headers={"Authorization": f"Bearer {own}"},
-                ssl=context,
-                allow_redirects=False,
-            ) as answer:
-                return await self._status(answer)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise self._unreachable(_cause(error)) from None
-
-    async def _status(self, answer: aiohttp.ClientResponse) -> _Status:
-        """Raises AuthorityUnreachable, ValueError, aiohttp.ClientError."""
-        if answer.status not in (200, 201):
-            raise self._unreachable(f"it answered {answer.status}")
-        data = bytearray()
-        async for chunk in answer.content.iter_chunked(1 << 16):
-            data += chunk
-            if len(data) > _LARGEST:
-                raise self._unreachable(f"its answer has more than {_LARGEST} bytes")
-        return msgspec.json.decode(data, type=_Review).status
-
-    def _fresh_context(self) -> ssl.SSLContext:
-        """Raises OSError, which ssl.SSLError is."""
-        if self._ca.changed() or self._context is None:
-            self._context = ssl.create_default_context(cafile=str(self._server.ca))
-        return self._context
+            status, body = await self._client.call("POST", "/apis/authentication.k8s.io/v1/tokenreviews", review)
+        except ApiCallError as error:
+            raise self._unreachable(str(error)) from None
+        if status not in (200, 201):
+            raise self._unreachable(f"it answered {status}")
+        try:
+            return msgspec.json.decode(body, type=_Review).status
+        except msgspec.MsgspecError:
+            raise self._unreachable("its answer is no TokenReview") from None
 
     def _unreachable(self, cause: str) -> AuthorityUnreachable:
         return AuthorityUnreachable(
-            f"The Kubernetes API server at {self._server.url} did not review the token ({cause}). Try again; check "
+            f"The Kubernetes API server at {self._client.url} did not review the token ({cause}). Try again; check "
             "kubernetes.api_server and its ca, and that the daemon's own token may create TokenReviews.",
-            server=self._server.url,
+            server=self._client.url,
         )
 
 
 def _granted(outcome: Subject | Unauthenticated) -> Subject:
-    """Raises Unauthenticated, a fresh one, because a remembered one would gather tracebacks."""
+    """Raises Unauthenticated."""
     if isinstance(outcome, Unauthenticated):
-        raise Unauthenticated(outcome.message, **outcome.metadata)
+        raise outcome.again()
     return outcome
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {_PATIENCE:g} seconds"
-    if isinstance(error, msgspec.MsgspecError):
-        return "its answer is no TokenReview"
-    return f"{type(error).__name__}: {error}"

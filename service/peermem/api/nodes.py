@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from peermem.api.calls import Context
+from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.facts import known_nodes
 from peermem.broker.preflight import Preflight
@@ -33,7 +34,11 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
     async def ListNodes(self, request: node_pb2.ListNodesRequest, context: Context) -> node_pb2.ListNodesResponse:
         """See the contract."""
-        return node_pb2.ListNodesResponse(nodes=[node_to_proto(node) for node in known_nodes(self._broker)])
+        size = page_size(request.page_size)
+        found = [node for node in known_nodes(self._broker) if node.node > request.page_token]
+        return node_pb2.ListNodesResponse(
+            nodes=map(node_to_proto, found[:size]), next_page_token=found[size - 1].node if len(found) > size else ""
+        )
 
     async def ListDevices(self, request: node_pb2.ListDevicesRequest, context: Context) -> node_pb2.ListDevicesResponse:
         """See the contract."""

@@ -73,9 +73,7 @@ class Once(Generic[T]):
         if known is not None:
             return await asyncio.shield(known)
         result = call()
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(result)
-        self._entries[key] = _Entry(digest, done)
+        self._entries[key] = _Entry(digest, _done(result))
         self._tidy()
         return result
 
@@ -101,8 +99,13 @@ class Once(Generic[T]):
         return result
 
     def _settled(self, key: tuple[str, str], result: asyncio.Future[T]) -> None:
-        if result.cancelled() or result.exception() is not None:
-            del self._entries[key]
+        failed = result.cancelled() or result.exception() is not None
+        entry = self._entries.get(key)
+        if entry is not None and entry.result is result:
+            if failed:
+                del self._entries[key]
+            else:
+                entry.result = _done(result.result())  # without the task, and all that it knew
         self._tidy()
 
     def _tidy(self) -> None:
@@ -114,3 +117,9 @@ class Once(Generic[T]):
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _done(result: T) -> asyncio.Future[T]:
+    done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    done.set_result(result)
+    return done

@@ -5,7 +5,8 @@ Rules of this file:
 * A leg's grant opens no more than the bytes that the leg touches, and ends with the transfer.
 * A grant is renewed while it still has time; a leg whose grant has too little left waits for the new one.
 * When the far end refuses a slice the grant is got anew, and what that raises is why. The slice is posted
-  again, which does no harm twice; it fails when it is refused again with nothing in place since.
+  again, which does no harm twice; where it is refused again with nothing in place since, it fails, for what another
+  attempt to get a grant raises, or for the refusal.
 * When a link or rail breaks, the slices that came back are posted again as `renewal.py` says.
 * All bytes of a leg land in one region: one that was made anew under the same name is another region.
 * Only a flushed WRITE needs a fence at the far end: it alone may land after its completion.
@@ -102,6 +103,8 @@ class LegRun:
         """The region, by its uid, in which bytes of this leg are in place."""
         self._refused = False
         """Whether the last answer of the far end was a refusal."""
+        self._refusal: PeermemError | None = None
+        """Why it fails when it gets another grant."""
         self._renewal = Renewal(self, leg.other, host.machine)
         self._stager: Stager | None = None
         """Where an end is staged."""
@@ -278,7 +281,9 @@ class LegRun:
             machine.completed(ranges.total)
             self._host.moved(self, ranges.total)
             self._landed(held)
-        elif status is Status.REM_ACCESS_ERR and not self._refused_again(held):
+        elif status is Status.REM_ACCESS_ERR:
+            if self._refused_again(held):
+                self._refusal = cause_of(status, self.leg, self.fabric, self.link)
             machine.refused(self._index, ranges)
             self._renewal.is_due = True
             self._renew()
@@ -309,7 +314,7 @@ class LegRun:
         return self._refused and not self._renewal.running and held is self.held and not held.released
 
     def _landed(self, held: HeldGrant) -> None:
-        self._refused = False
+        self._refused, self._refusal = False, None
         self._renewal.moved()
         self._landed_in = held.region_uid
         if self._landed_in != self.held.region_uid:
@@ -356,7 +361,10 @@ class LegRun:
 
     def go_on(self) -> None:
         """See SuppliedLeg."""
-        self.link.want(self)
+        if self._refusal is not None:
+            self._host.fail(self._refusal)
+        else:
+            self.link.want(self)
 
     def stop(self) -> None:
         """Look for no grant any more: the transfer has ended but for its fence."""

@@ -65,7 +65,7 @@ class Detours:
         pause = min(before.pause * 2, _LONGEST) if before is not None else _SHORTEST
         if len(self._detours) >= _MAX_DETOURS:
             del self._detours[next(iter(self._detours))]
-        self._detours[region, kind] = _Detour(error, pause, self._clock() + pause)
+        self._detours[region, kind] = _Detour(error.bare(), pause, self._clock() + pause)
 
     def worked(self, region: ChildName, kind: FabricKind) -> None:
         """A fabric reached a region."""

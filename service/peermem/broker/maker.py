@@ -22,6 +22,7 @@ from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName, check_id
 from peermem.core.node import ADOPTED, ADOPTED_DMABUF
+from peermem.core.origin import NOWHERE
 from peermem.core.quota import Hold, Resource
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.types import LeaseKind
@@ -71,7 +72,8 @@ class RegionMaker:
             raise
         tied = session.token if session is not None and lease.kind is LeaseKind.SESSION else ""
         name = ChildName(self._node, "regions", region_id)
-        region = Region(name, device, memory, str(subject), request.labels, lease, tied, reach)
+        origin = session.origin if session is not None else NOWHERE
+        region = Region(name, device, memory, str(subject), request.labels, lease, tied, reach, origin)
         region.on_gone = partial(self._tenants.release, hold)
         self._regions.add(region)
         return region

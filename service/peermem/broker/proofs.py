@@ -107,9 +107,9 @@ class Proofs:
             known = self._known.get(key)
             if known is not None and isinstance(known[0], Proof):
                 return known[0]  # no room for another trial, and none is needed
-            outcome = error
+            outcome = error.bare()
         except PeermemError as error:
-            outcome = error
+            outcome = error.bare()
         self._known[key] = (outcome, self._clock())
         return outcome
 

@@ -114,7 +114,7 @@ class Registry:
         """Register by the first path that works. Raises why the first one does not, when none does."""
         unavailable = self._fabrics[FabricKind.VERBS].unavailable
         if unavailable is not None:
-            raise unavailable
+            raise unavailable.again()
         errors: list[PeermemError] = []
         kinds = set(self._fabrics) if memory.is_reached_by_cpu else {FabricKind.VERBS}
         for path in device.paths:
@@ -136,7 +136,7 @@ class Registry:
         topology = await in_thread(self._topology)
         if not proofs:
             nic, error = next((nic, error) for nic, error in outcomes.items() if isinstance(error, PeermemError))
-            raise diagnosis(device, nic, topology, error)
+            raise diagnosis(device, nic, topology, error).again()
         choice = topology.choose_nics(device.pci_address, list(proofs))
         if not choice.nics:
             raise PathUnsupported(choice.why, device=device.name)

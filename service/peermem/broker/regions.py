@@ -25,6 +25,7 @@ from peermem.broker.reach import Reach
 from peermem.core.errors import LimitReached, PeermemError, RegionDeleted, RegionExists, RegionNotFound, RegionRevoked
 from peermem.core.failpoints import chosen, reach
 from peermem.core.names import ChildName
+from peermem.core.origin import NOWHERE, Origin
 from peermem.core.region import TRANSITIONS, Event, Lease, PublishedRegion, RegionFacts, State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.device.base import Copier, Device, DeviceMemory
@@ -62,8 +63,10 @@ class Region:
         lease: Lease,
         session: str,
         reach: Reach,
+        origin: Origin = NOWHERE,
     ) -> None:
-        """`session` is the token of the session that the region's lease is tied to, or empty."""
+        """`session` is the token of the session that the region's lease is tied to, or empty; `origin` tells which job
+        made it."""
         self.name = name
         self.reach = reach
         self.uid = secrets.randbits(64)
@@ -75,6 +78,7 @@ class Region:
         self.labels = labels
         self.lease = lease
         self.session = session
+        self.origin = origin
         self.state = State.READY
         self.created_at = time.time()
         self.expires_at: float | None = None
@@ -138,6 +142,7 @@ class Region:
             created_at=self.created_at,
             nics=tuple(self.reach.way.nics),
             why=self.why,
+            origin=self.origin,
             published=self.published,
         )
 

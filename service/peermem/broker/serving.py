@@ -37,7 +37,7 @@ from peermem.core.errors import (
     ShuttingDown,
     StaleEpoch,
 )
-from peermem.core.failpoints import hit, reach
+from peermem.core.failpoints import chosen, hit, reach
 from peermem.core.grant import Wanted
 from peermem.core.names import ChildName
 from peermem.core.policy import Action
@@ -334,7 +334,8 @@ class Serving:
     async def _end(self, grant: _Grant) -> None:
         grant.ended = True
         await reach("grant.release")
-        await grant.fabric.revoke(grant.key)
+        if not chosen("grant.keep"):
+            await grant.fabric.revoke(grant.key)
         await self._settle(grant)
 
     async def _settle(self, grant: _Grant) -> None:

@@ -118,8 +118,7 @@ class StorageRun:
             await self._work(region, storage)
             self.error = None  # what came too late
         except PeermemError as error:
-            # as a new one: the traceback of this holds what is closed now
-            self.error = type(error)(error.message, **error.metadata)
+            self.error = error.again()  # the traceback of this one holds what is closed now
         except BaseException:
             log.exception("storage_defect", region=str(region.name))
             self.error = Internal(f"The {self.request.order.value} met a defect of the daemon; its log has details.")

@@ -78,6 +78,8 @@ class TransferTable:
         """Move a transfer to the ended ones and return its facts."""
         transfer, weight = self._running.pop(name.id)
         facts = transfer.facts
+        if facts.error is not None:
+            facts.error.bare()
         self._weight -= weight
         now = self._clock()
         self._ended[name.id] = (now, facts)

@@ -10,6 +10,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -20,7 +21,7 @@ from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.client.segments import Operand
-from peermem.core.errors import OutOfRange
+from peermem.core.errors import OutOfRange, RegionNotFound
 from peermem.core.units import format_duration, format_size
 
 _PIECE = 4 << 20
@@ -45,12 +46,16 @@ def regions() -> None:
     """
 
 
+_slurm_job = click.option("--slurm-job", metavar="ID", help="Only regions that this Slurm job made.")
+
+
 @regions.command("list")
 @_label
+@_slurm_job
 @pass_settings
-def list_regions(settings: Settings, labels: dict[str, str]) -> None:
+def list_regions(settings: Settings, labels: dict[str, str], slurm_job: str | None) -> None:
     """List the node's regions, or those with all these labels."""
-    found = list(settings.node.regions(labels))
+    found = [region for region in settings.node.regions(labels) if slurm_job in (None, region.slurm_job)]
     if settings.json:
         output.print_json({"regions": found})
         return
@@ -116,13 +121,19 @@ def create(
 
 
 @regions.command()
-@click.argument("names", nargs=-1, required=True, shell_complete=parsing.complete_regions)
+@click.argument("names", nargs=-1, shell_complete=parsing.complete_regions)
 @click.option("--force", is_flag=True, help="Also when transfers use it; they fail.")
+@_slurm_job
 @pass_settings
-def delete(settings: Settings, names: tuple[str, ...], force: bool) -> None:
-    """Delete regions."""
+def delete(settings: Settings, names: tuple[str, ...], force: bool, slurm_job: str | None) -> None:
+    """Delete regions: those named, or with --slurm-job all that a Slurm job has left on the asked node."""
+    if bool(names) is (slurm_job is not None):
+        raise click.UsageError("Name regions, or a Slurm job by --slurm-job.")
+    if slurm_job is not None:
+        names = tuple(region.name for region in settings.node.regions() if region.slurm_job == slurm_job)
     for name in names:
-        settings.at_owner(lambda node, name=name: node.delete_region(name, force=force))  # type: ignore[misc]
+        with suppress(RegionNotFound) if slurm_job is not None else nullcontext():  # it has ended by itself
+            settings.at_owner(lambda node, name=name: node.delete_region(name, force=force))  # type: ignore[misc]
     if settings.json:
         output.print_json({"deleted": names})
 
@@ -252,6 +263,8 @@ def _print(settings: Settings, region: peermem.Region) -> None:
             "lease": _lease(region),
             "owner": region.owner,
             "labels": region.labels,
+            "slurm job": region.slurm_job,
+            "pod": region.pod,
             "published": "yes" if region.published else "no",
             "created": region.create_time,
         }

@@ -256,6 +256,10 @@ class RegionInfo:
     """NIC ports that it is registered with, nearest first."""
     why: str
     """Why these, or why none."""
+    slurm_job: str
+    """Number of the Slurm job that made it; empty where it was none, or is not known."""
+    pod: str
+    """UID of the pod, likewise."""
     published: bool
     """Whether it is found on all nodes."""
 
@@ -280,6 +284,8 @@ class RegionInfo:
             create_time=_time(region.create_time),
             nics=tuple(region.nics),
             why=region.why,
+            slurm_job=region.slurm_job,
+            pod=region.pod,
             published=region.published,
             **bound,
         )

@@ -102,9 +102,14 @@ class Node:
         return NodeInfo.from_proto(self._channel.unary(self._channel.nodes.GetNode, node_pb2.GetNodeRequest(name=name)))
 
     def nodes(self) -> list[NodeInfo]:
-        """Return the nodes that the directory knows."""
-        answer = self._channel.unary(self._channel.nodes.ListNodes, node_pb2.ListNodesRequest())
-        return [NodeInfo.from_proto(node) for node in answer.nodes]
+        """Return the nodes that the directory knows, and those that left it lately, in order of their names."""
+        request, found = node_pb2.ListNodesRequest(), list[NodeInfo]()
+        while True:
+            page = self._channel.unary(self._channel.nodes.ListNodes, request)
+            found += map(NodeInfo.from_proto, page.nodes)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
 
     def devices(self) -> list[Device]:
         """Return the devices of this node."""

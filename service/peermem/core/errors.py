@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 DOMAIN = "peermem"
 
@@ -62,6 +62,16 @@ class PeermemError(Exception):
         cls.code = code
         cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
         PeermemError.by_reason[cls.reason] = cls
+
+    def again(self) -> Self:
+        """Return the same fault anew, to raise what is kept: an error that is raised keeps, in its traceback, all that
+        its callers were about, and each time more of it."""
+        return type(self)(self.message, **self.metadata)
+
+    def bare(self) -> Self:
+        """Let go of where it was raised and why, to be kept; return itself."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
     @staticmethod
     def restore(reason: str, message: str, metadata: Mapping[str, str]) -> PeermemError:

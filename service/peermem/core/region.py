@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peermem.core.names import ChildName
+from peermem.core.origin import NOWHERE, Origin
 from peermem.core.types import LeaseKind, Path, Word
 
 MIN_TTL, MAX_TTL = 1.0, 7 * 86400.0
@@ -74,6 +75,8 @@ class RegionFacts:
     """NIC ports that it is registered with, nearest first."""
     why: str = ""
     """Why these NICs, or why none."""
+    origin: Origin = NOWHERE
+    """Which job made it, as far as that is certain."""
     published: bool = False
     """Whether the directory tells of it."""
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import ssl
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
 
 from peermem.core.spiffe import Denied, NodePattern
-from peermem.credentials.trial import BadPair, Pair, Shown, try_pair
+from peermem.credentials.trial import BadPair, Pair, Shown, authorities_end, try_pair
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +32,8 @@ class InForce:
     """What others see of the certificate."""
     generation: int
     """Grows with each new pair."""
+    authorities_end: float | None
+    """When the first of them ends, in seconds since 1970."""
     denied: Denied = field(default_factory=Denied)
 
 
@@ -42,7 +44,7 @@ class Credentials:
         """`pair` is the first one of this `node`. Raises BadPair."""
         self.pattern = pattern
         self._expected = pattern.spiffe_id(node)
-        self.now = InForce(pair, self._tried(pair), 1, denied)
+        self.now = InForce(pair, self._tried(pair), 1, authorities_end(pair), denied)
 
     def _tried(self, pair: Pair) -> Shown:
         shown = try_pair(pair)
@@ -57,7 +59,7 @@ class Credentials:
         if pair == self.now.pair:
             return
         shown = self._tried(pair)
-        self.now = InForce(pair, shown, self.now.generation + 1, self.now.denied)
+        self.now = InForce(pair, shown, self.now.generation + 1, authorities_end(pair), self.now.denied)
         log.info("certificate_in_force", spiffe_id=shown.spiffe_id, until=shown.not_after)
 
     def problem(self) -> str:
@@ -67,6 +69,11 @@ class Credentials:
             return ""
         return f"The certificate of {shown.spiffe_id} ended {shown.not_after}. Renew it."
 
+    def ends(self) -> tuple[float, float | None]:
+        """Return when the certificate ends, in seconds since 1970, and the first of the authorities'; None where none
+        says."""
+        return ssl.cert_time_to_seconds(self.now.shown.not_after), self.now.authorities_end
+
     def refused(self, cause: str) -> None:
         """Say that newer ones can't be put in force."""
         log.error("certificate_refused", cause=cause, kept=f"the one that ends {self.now.shown.not_after}")
@@ -74,7 +81,7 @@ class Credentials:
     def deny(self, denied: Denied) -> None:
         """Put a new list of what is denied in force."""
         if denied != self.now.denied:
-            self.now = InForce(self.now.pair, self.now.shown, self.now.generation, denied)
+            self.now = replace(self.now, denied=denied)
             log.info("denied_in_force", entries=len(denied.entries))
 
 

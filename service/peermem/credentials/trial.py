@@ -80,6 +80,16 @@ def _load_roots(context: ssl.SSLContext, roots: bytes) -> None:
         raise BadPair(f"the authorities are no certificates in PEM form ({_cause(error)})") from None
 
 
+def authorities_end(pair: Pair) -> float | None:
+    """Return when the first of a pair's authorities ends, in seconds since 1970; None where none says.
+
+    Raises BadPair.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _load_roots(context, pair.roots)
+    return min((ssl.cert_time_to_seconds(str(each["notAfter"])) for each in context.get_ca_certs()), default=None)
+
+
 def try_pair(pair: Pair) -> Shown:
     """Return what others see of the pair's certificate. Raises BadPair."""
     client = _End(context_of(pair, ssl.PROTOCOL_TLS_CLIENT), server=False)

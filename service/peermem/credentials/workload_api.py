@@ -5,6 +5,8 @@ Rules of this file:
 * The package `spiffe` is imported when the configuration names a socket, and only then.
 * Only the authorities of the certificate's own trust domain are believed: those of others could sign for it.
 * An agent that goes away changes nothing; it is sought again for as long as the daemon runs.
+* A channel to it is never closed by hand, because the package's threads may be about to make a call on it, which ends
+  the process: each attempt has one of its own, which goes when its threads have ended.
 """
 
 from __future__ import annotations
@@ -72,14 +74,13 @@ class WorkloadApi:
             loop.call_soon_threadsafe(self._news.set)
 
         try:
-            from spiffe import X509Source
+            from spiffe import WorkloadApiClient, X509Source
             from spiffe.errors import PySpiffeError
         except ImportError:
             raise BadPair("the Python package spiffe is missing, which comes with peermem[spiffe]") from None
         try:
-            agent = X509Source(
-                socket_path=f"unix://{self.socket}", timeout_in_seconds=self.patience, svid_picker=self._mine
-            )
+            client = WorkloadApiClient(f"unix://{self.socket}")
+            agent = X509Source(client, timeout_in_seconds=self.patience, svid_picker=self._mine)
         except (PySpiffeError, OSError) as error:
             raise BadPair(f"the SPIFFE Workload API at {self.socket} gives no certificate ({error})") from None
         agent.subscribe_for_updates(told)

@@ -78,7 +78,7 @@ class VfioMemory(PlainMemory):
         """See DeviceMemory. Raises why there is none."""
         self._check_open()
         if isinstance(self._fd, PeermemError):
-            raise self._fd
+            raise self._fd.again()
         return self._fd, 0
 
     def share(self) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -225,21 +225,16 @@ class EtcdDirectory:
     async def _session(self, endpoint: str) -> None:
         """Do everything over one connection. Ends with a Fault."""
         connection = await connect(endpoint, self._settings.proof)
-        both = self._both(lambda: self._reached(endpoint, connection))
-        parts = [
-            asyncio.ensure_future(self._nodes.follow(connection, lambda: both("nodes"))),
-            asyncio.ensure_future(self._member.stay(connection, lambda: both("member"))),
-        ]
         try:
-            # no TaskGroup: it swallows the end of this task where a part fails at the same moment
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
+            if not self._nodes.is_known:
+                await self._nodes.read(connection)
+            both = self._both(lambda: self._reached(endpoint, connection))
+            await _first_fault(
+                self._nodes.follow(connection, lambda: both("nodes")),
+                self._member.stay(connection, lambda: both("member")),
+            )
         finally:
             self._connection = None
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
             await connection.close()
 
     def _both(self, reached: Callable[[], None]) -> Callable[[str], None]:
@@ -275,6 +270,20 @@ class EtcdDirectory:
             tell = log.error if fault.refused else log.warning
             tell("directory_away", endpoint=endpoint, cause=fault.cause)
         self._changes.tell()
+
+
+async def _first_fault(*works: Coroutine[Any, Any, None]) -> None:
+    """Run several works until one fails, then end the others and raise what it raised."""
+    # no TaskGroup: it swallows the end of this task where a part fails at the same moment
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _unreachable(cause: str) -> DirectoryUnreachable:

@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 GONE_KEPT = 600.0
 """Seconds that a node that has gone is told of."""
 _MAX_GONE = 1024
+_AT_ONCE = 100
+"""Entries read in one turn of the loop: some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Nodes:
         self._revision = 0
         """The last one that is known whole; 0: none is."""
         self._cluster = 0
+        self._is_fresh = False
+        """Whether it was read since the watch began last."""
         self._timers: set[asyncio.TimerHandle] = set()
 
     @property
@@ -82,33 +86,32 @@ class Nodes:
         self._changes.tell()
 
     async def follow(self, connection: Connection, on_known: Callable[[], None]) -> None:
-        """Keep the table up to date; `on_known` is called when it is. Ends with a Fault only."""
-        resumes = self.is_known
-        if not resumes:
-            await self._read(connection)
+        """Keep the table, which has been read, up to date; `on_known` is called when it is. Ends with a Fault only."""
         while True:
             async for answer in connection.watch(self._keys.nodes, self._revision + 1):
                 if answer.compact_revision or (answer.created and self._is_another(answer.header)):
                     break
                 if answer.created:
-                    self._counts.resumes += resumes
+                    self._counts.resumes += not self._is_fresh
+                    self._is_fresh = False
                     on_known()
                 if answer.canceled:
                     raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 self._take(answer)
-            await self._read(connection)
-            resumes = False
+            await self.read(connection)
 
     def _is_another(self, header: rpc_pb2.ResponseHeader) -> bool:
         return header.cluster_id != self._cluster or header.revision < self._revision
 
-    async def _read(self, connection: Connection) -> None:
-        """Read everything."""
+    async def read(self, connection: Connection) -> None:
+        """Read everything. Raises Fault."""
         found, header = await connection.list(self._keys.nodes)
         missing = {node: entry for node, entry in self._entries.items() if self._own is None or node != self._own.node}
-        for kv in found:
+        for number, kv in enumerate(found):
             missing.pop(self._put(kv) or "", None)
-        self._cluster, self._revision = header.cluster_id, header.revision
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        self._cluster, self._revision, self._is_fresh = header.cluster_id, header.revision, True
         self._counts.listings += 1
         if missing:
             log.info("directory_nodes_missing", nodes=sorted(missing)[:16], count=len(missing), grace=self._grace)

@@ -78,12 +78,14 @@ class Pace:
     def __init__(self) -> None:
         self._short_until = 0.0
         self._left = _TURN_BYTES
+        self._renew_below = _TURN_BYTES // 2
         self._renewing = False
 
     def request(self, total: int) -> None:
         """Somebody is about to move so many bytes."""
         if total <= LITTLE:
             self._short_until = time.monotonic() + _SHORT_FOR
+            self._left = min(self._left, _SHORT_TURN_BYTES)
 
     @property
     def is_short(self) -> bool:
@@ -103,12 +105,13 @@ class Pace:
     def spend(self, count: int) -> None:
         """Some bytes were moved."""
         self._left -= count
-        if not self._renewing:
+        if self._left < self._renew_below and not self._renewing:  # what is little is moved without this
             self._renewing = True
             asyncio.get_running_loop().call_soon(self._renew)
 
     def _renew(self) -> None:
         self._left = _SHORT_TURN_BYTES if self.is_short else _TURN_BYTES
+        self._renew_below = self._left // 2
         self._renewing = False
 
 
@@ -187,18 +190,21 @@ class Stream:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, much)
 
     def _read_turn(self) -> None:
-        calls = 0
-        while (calls < _FREE_CALLS or not self._pace.spent) and not self._closed and not self._full:
+        calls, pace = 0, self._pace
+        while (calls < _FREE_CALLS or not pace.spent) and not self._closed and not self._full:
             calls += 1
-            count = self._receive(self._incoming)
+            incoming = self._incoming
+            count = self._receive(incoming)
             if count == 0:
                 self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
                 return
-            self.moved_at = self._loop.time()
-            self._pace.spend(count)
-            self._incoming.advance(count)
-            if self._incoming.left == 0:
-                self._pace.spend(_FRAME_BYTES)
+            if calls == 1:
+                self.moved_at = self._loop.time()
+            incoming.advance(count)
+            if incoming.left:
+                pace.spend(count)
+            else:
+                pace.spend(count + _FRAME_BYTES)
                 self._incoming = self._owner.filled()
 
     def _receive(self, into: Bytes) -> int:

@@ -109,8 +109,8 @@ class VerbsFabric:
 
     async def register(self, memory: Memory, path: Path, nics: Sequence[str] = (), subject: str = "") -> None:
         """See Fabric. No name means all ports that work."""
-        if not nics and self._nics.unavailable is not None:
-            raise self._nics.unavailable
+        if not nics and (unavailable := self._nics.unavailable) is not None:
+            raise unavailable.again()
         ports = [self._nics.get(name) for name in nics] or self._nics.usable()
         await self._memories.register(memory, path, ports, subject)
 

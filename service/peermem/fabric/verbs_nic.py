@@ -183,15 +183,15 @@ class NicTable:
     def get(self, name: str) -> Port:
         """Return a port that works. Raises what keeps it from working, and NicNotFound."""
         if self._missing is not None:
-            raise self._missing
+            raise self._missing.again()
         error = self._failed.get(name)
         if error is not None:
-            raise error
+            raise error.again()
         port = self._ports.get(name)
         if port is None:
             raise not_found(name)
         if port.error is not None:
-            raise port.error
+            raise port.error.again()
         return port
 
     def usable(self) -> list[Port]:

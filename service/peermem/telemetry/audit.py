@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ import structlog
 from structlog.typing import Processor
 
 from peermem.core.identity import Subject
+from peermem.core.origin import NOWHERE, Origin
 from peermem.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -47,6 +49,8 @@ class Caller(NamedTuple):
     """Its request_id."""
     pid: int = 0
     """The process that a session on the attach socket is of."""
+    origin: Origin = NOWHERE
+    """The Slurm job or pod of that process."""
 
 
 _NOBODY = Caller("", "")
@@ -63,9 +67,9 @@ def asked(request: str) -> None:
     _caller.set(_caller.get()._replace(request=request[:_LONGEST]))
 
 
-def of_process(pid: int) -> None:
-    """Note the process whose session the call carries."""
-    _caller.set(_caller.get()._replace(pid=pid))
+def of_process(pid: int, origin: Origin) -> None:
+    """Note the process whose session the call carries, and where that comes from."""
+    _caller.set(_caller.get()._replace(pid=pid, origin=origin))
 
 
 class AuditFile:
@@ -151,6 +155,7 @@ class Audit:
             pid=caller.pid,
             call=caller.call,
             request=caller.request,
+            **{key: value for key, value in asdict(caller.origin).items() if value},
         )
 
     def _is_known(self, key: tuple[object, ...], under: object) -> bool:

@@ -1,5 +1,5 @@
-"""The daemon's metrics: names, labels, buckets, a method for what happens. Those of NIC ports, the policy, faults,
-loads and stores, the directory and the daemon's own condition have files of their own beside this one.
+"""The daemon's metrics: names, labels, buckets, a method for what happens. Those of NIC ports, the policy,
+certificates, faults, loads and stores, the directory and the daemon's own condition have files of their own beside it.
 
 Rules of this file:
 
@@ -39,6 +39,7 @@ from peermem.core.plan import Direction
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
+from peermem.telemetry.certificates import CertificateMetrics
 from peermem.telemetry.condition import ConditionMetrics
 from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
@@ -147,6 +148,7 @@ class Metrics:
         self.storage = StorageMetrics(self._registry, DURATION_BUCKETS)
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
+        self.certificates = CertificateMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
         build.info({"version": version, "python": platform.python_version(), "node": node})
         ProcessCollector(registry=self._registry)
@@ -332,7 +334,9 @@ class _StateCollector(Collector):
         yield gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
         yield gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
-            "peermem_fabric_connections_rejected", "Connections that showed no good secret.", labels=("fabric",)
+            "peermem_fabric_connections_rejected",
+            "Connections that proved no good secret, or carried what was forged.",
+            labels=("fabric",),
         )
         for fabric, count in now.rejected_connections.items():
             rejected.add_metric((fabric.value,), count)

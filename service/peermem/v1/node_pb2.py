@@ -29,15 +29,15 @@ from peermem.v1 import region_pb2 as peermem_dot_v1_dot_region__pb2
 from peermem.v1 import transfer_pb2 as peermem_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/node.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16peermem/v1/error.proto\x1a\x17peermem/v1/region.proto\x1a\x19peermem/v1/transfer.proto\"6\n\nNodeDevice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xb6\x03\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12#\n\x07\x66\x61\x62rics\x18\x05 \x03(\x0e\x32\x12.peermem.v1.Fabric\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cregion_count\x18\x07 \x01(\x04\x12\x14\n\x0cregion_bytes\x18\x08 \x01(\x04\x12\x1e\n\x16running_transfer_count\x18\t \x01(\x04\x12\x12\n\nlink_count\x18\n \x01(\x04\x12\x13\n\x0bgrant_count\x18\x0b \x01(\x04\x12\x0c\n\x04nics\x18\x0c \x03(\t\x12\'\n\x07\x64\x65vices\x18\r \x03(\x0b\x32\x16.peermem.v1.NodeDevice\x12$\n\x05state\x18\x0e \x01(\x0e\x32\x15.peermem.v1.NodeState\x12.\n\nstate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10links_here_count\x18\x10 \x01(\x04\"\xab\x01\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x11\n\tavailable\x18\x04 \x01(\x04\x12\x1e\n\x04path\x18\x05 \x01(\x0e\x32\x10.peermem.v1.Path\x12\x14\n\x0cregion_count\x18\x06 \x01(\x04\x12\x13\n\x0bpci_address\x18\x07 \x01(\t\x12\x0c\n\x04nics\x18\x08 \x03(\t\x12\x0b\n\x03why\x18\t \x01(\t\"\x9c\x01\n\x03Nic\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\nlink_layer\x18\x03 \x01(\t\x12\x0c\n\x04rate\x18\x04 \x01(\x04\x12\x11\n\tnuma_node\x18\x05 \x01(\x05\x12\x13\n\x0bpci_address\x18\x06 \x01(\t\x12\x0c\n\x04gids\x18\x07 \x03(\t\x12 \n\x05\x65rror\x18\x08 \x01(\x0b\x32\x11.peermem.v1.Error\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10ListNodesRequest\"4\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.peermem.v1.Node\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.peermem.v1.Device\"\x11\n\x0fListNicsRequest\"1\n\x10ListNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.peermem.v1.Nic\"#\n\x10PreflightRequest\x12\x0f\n\x07\x64\x65vices\x18\x01 \x03(\t\"\xcd\x02\n\x10PreflightVerdict\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x02 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\x1e\n\x04path\x18\x03 \x01(\x0e\x32\x10.peermem.v1.Path\x12\r\n\x05works\x18\x04 \x01(\x08\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.peermem.v1.Error\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fwrite_bandwidth\x18\x07 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x08 \x01(\x04\x12\x0b\n\x03nic\x18\t \x01(\t\x12\r\n\x05\x63heck\x18\n \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x0c \x01(\t\x12\x0c\n\x04\x64one\x18\r \x01(\r\x12\r\n\x05total\x18\x0e \x01(\r*k\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rNODE_STATE_UP\x10\x01\x12\x1a\n\x16NODE_STATE_UNCONFIRMED\x10\x02\x12\x13\n\x0fNODE_STATE_GONE\x10\x03\x32\xf2\x02\n\x0bNodeService\x12\x37\n\x07GetNode\x12\x1a.peermem.v1.GetNodeRequest\x1a\x10.peermem.v1.Node\x12H\n\tListNodes\x12\x1c.peermem.v1.ListNodesRequest\x1a\x1d.peermem.v1.ListNodesResponse\x12N\n\x0bListDevices\x12\x1e.peermem.v1.ListDevicesRequest\x1a\x1f.peermem.v1.ListDevicesResponse\x12\x45\n\x08ListNics\x12\x1b.peermem.v1.ListNicsRequest\x1a\x1c.peermem.v1.ListNicsResponse\x12I\n\tPreflight\x12\x1c.peermem.v1.PreflightRequest\x1a\x1c.peermem.v1.PreflightVerdict0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/node.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16peermem/v1/error.proto\x1a\x17peermem/v1/region.proto\x1a\x19peermem/v1/transfer.proto\"6\n\nNodeDevice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xb6\x03\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12#\n\x07\x66\x61\x62rics\x18\x05 \x03(\x0e\x32\x12.peermem.v1.Fabric\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cregion_count\x18\x07 \x01(\x04\x12\x14\n\x0cregion_bytes\x18\x08 \x01(\x04\x12\x1e\n\x16running_transfer_count\x18\t \x01(\x04\x12\x12\n\nlink_count\x18\n \x01(\x04\x12\x13\n\x0bgrant_count\x18\x0b \x01(\x04\x12\x0c\n\x04nics\x18\x0c \x03(\t\x12\'\n\x07\x64\x65vices\x18\r \x03(\x0b\x32\x16.peermem.v1.NodeDevice\x12$\n\x05state\x18\x0e \x01(\x0e\x32\x15.peermem.v1.NodeState\x12.\n\nstate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10links_here_count\x18\x10 \x01(\x04\"\xab\x01\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x11\n\tavailable\x18\x04 \x01(\x04\x12\x1e\n\x04path\x18\x05 \x01(\x0e\x32\x10.peermem.v1.Path\x12\x14\n\x0cregion_count\x18\x06 \x01(\x04\x12\x13\n\x0bpci_address\x18\x07 \x01(\t\x12\x0c\n\x04nics\x18\x08 \x03(\t\x12\x0b\n\x03why\x18\t \x01(\t\"\x9c\x01\n\x03Nic\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\nlink_layer\x18\x03 \x01(\t\x12\x0c\n\x04rate\x18\x04 \x01(\x04\x12\x11\n\tnuma_node\x18\x05 \x01(\x05\x12\x13\n\x0bpci_address\x18\x06 \x01(\t\x12\x0c\n\x04gids\x18\x07 \x03(\t\x12 \n\x05\x65rror\x18\x08 \x01(\x0b\x32\x11.peermem.v1.Error\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.peermem.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.peermem.v1.Device\"\x11\n\x0fListNicsRequest\"1\n\x10ListNicsResponse\x12\x1d\n\x04nics\x18\x01 \x03(\x0b\x32\x0f.peermem.v1.Nic\"#\n\x10PreflightRequest\x12\x0f\n\x07\x64\x65vices\x18\x01 \x03(\t\"\xcd\x02\n\x10PreflightVerdict\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x02 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\x1e\n\x04path\x18\x03 \x01(\x0e\x32\x10.peermem.v1.Path\x12\r\n\x05works\x18\x04 \x01(\x08\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.peermem.v1.Error\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fwrite_bandwidth\x18\x07 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x08 \x01(\x04\x12\x0b\n\x03nic\x18\t \x01(\t\x12\r\n\x05\x63heck\x18\n \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x0c \x01(\t\x12\x0c\n\x04\x64one\x18\r \x01(\r\x12\r\n\x05total\x18\x0e \x01(\r*k\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rNODE_STATE_UP\x10\x01\x12\x1a\n\x16NODE_STATE_UNCONFIRMED\x10\x02\x12\x13\n\x0fNODE_STATE_GONE\x10\x03\x32\xf2\x02\n\x0bNodeService\x12\x37\n\x07GetNode\x12\x1a.peermem.v1.GetNodeRequest\x1a\x10.peermem.v1.Node\x12H\n\tListNodes\x12\x1c.peermem.v1.ListNodesRequest\x1a\x1d.peermem.v1.ListNodesResponse\x12N\n\x0bListDevices\x12\x1e.peermem.v1.ListDevicesRequest\x1a\x1f.peermem.v1.ListDevicesResponse\x12\x45\n\x08ListNics\x12\x1b.peermem.v1.ListNicsRequest\x1a\x1c.peermem.v1.ListNicsResponse\x12I\n\tPreflight\x12\x1c.peermem.v1.PreflightRequest\x1a\x1c.peermem.v1.PreflightVerdict0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peermem.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=1639
-  _globals['_NODESTATE']._serialized_end=1746
+  _globals['_NODESTATE']._serialized_start=1703
+  _globals['_NODESTATE']._serialized_end=1810
   _globals['_NODEDEVICE']._serialized_start=178
   _globals['_NODEDEVICE']._serialized_end=232
   _globals['_NODE']._serialized_start=235
@@ -49,21 +49,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETNODEREQUEST']._serialized_start=1008
   _globals['_GETNODEREQUEST']._serialized_end=1038
   _globals['_LISTNODESREQUEST']._serialized_start=1040
-  _globals['_LISTNODESREQUEST']._serialized_end=1058
-  _globals['_LISTNODESRESPONSE']._serialized_start=1060
-  _globals['_LISTNODESRESPONSE']._serialized_end=1112
-  _globals['_LISTDEVICESREQUEST']._serialized_start=1114
-  _globals['_LISTDEVICESREQUEST']._serialized_end=1134
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=1136
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=1194
-  _globals['_LISTNICSREQUEST']._serialized_start=1196
-  _globals['_LISTNICSREQUEST']._serialized_end=1213
-  _globals['_LISTNICSRESPONSE']._serialized_start=1215
-  _globals['_LISTNICSRESPONSE']._serialized_end=1264
-  _globals['_PREFLIGHTREQUEST']._serialized_start=1266
-  _globals['_PREFLIGHTREQUEST']._serialized_end=1301
-  _globals['_PREFLIGHTVERDICT']._serialized_start=1304
-  _globals['_PREFLIGHTVERDICT']._serialized_end=1637
-  _globals['_NODESERVICE']._serialized_start=1749
-  _globals['_NODESERVICE']._serialized_end=2119
+  _globals['_LISTNODESREQUEST']._serialized_end=1097
+  _globals['_LISTNODESRESPONSE']._serialized_start=1099
+  _globals['_LISTNODESRESPONSE']._serialized_end=1176
+  _globals['_LISTDEVICESREQUEST']._serialized_start=1178
+  _globals['_LISTDEVICESREQUEST']._serialized_end=1198
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=1200
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=1258
+  _globals['_LISTNICSREQUEST']._serialized_start=1260
+  _globals['_LISTNICSREQUEST']._serialized_end=1277
+  _globals['_LISTNICSRESPONSE']._serialized_start=1279
+  _globals['_LISTNICSRESPONSE']._serialized_end=1328
+  _globals['_PREFLIGHTREQUEST']._serialized_start=1330
+  _globals['_PREFLIGHTREQUEST']._serialized_end=1365
+  _globals['_PREFLIGHTVERDICT']._serialized_start=1368
+  _globals['_PREFLIGHTVERDICT']._serialized_end=1701
+  _globals['_NODESERVICE']._serialized_start=1813
+  _globals['_NODESERVICE']._serialized_end=2183
 # @@protoc_insertion_point(module_scope)

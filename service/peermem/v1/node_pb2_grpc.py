@@ -77,7 +77,7 @@ class NodeServiceServicer:
     def ListNodes(self, request, context):
         """Lists the nodes that the directory knows, this one among them, and those that left it within the
         last ten minutes, in order of their names. What a static directory does not tell of other nodes is
-        empty.
+        empty. Errors: INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

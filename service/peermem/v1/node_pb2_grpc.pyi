@@ -40,7 +40,7 @@ class NodeServiceStub:
     ListNodes: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListNodesRequest, _node_pb2.ListNodesResponse]
     """Lists the nodes that the directory knows, this one among them, and those that left it within the
     last ten minutes, in order of their names. What a static directory does not tell of other nodes is
-    empty.
+    empty. Errors: INVALID_FIELD.
     """
     ListDevices: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListDevicesRequest, _node_pb2.ListDevicesResponse]
     """Lists this node's devices in order of their names."""
@@ -64,7 +64,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     ListNodes: _aio.UnaryUnaryMultiCallable[_node_pb2.ListNodesRequest, _node_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Lists the nodes that the directory knows, this one among them, and those that left it within the
     last ten minutes, in order of their names. What a static directory does not tell of other nodes is
-    empty.
+    empty. Errors: INVALID_FIELD.
     """
     ListDevices: _aio.UnaryUnaryMultiCallable[_node_pb2.ListDevicesRequest, _node_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists this node's devices in order of their names."""
@@ -97,7 +97,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.ListNodesResponse, _abc.Awaitable[_node_pb2.ListNodesResponse]]:
         """Lists the nodes that the directory knows, this one among them, and those that left it within the
         last ten minutes, in order of their names. What a static directory does not tell of other nodes is
-        empty.
+        empty. Errors: INVALID_FIELD.
         """
 
     @_abc_1.abstractmethod

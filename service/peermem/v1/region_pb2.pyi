@@ -212,6 +212,8 @@ class Region(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     NICS_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    SLURM_JOB_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
     PUBLISHED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """nodes/{node}/regions/{region}."""
@@ -229,6 +231,12 @@ class Region(_message.Message):
     """Where it is in its life."""
     why: _builtins.str
     """Why these NICs, or why none."""
+    slurm_job: _builtins.str
+    """Number of the Slurm job whose process made it over a session of the attach socket, as the kernel tells
+    of it; empty where it was none, or is not known.
+    """
+    pod: _builtins.str
+    """UID of the pod, likewise."""
     published: _builtins.bool
     """Whether FindRegions finds it, on any node."""
     @_builtins.property
@@ -261,11 +269,13 @@ class Region(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         nics: _abc.Iterable[_builtins.str] | None = ...,
         why: _builtins.str = ...,
+        slurm_job: _builtins.str = ...,
+        pod: _builtins.str = ...,
         published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "nics", b"nics", "owner", b"owner", "path", b"path", "published", b"published", "state", b"state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "labels", b"labels", "lease", b"lease", "length", b"length", "name", b"name", "nics", b"nics", "owner", b"owner", "path", b"path", "pod", b"pod", "published", b"published", "slurm_job", b"slurm_job", "state", b"state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path as FilePath
 
@@ -19,6 +20,7 @@ from peermem.core.errors import Code, PeermemError
 from peermem.core.node import NicPort
 from peermem.core.plan import Direction
 from peermem.core.types import FabricKind, Path
+from peermem.telemetry.directory import DirectoryUse
 from peermem.telemetry.metrics import OUTCOMES, Metrics
 from peermem.telemetry.nics import _PORT_COUNTERS, NicUse
 from tests.deploy.prometheus.files import ROOT, RUNBOOKS, cases, rules
@@ -55,7 +57,8 @@ VALUES: Mapping[str, set[str]] = {
 def nic_page() -> str:
     """A page with NICs, made in this process."""
     metrics = Metrics("1", node="a")
-    metrics.observe(lambda: SNAPSHOT)
+    leased = DirectoryUse("etcd", 0.0, True, False, 9.0, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    metrics.observe(lambda: replace(SNAPSHOT, directory=leased))
     port = NicPort("mlx5_0/1", "ACTIVE", "InfiniBand", 8 * 50_000_000_000, 0, phys_state="LinkUp")
     counters = dict.fromkeys((*_PORT_COUNTERS, "out_of_sequence"), 1)
     metrics.observe_nics(lambda: [NicUse(port, counters)])

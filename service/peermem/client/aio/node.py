@@ -106,9 +106,14 @@ class Node:
         )
 
     async def nodes(self) -> list[NodeInfo]:
-        """Return the nodes that the directory knows."""
-        answer = await self._channel.unary(self._channel.nodes.ListNodes, node_pb2.ListNodesRequest())
-        return [NodeInfo.from_proto(node) for node in answer.nodes]
+        """Return the nodes that the directory knows, and those that left it lately, in order of their names."""
+        request, found = node_pb2.ListNodesRequest(), list[NodeInfo]()
+        while True:
+            page = await self._channel.unary(self._channel.nodes.ListNodes, request)
+            found += map(NodeInfo.from_proto, page.nodes)
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
 
     async def devices(self) -> list[Device]:
         """Return the devices of this node."""
