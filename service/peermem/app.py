@@ -102,11 +102,7 @@ class App:
         self._stack.push_async_callback(directory.close)
         await directory.open()
         parts = Parts(config, lambda link_id: broker.serving.link_lost(link_id), lambda asker: links.met(asker))
-        for kind, fabric in parts.fabrics.items():
-            await _listening(f"The {kind.value} fabric", config.tcp.address, fabric.start())
-            self._stack.push_async_callback(fabric.close)
-            if fabric.unavailable is not None:
-                log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
+        await self._start_fabrics(parts)
         sessions = SessionTable(max_sessions=config.attach.max_sessions)
         self._trust = trust = await open_trust(config, self._stack, self._spawn)
         self._stack.push_async_callback(parts.storage.close)
@@ -124,6 +120,19 @@ class App:
         addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
+
+    async def _start_fabrics(self, parts: Parts) -> None:
+        for kind, fabric in parts.fabrics.items():
+            await _listening(f"The {kind.value} fabric", self.config.tcp.address, fabric.start())
+            self._stack.push_async_callback(fabric.close)
+            if fabric.unavailable is not None:
+                log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
+
+    def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
+        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        if trust.credentials is not None:
+            self.metrics.certificates.observe(partial(ends, trust.credentials))
+        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
 
     async def _join(self, broker: Broker, directory: Directory, server: GrpcServer, address: str) -> None:
         """Begin to take work; what is pushed here is the beginning of the end."""

@@ -44,7 +44,7 @@ class Door:
 
 async def _opened(stack: AsyncExitStack, folder: Path) -> tuple[FakeApiServer, TokenReviewer]:
     server = await stack.enter_async_context(FakeApiServer(folder, Authority()).serving())
-    reviewer = TokenReviewer(server.config())
+    reviewer = server.reviewer()
     stack.push_async_callback(reviewer.close)
     return server, reviewer
 

@@ -78,7 +78,7 @@ _AT_ONCE: Mapping[str, Callable[[Cluster, str], None]] = {
     "policy broken": lambda cluster, node: cluster.break_policy(node),
     "certificate renewed": lambda cluster, node: cluster.certificates.renew(node),
 }
-_ON_THE_FABRIC = {"fabric stalled": Mode.STALLED, "fabric late": Mode.LATE, "rails late": Mode.HALF_LATE}
+_ON_THE_FABRIC = {"fabric stalled": Mode.STALLED, "fabric late": Mode.BULK_LATE, "rails late": Mode.HALF_LATE}
 _AROUND_A_NODE = {
     "node cut off, silently": Mode.STALLED,
     "node cut off, with resets": Mode.CUT,

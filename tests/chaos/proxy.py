@@ -4,8 +4,8 @@ Rules of this file:
 
 * A wire that is open passes bytes on and ends. One that is stalled accepts and passes nothing on, as a network that
   drops packets. One that is late takes what comes and passes it on when it opens again, also what its sender has given
-  up meanwhile, as a network with long queues; one can be late for every other connection only. One that is cut ends
-  what is on it, and whatever comes, with a reset.
+  up meanwhile, as a network with long queues. One that is late for bulk, or for that of every other connection, does so
+  from the first large piece on. One that is cut ends what is on it, and whatever comes, with a reset.
 * All wires run on one event loop in a thread of their own; anybody may change a wire at any time.
 * Nobody is refused by a wire: a refusal says that a daemon is dead, which only its own host can know.
 """
@@ -22,6 +22,8 @@ from enum import Enum
 
 _RESET = struct.pack("ii", 1, 0)
 _PIECE = 1 << 18
+_BULK = 16 << 10
+"""Bytes that come at once from which on they are bulk."""
 _QUEUE = 16 << 20
 """Bytes of one direction of a connection that a late wire takes."""
 
@@ -32,8 +34,12 @@ class Mode(Enum):
     OPEN = "open"
     STALLED = "stalled"
     LATE = "late"
-    HALF_LATE = "half late"
+    BULK_LATE = "late for bulk"
+    HALF_LATE = "late for bulk of every other connection"
     CUT = "cut"
+
+
+_HOLDING = (Mode.STALLED, Mode.LATE, Mode.BULK_LATE, Mode.HALF_LATE)
 
 
 class Wire:
@@ -71,7 +77,7 @@ class Wire:
 
     async def _set(self, mode: Mode) -> None:
         self._mode = mode
-        if mode in (Mode.STALLED, Mode.LATE, Mode.HALF_LATE):
+        if mode in _HOLDING:
             self._flowing.clear()
         else:
             self._flowing.set()
@@ -84,7 +90,7 @@ class Wire:
         is_odd = self._accepted_count % 2 == 1
         self._ends.add(writer)
         try:
-            await self._flows(is_odd)
+            await self._flows()
             if self._mode is Mode.CUT:
                 return
             host, _, port = self.upstream.rpartition(":")
@@ -103,10 +109,16 @@ class Wire:
             self._ends.discard(writer)
             _abort(writer)
 
-    async def _flows(self, is_odd: bool) -> None:
-        """Wait until this connection's bytes may pass."""
-        if is_odd or self._mode is not Mode.HALF_LATE:
+    async def _flows(self) -> None:
+        """Wait until small pieces may pass."""
+        if self._mode in (Mode.STALLED, Mode.LATE):
             await self._flowing.wait()
+
+    def _is_late(self, data: bytes, *, is_odd: bool) -> bool:
+        """Whether a piece is to be passed on later."""
+        if self._mode is Mode.LATE:
+            return True
+        return self._mode in (Mode.BULK_LATE, Mode.HALF_LATE)[: 1 + is_odd] and len(data) >= _BULK
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_odd: bool) -> None:
         """Pass on what comes, and then its end. That `writer`'s side has ended, the other direction finds out."""
@@ -114,10 +126,11 @@ class Wire:
         is_over, was_late = False, False
         while not is_over:
             data, is_over = await _read(reader)
-            if self._mode is Mode.LATE or (is_odd and self._mode is Mode.HALF_LATE):
-                rest, is_over = await self._queue(reader) if not is_over else (b"", True)
+            if not is_over and self._is_late(data, is_odd=is_odd):
+                rest, is_over = await self._queue(reader)
                 data, was_late = data + rest, True
-            await self._flows(is_odd)
+                await self._flowing.wait()
+            await self._flows()
             with suppress(OSError):
                 writer.write(data)
                 await writer.drain()

@@ -10,6 +10,9 @@ import pytest
 
 from tests.chaos.proxy import Mode, Network, Wire, network
 
+BULK = 60_000
+"""Bytes that arrive in one piece."""
+
 
 class Echo:
     """A server that says back what it hears."""
@@ -61,6 +64,13 @@ def dial(wire: Wire) -> socket.socket:
     return socket.create_connection((host, int(port)), 10)
 
 
+def receive(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        data += sock.recv(count - len(data))
+    return data
+
+
 def test_an_open_wire_passes_bytes_on(wire: Wire) -> None:
     with dial(wire) as sock:
         sock.sendall(b"hello")
@@ -99,7 +109,7 @@ def test_a_late_wire_passes_on_what_its_sender_has_given_up(wire: Wire, echo: Ec
     assert echo.heard.get(timeout=10).count(0) > 0
 
 
-def test_a_wire_can_be_late_for_every_other_connection(wire: Wire) -> None:
+def test_a_wire_can_be_late_for_bulk_of_every_other_connection(wire: Wire) -> None:
     with dial(wire) as odd, dial(wire) as even:
         for sock in (odd, even):
             sock.sendall(b"one")
@@ -107,13 +117,15 @@ def test_a_wire_can_be_late_for_every_other_connection(wire: Wire) -> None:
         wire.set(Mode.HALF_LATE)
         for sock in (odd, even):
             sock.sendall(b"two")
-        assert even.recv(3, socket.MSG_WAITALL) == b"two"
+            assert sock.recv(3, socket.MSG_WAITALL) == b"two", "small pieces pass"
+            sock.sendall(bytes(BULK))
+        assert receive(even, BULK) == bytes(BULK)
         odd.settimeout(0.05)
         with pytest.raises(TimeoutError):
             odd.recv(1)
         odd.settimeout(10)
         wire.set(Mode.OPEN)
-        assert odd.recv(3, socket.MSG_WAITALL) == b"two"
+        assert receive(odd, BULK) == bytes(BULK)
 
 
 def test_a_wire_that_is_cut_resets_what_is_on_it_and_what_comes(wire: Wire) -> None:

@@ -227,8 +227,7 @@ class TransferRun:
         legs, self._legs = self._legs, []
         self._regions, self._request = {}, TransferRequest(())  # who remembers it needs its facts only
         self.ended.set()
-        for leg in legs:
-            leg.release()
+        asyncio.get_running_loop().call_soon(_release, legs)  # once who waits for the end has been told
 
     def _time_out(self) -> None:
         limit = self._request.timeout or 0.0
@@ -239,3 +238,8 @@ class TransferRun:
                 timeout=limit,
             )
         )
+
+
+def _release(legs: Sequence[LegRun]) -> None:
+    for leg in legs:
+        leg.release()
