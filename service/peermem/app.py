@@ -129,7 +129,10 @@ class App:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
 
     def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
+        """Let scrapes ask what there is from now on."""
+        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
         if trust.credentials is not None:
             self.metrics.certificates.observe(partial(ends, trust.credentials))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
@@ -157,15 +160,6 @@ class App:
         self._stack.push_async_callback(server.refuse)
         self._reasons = ()
         self._supervisor.ready()
-
-    def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
-        """Let scrapes ask what there is from now on."""
-        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
-        self.metrics.observe(lambda: snapshot(broker, sessions, parts))
-        self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
-        if trust.credentials is not None:
-            self.metrics.certificates.observe(partial(ends, trust.credentials))
-        self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])
 
     def _break_on_purpose(self, texts: Sequence[str]) -> None:
         if self.config.break_on_purpose:

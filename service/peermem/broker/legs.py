@@ -119,11 +119,6 @@ class LegRun:
         return Action.READ if self._opcode is Opcode.WRITE else Action.WRITE, self._region
 
     @property
-    def device(self) -> str:
-        """The device of the region here."""
-        return self._region.device.name
-
-    @property
     def path(self) -> Path:
         """How its bytes are reached: STAGED where either end is."""
         return Path.STAGED if self._stager is not None else self._region.path
