@@ -25,7 +25,7 @@ comma := ,
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench screenshots check fix protos lock clean
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench screenshots check fix protos dashboard lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
@@ -115,6 +115,9 @@ $(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=$(BIN)/protoc-gen-mypy --pl
 $(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICES)
 endef
+
+dashboard: $(READY) ## Generate deploy/grafana/peermem.json from the code beside it
+	$(BIN)/python -m deploy.grafana.dashboard
 
 lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && \

@@ -36,7 +36,7 @@ from peermem.app_directory import make_directory, notes_of, own_entry, why_unkno
 from peermem.app_parts import Parts
 from peermem.app_policy import open_guard, policy_source
 from peermem.app_slices import publish_devices
-from peermem.app_snapshot import snapshot
+from peermem.app_snapshot import condition, snapshot
 from peermem.app_trust import ends, open_trust
 from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
@@ -70,7 +70,7 @@ class App:
         """Raises ConfigError where something is wrong with the policy file."""
         self.config = config
         self._supervisor = supervisor or Supervisor(Given())
-        self.metrics = Metrics(VERSION)
+        self.metrics = Metrics(VERSION, node=config.node)
         self._policy = policy_source(config, self.metrics.policy)
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
@@ -79,6 +79,7 @@ class App:
         self._page = Page(config.http.page, config.http.names)
         self._directory = make_directory(config)
         self._stack = AsyncExitStack()
+        self.metrics.condition.observe_health(lambda: self._health().ready, lambda: bool(self._policy.problem))
 
     async def start(self) -> None:
         """Open everything in order. Raises OSError where an address or a socket can't be had."""
@@ -136,7 +137,10 @@ class App:
                 log.warning("fabric_unavailable", fabric=kind.value, cause=fabric.unavailable.message)
 
     def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
+        """Let scrapes ask what there is from now on."""
+        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
+        self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
         if trust.credentials is not None:
             self.metrics.certificates.observe(partial(ends, trust.credentials))
         self.metrics.observe_nics(lambda: [NicUse(port, port_counters(port.name)) for port in nic_ports(gids=False)])

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from peermem.app_parts import Parts
 from peermem.broker.broker import Broker
+from peermem.broker.proofs import Outcome
 from peermem.broker.sessions import SessionTable
+from peermem.core.errors import PeermemError
 from peermem.core.types import FabricKind
+from peermem.device.base import Device
+from peermem.device.host import read_own_memory
 from peermem.directory.base import Directory
 from peermem.fabric.base import Proof
+from peermem.telemetry.condition import NO_VERBS, UNTRIED, WORKS, Condition, DeviceReach
 from peermem.telemetry.directory import DirectoryUse
 from peermem.telemetry.metrics import DeviceUse, LinkSide, Snapshot
 
@@ -68,3 +74,27 @@ def _directory(directory: Directory) -> DirectoryUse:
         listings=counts.listings,
         garbage=counts.garbage,
     )
+
+
+def condition(broker: Broker, most_regions: int) -> Condition:
+    """Return what the daemon has left, and how it reaches its devices, now."""
+    reach = tuple(_reach(broker, device) for device in broker.devices.values())
+    return Condition(read_own_memory(), most_regions, broker.tenants.highest(), reach)
+
+
+def _reach(broker: Broker, device: Device) -> DeviceReach:
+    best = device.paths[0]
+    tried = {path: broker.proofs.known(device, path).values() for path in device.paths}
+    proved = [path for path, outcomes in tried.items() if any(isinstance(each, Proof) for each in outcomes)]
+    path = proved[0] if proved else device.path
+    return DeviceReach(device.name, device.kind, path, best, WORKS if best in proved else _why(broker, tried[best]))
+
+
+def _why(broker: Broker, outcomes: Collection[Outcome]) -> str:
+    """Return what keeps a device from a path on which no NIC is proved."""
+    verbs = broker.fabrics.get(FabricKind.VERBS)
+    if verbs is None:
+        return NO_VERBS
+    if verbs.unavailable is not None:
+        return verbs.unavailable.reason
+    return next((outcome.reason for outcome in outcomes if isinstance(outcome, PeermemError)), UNTRIED)

@@ -100,7 +100,7 @@ async def test_metrics_in_the_form_that_is_asked_for(server: HttpServer) -> None
     status, headers, body = await get(server, "/metrics")
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert 'peermem_build_info{python="' in body
+    assert 'peermem_build_info{node="' in body
     accept = "Accept: application/openmetrics-text;version=1.0.0;q=0.7,text/plain;q=0.3\r\n"
     _, headers, body = await get(server, "/metrics", headers=accept)
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")

@@ -141,3 +141,17 @@ def test_no_second_lets_more_through_than_two_seconds_worth(gaps: list[tuple[flo
             pass
     for start in passed:
         assert sum(start <= at < start + 1 for at in passed) <= 20
+
+
+def test_the_highest_use_is_that_of_the_tenant_nearest_to_its_limit() -> None:
+    limits = {USER: Limits(regions=10, bytes=100), FRIEND: Limits(regions=2), OTHER: Limits()}
+    book = Quotas(lambda subject: Tenant(str(subject), limits[subject]))
+    assert set(book.highest().values()) == {0.0}
+    for subject in limits:
+        book.admit(subject, {Resource.REGIONS: 1, Resource.BYTES: 25}, 0.0)
+    assert book.highest() == {
+        Resource.REGIONS: 0.5,
+        Resource.BYTES: 0.25,
+        Resource.TRANSFERS: 0.0,
+        Resource.OUTSTANDING: 0.0,
+    }

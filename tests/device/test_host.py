@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from peermem.core.node import OwnMemory
 from peermem.core.preflight import Capability, HostFacts
-from peermem.device.host import read_host
+from peermem.device.host import read_host, read_own_memory
 
 _LIMITS = """Limit                     Soft Limit           Hard Limit           Units
 Max processes             96365                96365                processes
@@ -98,3 +99,16 @@ def test_this_host() -> None:
     facts = read_host([])
     assert facts.kernel == os.uname().release
     assert not facts.pyverbs
+
+
+def test_memory_of_this_process(tree: Tree) -> None:
+    proc = tree.folder / "proc"
+    assert read_own_memory(proc) == OwnMemory(0, 0, None)
+    tree.put("proc/self/limits", _LIMITS)
+    status = "VmRSS:\t  900 kB\nRssAnon:\t     100 kB\nRssShmem:\t     800 kB\nVmPin:\t      20 kB\nCapEff:\t%x\n"
+    tree.put("proc/self/status", status % 0)
+    tree.put("proc/self/uid_map", "         0          0 4294967295\n")
+    assert read_own_memory(proc) == OwnMemory(100 << 10, 20 << 10, 8388608)
+    tree.put("proc/self/status", status % (1 << Capability.CAP_IPC_LOCK.value))
+    assert read_own_memory(proc) == OwnMemory(100 << 10, 20 << 10, None)
+    assert read_own_memory().private > 1 << 20

@@ -52,7 +52,7 @@ def test_auto_serves_over_tcp_and_says_why(nodes: dict[str, Daemon]) -> None:
             assert "pyverbs" in why
             assert "python3-pyverbs" in why
         assert nodes["auto"].log.read_text().count("fabric_unavailable") == 1
-        pushed = 'peermem_transfer_bytes_total{direction="push",fabric="tcp",path="HOST"} '
+        pushed = 'peermem_transfer_bytes_total{device="bar0",direction="push",fabric="tcp",path="HOST"} '
         assert [float(line.removeprefix(pushed)) for line in nodes["auto"].scrape().splitlines() if pushed in line] == [
             MIB
         ]

@@ -22,12 +22,12 @@ def ended(metrics: Metrics, outcome: State, seconds: float) -> None:
 
 def test_a_point_is_what_was_counted_since_the_one_before() -> None:
     metrics = Metrics("1")
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 1 << 30)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 1 << 30)
     metrics.history.sample(10.0, 1000.0)
     assert not metrics.history.points
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 3000)
-    metrics.transfer_bytes(Direction.PULL, FabricKind.TCP, Path.HOST, 1000)
-    metrics.transfer_bytes(Direction.LOCAL, FabricKind.LOCAL, Path.HOST, 500)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 3000)
+    metrics.transfer_bytes(Direction.PULL, FabricKind.TCP, Path.HOST, "bar0", 1000)
+    metrics.transfer_bytes(Direction.LOCAL, FabricKind.LOCAL, Path.HOST, "bar0", 500)
     for _ in range(4):
         ended(metrics, State.SUCCEEDED, 0.002)
     ended(metrics, State.FAILED, 30.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry
+from tests.telemetry.test_condition import CONDITION
 
 from peermem.core.errors import NodeUnreachable, PeermemError, TransferCancelled
 from peermem.core.plan import Direction
@@ -71,12 +72,14 @@ def lines(metrics: Metrics) -> list[str]:
 def everything(metrics: Metrics) -> None:
     """Let everything happen once."""
     metrics.observe(lambda: SNAPSHOT)
+    metrics.condition.observe_health(lambda: True, lambda: False)
+    metrics.condition.observe(lambda: CONDITION)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 10)
     metrics.certificates.observe(lambda: {Whose.NODE: 1.8e9, Whose.AUTHORITY: 1.9e9})
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 10)
     metrics.transfer_ended(State.SUCCEEDED, None, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 0.1)
     metrics.transfer_ended(State.FAILED, "TIMEOUT", Direction.RELAYED, None, None, 1, 0.1)
-    metrics.storage_bytes(Order.LOAD, Way.DIRECT, 10)
-    metrics.storage_ended(Order.STORE, StorageFacts(way=Way.STAGED, duration=0.1), NodeUnreachable("x"))
+    metrics.storage.moved(Order.LOAD, Way.DIRECT, 10)
+    metrics.storage.ended(Order.STORE, StorageFacts(way=Way.STAGED, duration=0.1), NodeUnreachable("x"))
     metrics.lease_ended(LeaseEnd.TTL)
     metrics.replayed(Replayed.REGION)
     metrics.event_loop_lag(0.1)
@@ -90,21 +93,22 @@ def test_what_is_bound_to_happen_starts_at_zero(metrics: Metrics, read: Read) ->
             labels = {"outcome": outcome, "direction": direction, "fabric": fabric, "path": "HOST"}
             assert read("peermem_transfers_total", **labels) == 0
         assert read("peermem_transfers_total", outcome=outcome, direction="relayed", fabric="none", path="none") == 0
-    assert read("peermem_transfer_bytes_total", path="HOST", **PUSH) == 0
-    for reason in PeermemError.by_reason:
-        assert read("peermem_transfer_failures_total", reason=reason) == 0
+    metrics.serve_devices({"bar0": Path.HOST})
+    assert read("peermem_transfer_bytes_total", path="HOST", device="bar0", **PUSH) == 0
+    for reason, fault in PeermemError.by_reason.items():
+        assert read("peermem_transfer_failures_total", reason=reason, code=fault.code.name) == 0
     assert read("peermem_lease_expirations_total", reason="client_exit") == 0
     assert read("peermem_idempotent_replays_total", resource="transfer") == 0
 
 
 def test_loads_and_stores(metrics: Metrics, read: Read) -> None:
     assert read("peermem_storage_bytes_total", operation="store", way="BUFFERED") == 0
-    metrics.storage_bytes(Order.LOAD, Way.DIRECT, 100)
+    metrics.storage.moved(Order.LOAD, Way.DIRECT, 100)
     assert read("peermem_storage_bytes_total", operation="load", way="DIRECT") == 100
     facts = StorageFacts(way=Way.DIRECT, duration=0.1)
     for error in (None, NodeUnreachable("x"), TransferCancelled("x")):
-        metrics.storage_ended(Order.LOAD, facts, error)
-    metrics.storage_ended(Order.LOAD, StorageFacts(), NodeUnreachable("x"))
+        metrics.storage.ended(Order.LOAD, facts, error)
+    metrics.storage.ended(Order.LOAD, StorageFacts(), NodeUnreachable("x"))
     for outcome, way, count in (
         ("succeeded", "DIRECT", 1),
         ("failed", "DIRECT", 1),
@@ -113,14 +117,14 @@ def test_loads_and_stores(metrics: Metrics, read: Read) -> None:
     ):
         labels = {"operation": "load", "outcome": outcome, "way": way}
         assert read("peermem_storage_operations_total", **labels) == count
-    assert read("peermem_storage_failures_total", operation="load", reason="NODE_UNREACHABLE") == 2
+    assert read("peermem_storage_failures_total", operation="load", reason="NODE_UNREACHABLE", code="UNAVAILABLE") == 2
     assert read("peermem_storage_duration_seconds_count", operation="load", outcome="succeeded") == 1
 
 
 def test_bytes_count_while_they_move(metrics: Metrics, read: Read) -> None:
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 100)
-    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, 1 << 40)
-    assert read("peermem_transfer_bytes_total", path="HOST", **PUSH) == 100 + (1 << 40)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 100)
+    metrics.transfer_bytes(Direction.PUSH, FabricKind.TCP, Path.HOST, "bar0", 1 << 40)
+    assert read("peermem_transfer_bytes_total", path="HOST", device="bar0", **PUSH) == 100 + (1 << 40)
     assert read("peermem_transfers_total", outcome="succeeded", path="HOST", **PUSH) == 0
 
 
@@ -142,7 +146,8 @@ def test_a_transfer_that_failed_counts_its_reason_from_the_one_list(
 ) -> None:
     metrics.transfer_ended(State.FAILED, reason, Direction.PUSH, FabricKind.TCP, Path.HOST, 1, 1.0)
     assert read("peermem_transfers_total", outcome="failed", path="HOST", **PUSH) == 1
-    assert read("peermem_transfer_failures_total", reason=counted) == 1
+    code = PeermemError.by_reason[counted].code.name
+    assert read("peermem_transfer_failures_total", reason=counted, code=code) == 1
     assert "made up" not in "".join(lines(metrics))
 
 
@@ -150,7 +155,7 @@ def test_a_cancelled_transfer_is_no_failure(metrics: Metrics, read: Read) -> Non
     metrics.transfer_ended(State.CANCELLED, TransferCancelled.reason, Direction.RELAYED, None, None, 1, 1.0)
     labels = {"direction": "relayed", "fabric": "none"}
     assert read("peermem_transfers_total", outcome="cancelled", path="none", **labels) == 1
-    assert read("peermem_transfer_failures_total", reason=TransferCancelled.reason) == 0
+    assert read("peermem_transfer_failures_total", reason=TransferCancelled.reason, code="CANCELLED") == 0
 
 
 def test_a_transfer_that_runs_has_no_outcome(metrics: Metrics) -> None:

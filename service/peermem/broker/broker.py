@@ -281,7 +281,7 @@ class Broker:
         facts.count_ended(self._metrics, self.transfers.ended(name))
 
     def _moved(self, run: LegRun, size: int) -> None:
-        self._metrics.transfer_bytes(run.leg.direction, run.fabric, run.path, size)
+        self._metrics.transfer_bytes(run.leg.direction, run.fabric, run.path, run.use[1].device.name, size)
 
     def transfer(self, name: ChildName) -> TransferFacts:
         """Return a transfer of this node, whoever may see it. Raises TransferNotFound, WrongNode."""

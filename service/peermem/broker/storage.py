@@ -265,7 +265,7 @@ class StorageRuns:
         await run.drive(region, self._storage)
         self._tenants.release(hold)
         self._running.discard(run)
-        self._metrics.storage_ended(run.request.order, run.facts, run.error)
+        self._metrics.storage.ended(run.request.order, run.facts, run.error)
         await counting
 
     async def _count(self, run: StorageRun) -> None:
@@ -276,6 +276,6 @@ class StorageRuns:
             ended = await run.ended_within(_TICK)
             facts = run.facts
             if facts.way is not None and facts.bytes_done > counted:
-                self._metrics.storage_bytes(run.request.order, facts.way, facts.bytes_done - counted)
+                self._metrics.storage.moved(run.request.order, facts.way, facts.bytes_done - counted)
                 self._tenants.spend(run.subject, facts.bytes_done - counted)
                 counted = facts.bytes_done

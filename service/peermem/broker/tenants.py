@@ -61,6 +61,10 @@ class Tenants:
         """Return whom a subject is counted for."""
         return self._rules.tenant(subject)
 
+    def highest(self) -> Mapping[Resource, float]:
+        """Return the highest use by any one tenant of each limit, as a share of it."""
+        return self._quotas.highest()
+
     def request(self, subject: Subject) -> None:
         """Count one request. Raises QuotaExceeded."""
         with self._counting():

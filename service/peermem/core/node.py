@@ -84,6 +84,18 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnMemory:
+    """Memory of the daemon's process, in bytes."""
+
+    private: int
+    """What is resident of its own, without shared memory such as regions and staging buffers."""
+    pinned: int
+    """What is pinned for NICs; memory registered on demand is not."""
+    pin_limit: int | None
+    """How much it may pin; None: any amount."""
+
+
+@dataclass(frozen=True, slots=True)
 class NicPort:
     """One port of an RDMA device."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from peermem.core.errors import QuotaExceeded
 from peermem.core.identity import Subject
@@ -31,6 +32,10 @@ class Resource(Word):
     OUTSTANDING = "outstanding"
     BYTES_PER_SECOND = "bytes_per_second"
     REQUESTS_PER_SECOND = "requests_per_second"
+
+
+HELD = Resource.REGIONS, Resource.BYTES, Resource.TRANSFERS, Resource.OUTSTANDING
+"""What is held; the others are rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,17 @@ class Quotas:
         """Return what the tenant of this key holds."""
         account = self._accounts.get(key)
         return {} if account is None else {what: amount for what, amount in account.held.items() if amount}
+
+    def highest(self) -> Mapping[Resource, float]:
+        """Return, for each limit on what is held, the highest use by any one tenant as a share of its limit; 0 where
+        no tenant that holds something has a limit."""
+        shares = dict.fromkeys(HELD, 0.0)
+        for account, resource in product(self._accounts.values(), HELD):
+            limit: int | None = getattr(account.tenant.limits, resource.value)
+            held = account.held.get(resource, 0)
+            if limit is not None and held:
+                shares[resource] = max(shares[resource], held / limit if limit else 1.0)
+        return shares
 
     def __len__(self) -> int:
         return len(self._accounts)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from peermem.core.node import OwnMemory
 from peermem.core.preflight import Capability, HostFacts
 from peermem.device.sysfs import PROCFS, SYSFS, lockdown
 
@@ -46,6 +47,22 @@ def read_host(
         pyverbs="/pyverbs/" in maps,
         rdma_core=library[1] if library else "",
     )
+
+
+def read_own_memory(proc: Path = PROCFS) -> OwnMemory:
+    """Return what this process has now; 0 for what the kernel does not say."""
+    status = _text(proc / "self/status")
+    may_any = Capability.CAP_IPC_LOCK in _capabilities(proc)
+    return OwnMemory(
+        private=_kib(status, "RssAnon"),
+        pinned=_kib(status, "VmPin"),
+        pin_limit=None if may_any else _memlock(_text(proc / "self/limits")),
+    )
+
+
+def _kib(status: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d{{1,20}}) kB$", status, re.MULTILINE | re.ASCII)
+    return int(found[1]) << 10 if found else 0
 
 
 def _memlock(limits: str) -> int | None:

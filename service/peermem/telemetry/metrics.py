@@ -1,5 +1,5 @@
-"""Every metric of the daemon but those of NIC ports, the policy, certificates, faults and the directory, which have
-files of their own: names, labels, buckets, a method for what happens.
+"""The daemon's metrics: names, labels, buckets, a method for what happens. Those of NIC ports, the policy,
+certificates, faults, loads and stores, the directory and the daemon's own condition have files of their own beside it.
 
 Rules of this file:
 
@@ -30,22 +30,24 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from peermem.core.errors import Code, Internal, PeermemError, TransferCancelled
+from peermem.core.errors import Code, Internal, PeermemError
 from peermem.core.plan import Direction
-from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.offload import in_thread
 from peermem.telemetry.certificates import CertificateMetrics
+from peermem.telemetry.condition import ConditionMetrics
 from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
+from peermem.telemetry.gauges import gauge
 from peermem.telemetry.history import History
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
+from peermem.telemetry.storage import StorageMetrics
 
 DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 2.5, 5))
 """10 us to 500 s."""
@@ -132,7 +134,7 @@ class GrpcMethod:
 class Metrics:
     """The daemon's metrics, in a registry of their own unless one is given."""
 
-    def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, version: str, registry: CollectorRegistry | None = None, node: str = "unnamed") -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter
         self._registry = registry or CollectorRegistry()
         self._grpc_methods: dict[tuple[str, str], GrpcMethod] = {}
@@ -140,26 +142,34 @@ class Metrics:
         self._nics: Callable[[], Sequence[NicUse]] | None = None
         self._refreshing = asyncio.Lock()
         self._registry.register(self._state)
+        self.condition = ConditionMetrics(self._registry)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
         self.history = History(self._bytes, self._transfers, self._duration)
-        self._declare_storage()
+        self.storage = StorageMetrics(self._registry, DURATION_BUCKETS)
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
         self.certificates = CertificateMetrics(self._registry)
         build = Info("peermem_build", "The daemon that answers.", registry=self._registry)
-        build.info({"version": version, "python": platform.python_version()})
+        build.info({"version": version, "python": platform.python_version(), "node": node})
         ProcessCollector(registry=self._registry)
 
     def _declare_transfers(self) -> None:
         self._transfers = self._counter(
             "peermem_transfers", "Transfers that ended.", "outcome", "direction", "fabric", "path"
         )
-        self._failures = self._counter("peermem_transfer_failures", "Transfers that failed, by reason.", "reason")
-        self._bytes = self._counter(
-            "peermem_transfer_bytes", "Bytes that transfers of this node moved.", "direction", "fabric", "path"
+        self._failures = self._counter(
+            "peermem_transfer_failures", "Transfers that failed, by reason.", "reason", "code"
         )
-        self._moving: dict[tuple[Direction, FabricKind, Path], Counter] = {}
+        self._bytes = self._counter(
+            "peermem_transfer_bytes",
+            "Bytes that transfers of this node moved.",
+            "direction",
+            "fabric",
+            "path",
+            "device",
+        )
+        self._moving: dict[tuple[Direction, FabricKind, Path, str], Counter] = {}
         self._duration = self._histogram(
             "peermem_transfer_duration_seconds",
             "Time from a transfer's acceptance to its end.",
@@ -175,8 +185,8 @@ class Metrics:
             "direction",
             "fabric",
         )
-        for reason in PeermemError.by_reason:
-            self._failures.labels(reason)
+        for fault in PeermemError.by_reason.values():
+            self._failures.labels(fault.reason, fault.code.name)
         self._start_transfers_at_zero(Direction.LOCAL, FabricKind.LOCAL, Path.HOST)
         self._start_transfers_at_zero(Direction.PUSH, FabricKind.TCP, Path.HOST)
         self._start_transfers_at_zero(Direction.PULL, FabricKind.TCP, Path.HOST)
@@ -188,27 +198,6 @@ class Metrics:
             self._transfers.labels(outcome, *labels)
         self._duration.labels(OUTCOMES[State.SUCCEEDED], *labels[:2])
         self._size.labels(*labels[:2])
-        if fabric:
-            self._bytes.labels(*labels)
-
-    def _declare_storage(self) -> None:
-        self._storage_runs = self._counter(
-            "peermem_storage_operations", "Loads and stores that ended.", "operation", "outcome", "way"
-        )
-        self._storage_failures = self._counter(
-            "peermem_storage_failures", "Loads and stores that failed, by reason.", "operation", "reason"
-        )
-        self._storage_bytes = self._counter("peermem_storage_bytes", "Bytes loaded and stored.", "operation", "way")
-        self._storage_duration = self._histogram(
-            "peermem_storage_duration_seconds",
-            "Time from a load's or store's beginning to its end.",
-            DURATION_BUCKETS,
-            "operation",
-            "outcome",
-        )
-        for order, way in product(Order, Way):
-            self._storage_runs.labels(order.value, OUTCOMES[State.SUCCEEDED], way.value)
-            self._storage_bytes.labels(order.value, way.value)
 
     def _declare_others(self) -> None:
         self._lease_ends = self._counter(
@@ -236,12 +225,18 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, help_text, labels, buckets=buckets, registry=self._registry)
 
-    def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, count: int) -> None:
-        """Some bytes of a running transfer are in place; `path` is that of the region here."""
-        known = self._moving.get((direction, fabric, path))
+    def serve_devices(self, devices: Mapping[str, Path]) -> None:
+        """These devices are there, with the path by which tcp and local transfers reach them."""
+        for (device, path), (direction, fabric) in product(devices.items(), _BY_CPU):
+            self._bytes.labels(direction.value, fabric.value, path.value, device)
+
+    def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, device: str, count: int) -> None:
+        """Some bytes of a running transfer are in place; `device` is that of the region here, the source's where both
+        are, and `path` how it is reached."""
+        known = self._moving.get((direction, fabric, path, device))
         if known is None:
-            known = self._bytes.labels(direction.value, fabric.value, path.value)
-            self._moving[direction, fabric, path] = known
+            known = self._bytes.labels(direction.value, fabric.value, path.value, device)
+            self._moving[direction, fabric, path, device] = known
         known.inc(count)
 
     def transfer_ended(
@@ -265,19 +260,8 @@ class Metrics:
         self._duration.labels(word, *way).observe(seconds, {"trace_id": trace_id} if trace_id else None)
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
-            self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
-
-    def storage_bytes(self, order: Order, way: Way, count: int) -> None:
-        """Some bytes of a running load or store are in place. May be called in any thread."""
-        self._storage_bytes.labels(order.value, way.value).inc(count)
-
-    def storage_ended(self, order: Order, facts: StorageFacts, error: PeermemError | None) -> None:
-        """A load or store ended, for this reason where it did not succeed."""
-        state = State.CANCELLED if isinstance(error, TransferCancelled) else State.FAILED if error else State.SUCCEEDED
-        self._storage_runs.labels(order.value, OUTCOMES[state], facts.way.value if facts.way else "none").inc()
-        self._storage_duration.labels(order.value, OUTCOMES[state]).observe(facts.duration or 0.0)
-        if error is not None and state is State.FAILED:
-            self._storage_failures.labels(order.value, error.reason).inc()
+            fault = PeermemError.by_reason.get(reason or "", Internal)
+            self._failures.labels(fault.reason, fault.code.name).inc()
 
     def lease_ended(self, end: LeaseEnd) -> None:
         """A region was deleted because its lease ended."""
@@ -342,15 +326,15 @@ class _StateCollector(Collector):
         if now.directory is not None:
             yield from directory_metrics(now.directory)
         leases = [((kind.value,), now.leases.get(kind, 0)) for kind in LeaseKind]
-        yield _gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
+        yield gauge("peermem_leases", "Regions by what keeps them alive.", ("kind",), leases)
         links = [((fabric.value, side.value), count) for (fabric, side), count in now.links.items()]
-        yield _gauge("peermem_links", "Open links, by who opened them.", ("fabric", "side"), links)
+        yield gauge("peermem_links", "Open links, by who opened them.", ("fabric", "side"), links)
         grants = [(("given",), now.grants_given), (("held",), now.grants_held)]
-        yield _gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
-        yield _gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
+        yield gauge("peermem_grants", "Grants, given to remote nodes and held from them.", ("side",), grants)
+        yield gauge("peermem_running_transfers", "Transfers that have not ended.", (), [((), now.running_transfers)])
         rails = [((fabric.value,), count) for fabric, count in now.rails_down.items()]
-        yield _gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
-        yield _gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
+        yield gauge("peermem_rails_down", "Rails that broke and are set aside.", ("fabric",), rails)
+        yield gauge("peermem_attach_sessions", "Jobs on the attach socket.", (), [((), now.attach_sessions)])
         rejected = CounterMetricFamily(
             "peermem_fabric_connections_rejected",
             "Connections that proved no good secret, or carried what was forged.",
@@ -360,12 +344,12 @@ class _StateCollector(Collector):
             rejected.add_metric((fabric.value,), count)
         yield rejected
         objects = [((kind,), count) for kind, count in now.verbs_objects.items()]
-        yield _gauge("peermem_verbs_objects", "Objects of the verbs fabric.", ("kind",), objects)
+        yield gauge("peermem_verbs_objects", "Objects of the verbs fabric.", ("kind",), objects)
         nics = [(name.partition("/")[::2], int(works)) for name, works in now.nics.items()]
-        yield _gauge("peermem_nic_works", "Whether the verbs fabric can use a NIC port.", ("device", "port"), nics)
+        yield gauge("peermem_nic_works", "Whether the verbs fabric can use a NIC port.", ("device", "port"), nics)
         paths = [((device, nic, path.value), int(works)) for (device, nic, path), works in now.paths.items()]
         text = "Whether the last trial of a device with a NIC port moved the right bytes."
-        yield _gauge("peermem_path_works", text, ("device", "nic", "path"), paths)
+        yield gauge("peermem_path_works", text, ("device", "nic", "path"), paths)
 
 
 def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
@@ -377,16 +361,14 @@ def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
         ("peermem_device_size_bytes", "Bytes of a device.", [device.size for device in devices]),
         ("peermem_device_available_bytes", "Bytes not held by regions.", [device.available for device in devices]),
     ):
-        yield _gauge(name, help_text, labels, zip(keys, values, strict=True))
+        yield gauge(name, help_text, labels, zip(keys, values, strict=True))
 
 
-def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=labels)
-    for key, value in values:
-        family.add_metric(key, value)
-    return family
-
-
+_BY_CPU = (
+    (Direction.LOCAL, FabricKind.LOCAL),
+    (Direction.PUSH, FabricKind.TCP),
+    (Direction.PULL, FabricKind.TCP),
+)
 _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 
