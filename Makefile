@@ -26,7 +26,7 @@ comma := ,
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 .PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench check fix protos lock clean
-.PHONY: check-lint check-format check-types check-imports check-contract check-generated
+.PHONY: check-lint check-format check-types check-imports check-contract check-generated check-manifests manifests
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -71,7 +71,8 @@ bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tel
 	$(BIN)/python -m bench.run $(ARGS)
 
 check: $(READY) ## Run every check of the code, all of them even if one fails
-	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated
+	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated \
+		check-manifests
 
 check-lint: $(READY)
 	$(BIN)/ruff check
@@ -112,6 +113,22 @@ $(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=$(BIN)/protoc-gen-mypy --pl
 $(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICES)
 endef
+
+# The rules as the Prometheus operator wants them: the same lines, under its own head.
+RULES := deploy/prometheus/peermem.rules.yaml
+RULE_OBJECT := deploy/k8s/monitoring/prometheusrule.yaml
+define rule_object
+{ printf '# Made of %s by `make manifests`.\n' $(RULES) && \
+	printf 'apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: peermem\nspec:\n' && \
+	sed -e '/^#/d' -e 's/^\(.\)/  \1/' $(RULES); }
+endef
+
+manifests: ## Make the Kubernetes objects that are copies of other files
+	$(rule_object) >$(RULE_OBJECT)
+
+check-manifests:
+	@$(rule_object) | diff - $(RULE_OBJECT) && echo "$(RULE_OBJECT) is what $(RULES) makes." || \
+	{ echo "$(RULE_OBJECT) differs from $(RULES): run 'make manifests'." >&2; exit 1; }
 
 lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && \
