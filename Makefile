@@ -25,8 +25,8 @@ comma := ,
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench screenshots check fix protos dashboard lock clean
-.PHONY: check-lint check-format check-types check-imports check-contract check-generated
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench screenshots check fix protos dashboard manifests lock clean
+.PHONY: check-lint check-format check-types check-imports check-contract check-generated check-manifests
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -74,7 +74,8 @@ screenshots: $(READY) ## Take the pictures of the daemon's page that docs/ holds
 	$(BIN)/python -m tests.api.page $(ARGS)
 
 check: $(READY) ## Run every check of the code, all of them even if one fails
-	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated
+	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated \
+		check-manifests
 
 check-lint: $(READY)
 	$(BIN)/ruff check
@@ -118,6 +119,22 @@ endef
 
 dashboard: $(READY) ## Generate deploy/grafana/peermem.json from the code beside it
 	$(BIN)/python -m deploy.grafana.dashboard
+
+# The rules as the Prometheus operator wants them: the same lines, under its own head.
+RULES := deploy/prometheus/peermem.rules.yaml
+RULE_OBJECT := deploy/k8s/monitoring/prometheusrule.yaml
+define rule_object
+{ printf '# Made of %s by `make manifests`.\n' $(RULES) && \
+	printf 'apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: peermem\nspec:\n' && \
+	sed -e '/^#/d' -e 's/^\(.\)/  \1/' $(RULES); }
+endef
+
+manifests: ## Make the Kubernetes objects that are copies of other files
+	$(rule_object) >$(RULE_OBJECT)
+
+check-manifests:
+	@$(rule_object) | diff - $(RULE_OBJECT) && echo "$(RULE_OBJECT) is what $(RULES) makes." || \
+	{ echo "$(RULE_OBJECT) differs from $(RULES): run 'make manifests'." >&2; exit 1; }
 
 lock: ## Pin what pyproject.toml asks for (ARGS=--upgrade takes newer releases)
 	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && \
