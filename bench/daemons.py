@@ -35,6 +35,8 @@ class Place:
     """TOML of this daemon alone, behind that of all."""
     program: tuple[str, ...] = (sys.executable, "-m", "peermem")
     """The daemon."""
+    patience: float = 60.0
+    """Seconds until it has to be ready."""
 
 
 HERE = Place()
@@ -89,9 +91,9 @@ class Daemon:
                 env=environ | dict(self.environ),
             )
 
-    def ready(self, timeout: float = 60.0) -> None:
+    def ready(self, timeout: float | None = None) -> None:
         """Wait until the daemon is ready. Raises AssertionError with its log when it isn't in time."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (self.place.patience if timeout is None else timeout)
         while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
             try:
                 with _OPENER.open(f"http://{self.http}/readyz", timeout=1.0):

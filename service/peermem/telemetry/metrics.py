@@ -52,7 +52,6 @@ DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for
 SIZE_BUCKETS = tuple(float(4**power) for power in range(19))
 """1 byte to 64 GiB."""
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
 OPENMETRICS = "application/openmetrics-text"
 OUTCOMES = {state: state.value.lower() for state in State if state.ended}
 GRPC_CODES = frozenset(code.name for code in Code) | {"OK"}
