@@ -203,8 +203,7 @@ class LegRun:
         if self._cut and is_staged is not bool(self._stager):  # made anew under its name, on another device
             raise self._deleted()
         if is_staged and self._stager is None:
-            host = self._host
-            self._stager = Stager(self, self._region, buffer, self.leg.direction, host.machine, host.hold)
+            self._stager = Stager(self, self._region, buffer, self.leg.direction, self._host.machine, self._host.hold)
             self._buffer = buffer
             if self._wanted.staged or (buffer is not None and not self._region.reach.stages(self.fabric)):
                 self.why += " It is staged, because a NIC would misplace bytes that begin within a page."
