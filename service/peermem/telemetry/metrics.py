@@ -44,6 +44,7 @@ from peermem.telemetry.condition import ConditionMetrics
 from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
 from peermem.telemetry.gauges import gauge
+from peermem.telemetry.history import History
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
 from peermem.telemetry.storage import StorageMetrics
@@ -53,7 +54,6 @@ DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for
 SIZE_BUCKETS = tuple(float(4**power) for power in range(19))
 """1 byte to 64 GiB."""
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
 OPENMETRICS = "application/openmetrics-text"
 OUTCOMES = {state: state.value.lower() for state in State if state.ended}
 GRPC_CODES = frozenset(code.name for code in Code) | {"OK"}
@@ -146,6 +146,7 @@ class Metrics:
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
         self.storage = StorageMetrics(self._registry, DURATION_BUCKETS)
+        self.history = History(self._bytes, self._transfers, self._duration)
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
         self.certificates = CertificateMetrics(self._registry)
@@ -247,15 +248,16 @@ class Metrics:
         path: Path | None,
         size: int,
         seconds: float,
+        trace_id: str = "",
     ) -> None:
-        """A transfer of `size` bytes ended. `reason` is that of its error.
+        """A transfer of `size` bytes ended. `reason` is that of its error, `trace_id` of the trace that has it.
 
         `fabric` and `path` are those of the first leg; None for a relayed transfer and for one that ended before
         they were chosen.
         """
         word, way = OUTCOMES[outcome], (direction.value, _label(fabric))
         self._transfers.labels(word, *way, _label(path)).inc()
-        self._duration.labels(word, *way).observe(seconds)
+        self._duration.labels(word, *way).observe(seconds, {"trace_id": trace_id} if trace_id else None)
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
             fault = PeermemError.by_reason.get(reason or "", Internal)
@@ -372,12 +374,3 @@ _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 def _label(value: FabricKind | Path | None) -> str:
     return value.value if value else "none"
-
-
-async def watch_event_loop(metrics: Metrics, interval: float = 0.25) -> None:
-    """Measure how late the running event loop is, every `interval` seconds, until cancelled."""
-    clock = asyncio.get_running_loop().time
-    while True:
-        due = clock() + interval
-        await asyncio.sleep(interval)
-        metrics.event_loop_lag(max(0.0, clock() - due))
