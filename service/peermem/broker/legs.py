@@ -386,8 +386,7 @@ class LegRun:
         return self.held.flush
 
     async def flush(self) -> None:
-        """Make the leg's bytes, all of which are in place, visible to the destination's device. Raises what that
-        raises."""
+        """Make the leg's bytes, which are in place, visible to the destination's device. Raises what that raises."""
         if self.leg.direction is Direction.PULL:
             await self._region.memory.flush()
         else:
