@@ -1,6 +1,6 @@
 """Every name of rules, cases, dashboard and pages is on the metrics page of a daemon that runs.
 
-What only a NIC shows is looked for on a page that is made of a NIC's facts; the lab looks for it on a real one.
+What only a NIC shows is looked for on a page that is made of a NIC's facts.
 """
 
 from __future__ import annotations

@@ -255,28 +255,6 @@ def test_tcp_while_the_nics_are_down_and_verbs_again_after(lab: Lab) -> None:
         eventually(lambda: a.transfer(x, y).wait(PATIENCE).fabric is VERBS, "verbs again")
 
 
-def test_the_metrics_page_has_what_only_nics_show(lab: Lab) -> None:
-    """As docs/metrics.md lists it; rxe has no counters of the standard, and some of its own."""
-    with two(lab, "push", "p2pmem", "memfd", PAGE) as (x, y, asked):
-        asked.transfer(x, y).wait(PATIENCE)
-    page = lab.daemons["a"].scrape()
-    for name, labels in {
-        "peermem_nic_works": {"device": "rxe1", "port": "1"},
-        "peermem_path_works": {"device": lab.kinds["p2pmem"].device, "nic": "rxe1/1", "path": "P2PDMA"},
-        "peermem_device_path_info": {"path": "P2PDMA", "best": "P2PDMA", "why": "none"},
-        "peermem_nic_events_total": {"device": "rxe1", "port": "1", "counter": "sent_pkts"},
-        "node_infiniband_state_id": {"device": "rxe1", "port": "1"},
-        "node_infiniband_physical_state_id": {"device": "rxe1", "port": "1"},
-        "node_infiniband_rate_bytes_per_second": {"device": "rxe1", "port": "1"},
-        "peermem_transfer_bytes_total": {"device": lab.kinds["p2pmem"].device, "path": "P2PDMA", "fabric": "verbs"},
-        "peermem_verbs_objects": {"kind": "qp"},
-        "peermem_pinned_memory_limit_bytes": {},
-    }.items():
-        wanted = {f'{label}="{value}"' for label, value in labels.items()}
-        series = [line.rpartition(" ")[0].partition("{") for line in page.splitlines() if line.startswith(name)]
-        assert any(each == name and wanted <= set(has.rstrip("}").split(",")) for each, _, has in series), name
-
-
 @pytest.mark.parametrize("side", ["source", "sink"])
 @orders
 def test_ranges_outside_a_region_are_refused(lab: Lab, order: str, side: str) -> None:
