@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -129,3 +130,20 @@ async def test_nobody_is_let_in_without_a_user(guarded: EtcdServer) -> None:
     async with opened(settings(guarded.endpoint, "mine")) as a:
         assert isinstance(a.status(), Status)
         assert "user name is empty" in str(a.status().problem)
+
+
+async def test_who_may_not_write_regions_stays_known(guarded: EtcdServer, tmp_path: Path) -> None:
+    root = guarded.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
+    guarded.ask("auth/user/add", token=root, name="reader", password=PASSWORD)
+    guarded.ask("auth/role/add", token=root, name="reader")
+    guarded.ask("auth/user/grant", token=root, user="reader", role="reader")
+    key, end = (b64encode(text).decode() for text in (b"/peermem/v1/mine/nodes/", b"/peermem/v1/mine/nodes0"))
+    perm = {"key": key, "range_end": end, "permType": "READWRITE"}
+    guarded.ask("auth/role/grant", token=root, name="reader", perm=perm)
+    proof = replace(as_user(tmp_path), user="reader")
+    async with opened(settings(guarded.endpoint, "mine", lease=2, proof=proof), A) as a:
+        a.publish(region("x"))
+        for _ in range(2):
+            before = a.status().counts.renewals
+            await until(a, lambda before=before: a.status().counts.renewals > before)  # type: ignore[misc]
+        assert (a.status().unwritten, a.status().away_for, a.status().counts.resumes) == (1, None, 0)

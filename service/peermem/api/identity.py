@@ -7,6 +7,8 @@ Rules of this file:
 * A token of Kubernetes is the service account that the API server says it is, on the unix socket and over TLS.
 * Over TLS, a certificate is its SPIFFE ID. Only one that is a node's lets its caller be that node: use LinkService, and
   speak of the clients that this node identified itself, as "SUBJECT[,GROUP...]@NODE".
+* What a node asks on the rails of its link carries no certificate: a call about the link vouches for it, for a while
+  and only as long as the certificate is not denied.
 * Everybody else is "anonymous"; over TLS that is refused, unless the configuration says otherwise.
 * Over plain TCP nothing is proved, so that a node and its clients are who they say they are; see SECURITY.md.
 """

@@ -65,6 +65,7 @@ from peermem.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
+Plan = tuple[str, list[Leg]]
 BIG = 4096
 """Segments from which planning is done in a thread: milliseconds of work."""
 
@@ -240,12 +241,10 @@ class Broker:
         self.tenants.request(subject)
         self.transfers.check_room(request.weight)
 
-    def _plan(self, request: TransferRequest) -> tuple[str, list[Leg]]:
+    def _plan(self, request: TransferRequest) -> Plan:
         return plan_transfer(request.lists, self.node, self.fabrics.keys(), request.fabric)
 
-    def _start(
-        self, subject: Subject, request: TransferRequest, plan: tuple[str, list[Leg]], *, relayed: bool
-    ) -> Transfer:
+    def _start(self, subject: Subject, request: TransferRequest, plan: Plan, *, relayed: bool) -> Transfer:
         node, parts = plan
         regions = local_regions(request, subject, self.node, self.regions, self.policy, self._remotes)
         name = ChildName(self.node, "transfers", f"t-{secrets.token_hex(6)}")
@@ -275,6 +274,9 @@ class Broker:
 
     async def _drive(self, name: ChildName, drive: Coroutine[None, None, None], hold: Hold) -> None:
         await drive
+        asyncio.get_running_loop().call_soon(self._ended, name, hold)  # once who waits for the end has been told
+
+    def _ended(self, name: ChildName, hold: Hold) -> None:
         self.tenants.release(hold)
         facts.count_ended(self._metrics, self.transfers.ended(name))
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -25,7 +25,7 @@ from peermem.core.names import ChildName
 from peermem.core.region import PublishedRegion
 from peermem.core.retries import Backoff
 from peermem.directory.base import Changes, Counts, Directory, GoneNode, NodeEntry, Status
-from peermem.directory.etcd_connection import Connection, Fault, Proof, connect
+from peermem.directory.etcd_connection import Connection, Fault, Proof, connect, first_of
 from peermem.directory.etcd_member import Member
 from peermem.directory.etcd_nodes import Nodes
 from peermem.directory.records import BadRecord, Keys, Span, read_region
@@ -229,7 +229,7 @@ class EtcdDirectory:
             if not self._nodes.is_known:
                 await self._nodes.read(connection)
             both = self._both(lambda: self._reached(endpoint, connection))
-            await _first_fault(
+            await first_of(
                 self._nodes.follow(connection, lambda: both("nodes")),
                 self._member.stay(connection, lambda: both("member")),
             )
@@ -270,20 +270,6 @@ class EtcdDirectory:
             tell = log.error if fault.refused else log.warning
             tell("directory_away", endpoint=endpoint, cause=fault.cause)
         self._changes.tell()
-
-
-async def _first_fault(*works: Coroutine[Any, Any, None]) -> None:
-    """Run several works until one fails, then end the others and raise what it raised."""
-    # no TaskGroup: it swallows the end of this task where a part fails at the same moment
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _unreachable(cause: str) -> DirectoryUnreachable:

@@ -11,11 +11,11 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
@@ -29,6 +29,8 @@ _Renewing: TypeAlias = "grpc.aio.StreamStreamCall[rpc_pb2.LeaseKeepAliveRequest,
 
 DEADLINE = 5.0
 """Seconds for a call."""
+_SLOW_DEADLINE = 30.0
+"""Seconds for a write: one that is given up may be made all the same, and making it again is no help to a busy etcd."""
 MAX_OPERATIONS = 128
 """Of one transaction: etcd's default for --max-txn-ops."""
 _PAGE = 1000
@@ -122,7 +124,7 @@ class Connection:
 
     async def transact(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
         """Make a transaction. Raises Fault, and LeaseLost where a put names a lease that is gone."""
-        return await self._call(lambda: self._kv.Txn(request, timeout=DEADLINE, metadata=self._token))
+        return await self._call(lambda: self._kv.Txn(request, timeout=_SLOW_DEADLINE, metadata=self._token))
 
     async def grant(self, ttl: int) -> int:
         """Return a new lease of some seconds."""
@@ -198,6 +200,20 @@ async def connect(endpoint: str, proof: Proof) -> Connection:
         await connection.close()
         raise
     return connection
+
+
+async def first_of(*works: Coroutine[Any, Any, None]) -> None:
+    """Run several works until one ends, then end the others. Raises what that one raised."""
+    # no TaskGroup: it swallows the end of this task where a part fails at the same moment
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _read(proof: Proof) -> list[bytes | None]:

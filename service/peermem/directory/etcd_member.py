@@ -8,12 +8,14 @@ Rules of this file:
 * What hangs on the lease is written only while the name is this daemon's: each write says so to etcd, which compares.
 * A lease that has ended is replaced by a new one, and everything is written again. Its time is counted by the monotonic
   clock, from before the call that renewed it.
-* Regions are written in batches with pauses between; one that came and went meanwhile is never written.
+* Regions are written in batches with pauses between, smaller and longer the busier etcd is, and never keep the lease
+  from being renewed; one that came and went meanwhile is never written. Where etcd takes none, nothing else ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,15 +25,24 @@ import structlog
 from peermem.core.errors import LimitReached, NodeNameTaken
 from peermem.core.names import ChildName
 from peermem.core.region import PublishedRegion
+from peermem.core.retries import Backoff
 from peermem.directory.base import Changes, Counts, NodeEntry
-from peermem.directory.etcd_connection import DEADLINE, MAX_OPERATIONS, Connection, Fault, LeaseLost
+from peermem.directory.etcd_connection import DEADLINE, MAX_OPERATIONS, Connection, Fault, LeaseLost, first_of
 from peermem.directory.records import BadRecord, Keys, NodeRecord, read_node, write_node, write_region
 from peermem.etcd import rpc_pb2
 
 log = structlog.get_logger(__name__)
 
 BETWEEN_BATCHES = 0.05
+"""Seconds, more or less."""
+_SMALL = 16
+"""Operations of the first batch, and of one after another that took long; they double where etcd is quick."""
+_QUICK = 0.5
 """Seconds."""
+_SHORTEST, _LONGEST = 1.0, 10.0
+"""Seconds until a batch is tried again that etcd did not take, and the longest pause."""
+_REST = 4.0
+"""Pause between two batches, by the time that the last one took: a busy etcd is left more time."""
 _ATTEMPTS = 5
 """To write the name, while others write it at the same time."""
 
@@ -65,6 +76,11 @@ class Member:
         """Whether this run of the daemon has had its name."""
         self._evicted = False
         self._wake = asyncio.Event()
+        """Set when this node is to be known, or was thrown out."""
+        self._unwritten_cause = ""
+        """Why the last batch of regions was not written, as the log says."""
+        self._pending = asyncio.Event()
+        """Set when regions are to be written."""
         self._regions: dict[ChildName, PublishedRegion] = {}
         self._dirty: dict[ChildName, None] = {}
         """Regions whose keys are not as they should be, in order."""
@@ -90,6 +106,7 @@ class Member:
         self._record, lease, self.lease = None, self.lease, None
         self._regions.clear()
         self._forget_written()
+        self._wake.set()
         if connection is not None and lease is not None:
             with suppress(Fault, LeaseLost):
                 await connection.revoke(lease.id)
@@ -120,7 +137,7 @@ class Member:
             self._dirty.pop(name, None)
         else:
             self._dirty[name] = None
-        self._wake.set()
+            self._pending.set()
 
     async def stay(self, connection: Connection, on_settled: Callable[[], None]) -> None:
         """Be known once this node is to be, and keep it so. Ends with a Fault only.
@@ -219,29 +236,48 @@ class Member:
         )
 
     async def _keep(self, connection: Connection, lease: Lease, on_settled: Callable[[], None]) -> None:
-        """Renew the lease in time, and write what is to be written, until the lease is lost."""
-        loop, period = asyncio.get_running_loop(), self._ttl / 3
-        due = 0.0
+        """Renew the lease in time, and write what is to be written, until the lease or the name is lost."""
         try:
-            while self._record is not None and not self._evicted:
-                if loop.time() >= due:
-                    due = loop.time() + period
-                    await self._renew(connection, lease.id, min(DEADLINE, period))
-                    on_settled()
-                self._wake.clear()
-                if self._dirty:
-                    await self._write(connection, lease.id)
-                    await asyncio.sleep(BETWEEN_BATCHES)
-                else:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout_at(due):
-                            await self._wake.wait()
+            await first_of(
+                self._renew_in_time(connection, lease.id, on_settled), self._write_in_batches(connection, lease.id)
+            )
         except LeaseLost:
             if self._record is not None:  # else it was given back
                 self._counts.lost_leases += 1
                 log.warning("directory_lease_lost", ttl=self._ttl)
         if self._record is not None:
             await self._drop(connection, lease)
+
+    async def _renew_in_time(self, connection: Connection, lease: int, on_settled: Callable[[], None]) -> None:
+        loop, period = asyncio.get_running_loop(), self._ttl / 3
+        while self._record is not None and not self._evicted:
+            due = loop.time() + period
+            await self._renew(connection, lease, min(DEADLINE, period))
+            on_settled()
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._wake.wait()
+
+    async def _write_in_batches(self, connection: Connection, lease: int) -> None:
+        loop, backoff, size = asyncio.get_running_loop(), Backoff(_SHORTEST, _LONGEST), _SMALL
+        while True:
+            self._pending.clear()
+            while self._dirty:
+                began, cause = loop.time(), ""
+                try:
+                    await self._write(connection, lease, size)
+                    backoff.reset()
+                    took = loop.time() - began
+                    size = min(size * 2, MAX_OPERATIONS) if took < _QUICK else max(size // 2, _SMALL)
+                    pause = min(max(BETWEEN_BATCHES, took * _REST), _LONGEST)
+                except Fault as fault:  # whether the connection is at an end is for the renewals and the watch to say
+                    size, pause, cause = _SMALL, backoff.pause(random.random()), fault.cause
+                if cause and cause != self._unwritten_cause:
+                    log.warning("directory_regions_unwritten", regions=len(self._dirty), cause=cause)
+                self._unwritten_cause = cause
+                await asyncio.sleep(pause * (0.5 + random.random()))
+            await self._pending.wait()
 
     async def _drop(self, connection: Connection, lease: Lease) -> None:
         self.lease = None
@@ -265,13 +301,13 @@ class Member:
             self.lease = Lease(lease, asked + self._ttl)
         self._changes.tell()
 
-    async def _write(self, connection: Connection, lease: int) -> None:
-        """Write one batch of regions."""
+    async def _write(self, connection: Connection, lease: int, size: int) -> None:
+        """Write one batch of regions, of at most so many operations, but one region at least."""
         operations: list[rpc_pb2.RequestOp] = []
         batch: dict[ChildName, PublishedRegion | None] = {}
         for name in self._dirty:
             more = self._operations(name, lease)
-            if operations and len(operations) + len(more) > MAX_OPERATIONS:
+            if operations and len(operations) + len(more) > size:
                 break
             operations += more
             batch[name] = self._regions.get(name)
