@@ -66,7 +66,9 @@ moment: the checker judges by the policy that was in force all the while."""
 _PLANTED = """\
 That the checker notices what it looks for is tried with defects that are planted in the daemons, by failpoints that no
 configuration has without `break_on_purpose`, or by a policy that is none. A run is over when the checker has found the
-defect. Whose grants are not ended also have to be deaf to the end of links, which would end the grants as well."""
+defect. Whose grants are not ended also have to be deaf to the end of links, which would end the grants as well. How
+soon a defect is found hangs on how much moves meanwhile: on a machine that is busy with other work a run of 30 s may be
+too short. Without chance, late slices are let in and fenced out by `tests/chaos/test_late_slices.py`."""
 
 _RECOVERY = """\
 From the end of the fault (a killed daemon is ready again, a wire is open again) to the end of the first transfer that

@@ -104,8 +104,7 @@ class LegRun:
         """The region, by its uid, in which bytes of this leg are in place."""
         self._refused = False
         """Whether the last answer of the far end was a refusal."""
-        self._refusal: PeermemError | None = None
-        """Why it fails when it gets another grant."""
+        self._refusal: PeermemError | None = None  # why it fails when it gets another grant
         self._renewal = Renewal(self, leg.other, host.machine)
         self._stager: Stager | None = None
         """Where an end is staged."""
