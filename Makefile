@@ -25,7 +25,7 @@ comma := ,
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
-.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench check fix protos lock clean
+.PHONY: help venv demo test chaos soak fuzz lab lab-soak image image-test bench screenshots check fix protos lock clean
 .PHONY: check-lint check-format check-types check-imports check-contract check-generated
 
 help: ## List the targets
@@ -69,6 +69,9 @@ image-test: $(READY) ## Build the image from nothing but Debian, run daemons fro
 
 bench: $(READY) ## Measure speed and size, beside other engines (ARGS=--help tells how)
 	$(BIN)/python -m bench.run $(ARGS)
+
+screenshots: $(READY) ## Take the pictures of the daemon's page that docs/ holds, of real daemons under load
+	$(BIN)/python -m tests.api.page $(ARGS)
 
 check: $(READY) ## Run every check of the code, all of them even if one fails
 	@$(MAKE) --keep-going --jobs=1 check-lint check-format check-types check-imports check-contract check-generated

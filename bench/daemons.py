@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 _OPENER = build_opener(ProxyHandler({}))
 _SOURCE = Path(__file__).parents[1] / "service"
@@ -35,6 +35,8 @@ class Place:
     """TOML of this daemon alone, behind that of all."""
     program: tuple[str, ...] = (sys.executable, "-m", "peermem")
     """The daemon."""
+    patience: float = 60.0
+    """Seconds until it has to be ready."""
 
 
 HERE = Place()
@@ -89,9 +91,9 @@ class Daemon:
                 env=environ | dict(self.environ),
             )
 
-    def ready(self, timeout: float = 60.0) -> None:
+    def ready(self, timeout: float | None = None) -> None:
         """Wait until the daemon is ready. Raises AssertionError with its log when it isn't in time."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (self.place.patience if timeout is None else timeout)
         while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
             try:
                 with _OPENER.open(f"http://{self.http}/readyz", timeout=1.0):
@@ -100,9 +102,10 @@ class Daemon:
                 time.sleep(0.02)
         raise AssertionError(f"node {self.node} did not become ready:\n{self.log.read_text()}")
 
-    def scrape(self) -> str:
-        """Return the metrics page."""
-        with _OPENER.open(f"http://{self.http}/metrics", timeout=10.0) as page:
+    def scrape(self, accept: str = "*/*") -> str:
+        """Return the metrics page, in a form that is accepted."""
+        request = Request(f"http://{self.http}/metrics", headers={"Accept": accept})
+        with _OPENER.open(request, timeout=10.0) as page:
             text: str = page.read().decode()
             return text
 

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from peermem.config import Address, Config, DeviceSize, ListenAddress, Memfd, Name, load, node_name
+from peermem.config_values import CollectorUrl, HostName
 from tests.configs import problems, write
 
 SHIPPED = Path(__file__).parents[1] / "deploy" / "peermem.toml"
@@ -177,6 +178,14 @@ PATH = "an absolute path of at most 107 bytes, or empty for none"
         ("tcp.address = ''", f"tcp.address is '': expected {LISTEN}"),
         ("tcp.address = 5", f"tcp.address is 5: expected {LISTEN}"),
         ("http.address = '127.0.0.1'", f"http.address is '127.0.0.1': expected {LISTEN}, or empty for none"),
+        (
+            "tracing.endpoint = 'collector'",
+            f"tracing.endpoint is 'collector': expected {CollectorUrl.expected}, or empty for none",
+        ),
+        ("tracing.sample = 1.5", "tracing.sample is 1.5: expected a number from 0.0 to 1.0"),
+        ("tracing.sample = true", "tracing.sample is True: expected a number from 0.0 to 1.0"),
+        ("http.page = 'on'", "http.page is 'on': expected one of \"loopback\", \"everyone\", \"off\""),
+        ("http.names = ['GPU-01']", f"http.names[0] is 'GPU-01': expected {HostName.expected}"),
         ("http.address = '::1:80'", f"http.address is '::1:80': expected {LISTEN}, or empty for none"),
         ("tcp.advertise = 'a:0'", f"tcp.advertise is 'a:0': expected {HOST_PORT}, or empty for none"),
         ("grpc.socket = 'run/x'", f"grpc.socket is 'run/x': expected {PATH}"),

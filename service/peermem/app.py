@@ -27,6 +27,8 @@ from peermem.api.identity import Identity, Trust
 from peermem.api.links import LinkService
 from peermem.api.nodes import NodeService
 from peermem.api.once import Once
+from peermem.api.page.document import Document
+from peermem.api.page.door import Page
 from peermem.api.regions import RegionService
 from peermem.api.server import GrpcServer, Limits, Services, grpc_methods
 from peermem.api.transfers import TransferService
@@ -50,10 +52,13 @@ from peermem.core.version import VERSION
 from peermem.device.host import read_host
 from peermem.device.sysfs import nic_ports, port_counters, read_topology
 from peermem.directory.base import Directory
+from peermem.offload import in_thread
 from peermem.remote.client import GrpcRemotes
 from peermem.supervisor import Given, Supervisor
-from peermem.telemetry.metrics import Metrics, Replayed, watch_event_loop
+from peermem.telemetry.lag import watch_event_loop
+from peermem.telemetry.metrics import Metrics, Replayed
 from peermem.telemetry.nics import NicUse
+from peermem.telemetry.tracing import start_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +75,8 @@ class App:
         self._reasons: tuple[str, ...] = ("The daemon is starting.",)
         self._topology = _Recent(read_topology)
         self._trust = Trust()
+        self._epoch = secrets.token_hex(8)
+        self._page = Page(config.http.page, config.http.names)
         self._directory = make_directory(config)
         self._stack = AsyncExitStack()
 
@@ -97,6 +104,7 @@ class App:
         config = self.config
         self._break_on_purpose(config.failpoints)
         await self._start_http()
+        self._start_tracing()
         directory = self._directory
         self._stack.push_async_callback(directory.close)
         await directory.open()
@@ -139,6 +147,7 @@ class App:
             broker.tend(),
             self._policy.tend(broker.go_by),
             watch_event_loop(self.metrics),
+            self.metrics.history.keep(),
             self._supervisor.tend(self._status),
         ):
             self._spawn(work)
@@ -166,10 +175,16 @@ class App:
 
     async def _start_http(self) -> None:
         if self.config.http.address:
-            server = HttpServer(self.config.http.address, self.metrics, self._health)
+            server = HttpServer(self.config.http.address, self.metrics, self._health, self._page)
             await _listening("HTTP", server.address, server.start())
             self._stack.push_async_callback(server.close)
             log.info("http_listening", address=server.address)
+
+    def _start_tracing(self) -> None:
+        tracing = self.config.tracing
+        if tracing.endpoint:
+            end = start_tracing(tracing.endpoint, tracing.sample, self.config.node, self._epoch)
+            self._stack.push_async_callback(in_thread, end)
 
     def _health(self) -> Health:
         status = self._directory.status()
@@ -196,11 +211,12 @@ class App:
             link_idle=config.transfer.link_idle,
             retry_for=config.transfer.retry_for,
         )
-        epoch = secrets.token_hex(8)
-        remotes = GrpcRemotes(config.node, epoch, lambda node: _address(config, directory, node), trust.credentials)
+        remotes = GrpcRemotes(
+            config.node, self._epoch, lambda node: _address(config, directory, node), trust.credentials
+        )
         return Broker(
             settings,
-            epoch,
+            self._epoch,
             parts.devices,
             parts.fabrics,
             remotes,
@@ -225,9 +241,11 @@ class App:
     def _server(self, broker: Broker, identity: Identity, trust: Trust, links: LinkService) -> GrpcServer:
         config = self.config
         keep = config.transfer.keep_ended
+        preflight = self._preflight(broker)
+        self._page.facts = Document(broker, preflight, self._topology, self.metrics.history, self._health)
         loaded, stored = (Once[StorageRun](keep, self._replayed(Replayed.STORAGE), _is_spent) for _ in range(2))
         services = Services(
-            node=NodeService(broker, read_topology, self._preflight(broker)),
+            node=NodeService(broker, read_topology, preflight),
             region=RegionService(
                 broker, identity, Once(keep, self._replayed(Replayed.REGION)), Once(keep), loaded, stored
             ),

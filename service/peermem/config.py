@@ -42,11 +42,14 @@ from peermem.config_values import (
     AckTimeout,
     AdoptSize,
     BlockSize,
+    CollectorUrl,
     Failpoint,
     FilePath,
+    HostName,
     Keep,
     MessageSize,
     NicName,
+    Share,
     Wait,
 )
 from peermem.config_values import Address as Address
@@ -105,10 +108,14 @@ class Attach(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Http(Struct, frozen=True, forbid_unknown_fields=True):
-    """Health, readiness and metrics."""
+    """Health, readiness, metrics and the page."""
 
     address: ListenAddress | None = ListenAddress("127.0.0.1:7472")
     """None: it is not served."""
+    page: Literal["loopback", "everyone", "off"] = "loopback"
+    """Who gets the page, which names regions and owners: callers of this host, whoever reaches the port, or nobody."""
+    names: tuple[HostName, ...] = ()
+    """Under which browsers may ask for the page, besides localhost and the address that they reach."""
 
 
 class Tcp(Struct, frozen=True, forbid_unknown_fields=True):
@@ -216,6 +223,15 @@ class Audit(Struct, frozen=True, forbid_unknown_fields=True):
     """Which decisions of the policy it holds; auto: all where there is a policy file, else what was denied."""
 
 
+class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
+    """Spans of what the daemon does."""
+
+    endpoint: CollectorUrl | None = None
+    """None: none are made."""
+    sample: Share = Share(0.01)
+    """Share of the traces that begin here which are kept; of those that a caller began it decided."""
+
+
 class Shutdown(Struct, frozen=True, forbid_unknown_fields=True):
     """The end of the daemon."""
 
@@ -268,6 +284,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     audit: Audit = Audit()
     devices: tuple[AnyDevice, ...] = msgspec.field(default=(Memfd(Name("memfd0"), DeviceSize("1GiB")),), name="device")
     directory: Directory = Directory()
+    tracing: Tracing = Tracing()
     shutdown: Shutdown = Shutdown()
     log: Log = Log()
 

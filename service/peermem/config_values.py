@@ -90,6 +90,20 @@ class HttpsUrl(str):
         return super().__new__(cls, text.rstrip("/"))
 
 
+class CollectorUrl(str):
+    """Where a collector of traces takes them, over gRPC."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'http://HOST:PORT, or https:// for TLS, such as "http://127.0.0.1:4317"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        scheme, _, address = text.rstrip("/").partition("://")
+        if scheme not in ("http", "https") or not Address._is_valid(address):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, f"{scheme}://{address}")
+
+
 class KubernetesNode(str):
     """The name of a node in Kubernetes."""
 
@@ -194,6 +208,19 @@ def _ip(host: str) -> IPv4Address | IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
+
+
+class HostName(str):
+    """The name of a host, as browsers send it."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = 'the name of a host in lower case, such as "gpu-01.example.org"'
+
+    def __new__(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", text, re.ASCII):
+            raise ValueError(cls.expected)
+        return super().__new__(cls, text)
 
 
 class ListenAddress(Address):
@@ -321,6 +348,19 @@ class LeaseTime(Duration, least="2s", most="10min"):
 
 class Keep(Duration, least="0s", most="7d"):
     """How long something that nobody uses is kept."""
+
+
+class Share(float):
+    """A part of the whole."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "a number from 0.0 to 1.0"
+
+    def __new__(cls, value: str | float) -> Self:
+        """Raises ValueError."""
+        if isinstance(value, bool) or not 0.0 <= float(value) <= 1.0:
+            raise ValueError(cls.expected)
+        return super().__new__(cls, value)
 
 
 class Failpoint(str):

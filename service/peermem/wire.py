@@ -19,6 +19,7 @@ from peermem.core.node import DeviceFacts, NicPort, NodeDevice, NodeFacts
 from peermem.core.plan import Direction
 from peermem.core.preflight import Verdict
 from peermem.core.segments import SegmentList, Stride, check_count, check_possible, columns, strided
+from peermem.core.spans import traceparent
 from peermem.core.storage import Order, StorageFacts, StorageRequest
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.v1 import error_pb2, node_pb2, region_pb2, transfer_pb2
@@ -176,7 +177,9 @@ def transfer_request_from_proto(
     timeout = None
     if message.HasField("timeout"):
         timeout = duration_from_proto(message.timeout, "timeout", 0.001, 7 * 86400.0)
-    return core_transfer.TransferRequest(lists, timeout, message.checksum, fabric_from_proto(message.fabric))
+    return core_transfer.TransferRequest(
+        lists, timeout, message.checksum, fabric_from_proto(message.fabric), traceparent(message.traceparent)
+    )
 
 
 def transfer_request_to_proto(
@@ -188,6 +191,7 @@ def transfer_request_to_proto(
         segments=[_list_to_proto(entry) for entry in request.lists],
         checksum=request.checksum,
         fabric=FABRICS[request.fabric] if request.fabric else transfer_pb2.FABRIC_UNSPECIFIED,
+        traceparent=request.traceparent,
     )
     if request.timeout is not None:
         message.timeout.CopyFrom(duration_to_proto(request.timeout))

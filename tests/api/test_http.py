@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from peermem.api.http import LIFETIME, MAX_CONNECTIONS, Health, HttpServer
+from peermem.api.page.door import Page
 from peermem.telemetry.metrics import GrpcMethod, Metrics
 
 
@@ -26,7 +27,7 @@ async def serving(
     lifetime: float = LIFETIME,
     address: str = "127.0.0.1:0",
 ) -> AsyncIterator[HttpServer]:
-    server = HttpServer(address, metrics or Metrics("1.2.3"), health, lifetime)
+    server = HttpServer(address, metrics or Metrics("1.2.3"), health, Page(), lifetime)
     await server.start()
     try:
         yield server
@@ -250,7 +251,7 @@ async def test_one_request_for_each_connection(server: HttpServer) -> None:
 
 async def test_closing_ends_connections_and_leaves_nothing_open() -> None:
     before = open_files()
-    server = HttpServer("127.0.0.1:0", Metrics("1"), ready)
+    server = HttpServer("127.0.0.1:0", Metrics("1"), ready, Page())
     await server.close()
     await server.start()
     reader, writer = await connect(server)
@@ -266,7 +267,7 @@ async def test_closing_ends_connections_and_leaves_nothing_open() -> None:
 
 async def test_a_port_in_use_is_an_error(server: HttpServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        await HttpServer(server.address, Metrics("1"), ready).start()
+        await HttpServer(server.address, Metrics("1"), ready, Page()).start()
 
 
 def has_ipv6_loopback() -> bool:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peermem.api.http import HttpServer
+from peermem.api.page.door import Page
 from peermem.telemetry.metrics import Metrics
 from tests.api.test_http import connect, end, get, ready
 from tests.fuzzing import fuzz, tried
@@ -20,6 +21,7 @@ PIECES = (
     *(b"GET ", b"POST ", b"/healthz", b"/readyz", b"/metrics", b"/%2e%2e/", b" HTTP/1.1", b" HTTP/9.9"),
     *(b"\r\n", b"\n", b"\0", b": ", b"0\r\n\r\n", b"Host: x", b"Content-Length: ", b"-1", b"99999999999999999999"),
     *(b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"Upgrade: h2c", b"Connection: close"),
+    *(b"/page/", b"facts.json", b"../door.py", b"main.js", b"Host: localhost", b"Host: [::1", b"Accept: text/html"),
     b"Accept: application/openmetrics-text; version=x",
 )
 requests = st.one_of(
@@ -39,9 +41,15 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
+async def facts() -> dict[str, str]:
+    return {"node": "a"}
+
+
 @pytest.fixture(scope="module")
 def server(runner: asyncio.Runner) -> Iterator[HttpServer]:
-    server = HttpServer("127.0.0.1:0", Metrics("1.2.3"), ready)
+    page = Page()
+    page.facts = facts
+    server = HttpServer("127.0.0.1:0", Metrics("1.2.3"), ready, page)
     runner.run(server.start())
     yield server
     runner.run(server.close())

@@ -25,13 +25,14 @@ from tests.chaos.history import Held, read
 from tests.chaos.model import Model, Violation
 from tests.chaos.outcome import Growth, Outcome, filled, passed_failpoints, recoveries
 from tests.chaos.plants import Plant
+from tests.e2e.support import eventually
 
 JOBS = 3
 FIRST_USER = 41000
 """User id of the first job, where jobs can be users of their own."""
 _ROOT = Path(__file__).parents[2]
-_LAST_WORDS = 60.0
-"""Seconds that jobs get to end."""
+_FIRST_WORDS, _LAST_WORDS = 60.0, 60.0
+"""Seconds that jobs get to begin, and to end."""
 _WARM = 20.0
 """Seconds after which a daemon counts as warm, and its growth begins to count."""
 _SAMPLED = 60.0
@@ -104,8 +105,18 @@ class Run:
             command = [sys.executable, "-m", "tests.chaos.job", json.dumps(order)]
             return Process(number, subprocess.Popen(command, env=environ, stdout=log, stderr=log))
 
+    def _await_jobs(self) -> None:
+        """Wait until each job has moved something: what is broken before breaks nothing."""
+        histories = [self._folder / "jobs" / f"job-{number}.history" for number in range(JOBS)]
+        eventually(
+            lambda: all(path.exists() and '"Ended"' in path.read_text() for path in histories),
+            "the first transfer of each job",
+            _FIRST_WORDS,
+        )
+
     def carry_out(self) -> Outcome:
         """Break things for the time of the run, let everything end, and look at what is left."""
+        self._await_jobs()
         began = time.monotonic()
         until = began + self._plan.seconds
         self._injector.run(min(until, began + _WARM))
@@ -125,6 +136,7 @@ class Run:
 
     def hunt(self, plant: Plant) -> float | None:
         """Break things until the checker finds what is planted; return after how many seconds, or None."""
+        self._await_jobs()
         began = time.monotonic()
         try:
             while time.monotonic() - began < (_CALM if plant.is_left_over else self._plan.seconds):

@@ -30,7 +30,7 @@ if os.geteuid() != 0 or container_image.missing():
 
 pytestmark = pytest.mark.timeout(600)  # for the first, which builds
 
-MOST_BYTES = 230 * MIB
+MOST_BYTES = 250 * MIB
 """Of the root filesystem, unpacked; most of it is Debian, Python and gRPC."""
 TOOLCHAIN = {"cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "pip", "pip3", "cargo", "go"}
 RDMA = "from pyverbs import device, mr, qp, cq, wr; from pyverbs.libibverbs_enums import IBV_WR_RDMA_WRITE"

@@ -48,7 +48,6 @@ TABLE = {
     "soak": Settings(namespace="n1", soak_seconds=3600),
     "speed": Settings(seconds=600),
     "storage": Settings(seconds=600),
-    "systemd": Settings(namespace="n1", seconds=600),
     "vfio": Settings(seconds=600),
 }
 

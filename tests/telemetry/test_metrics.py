@@ -15,6 +15,7 @@ from peermem.core.storage import Order, StorageFacts, Way
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, LeaseKind, Path
 from peermem.telemetry.certificates import Whose
+from peermem.telemetry.lag import watch_event_loop
 from peermem.telemetry.metrics import (
     DURATION_BUCKETS,
     SIZE_BUCKETS,
@@ -25,7 +26,6 @@ from peermem.telemetry.metrics import (
     Metrics,
     Replayed,
     Snapshot,
-    watch_event_loop,
 )
 
 Read = Callable[..., float | None]

@@ -24,6 +24,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from peermem.api.status import to_grpc
+from peermem.core import spans
 from peermem.core.errors import Internal, MalformedMessage, PeermemError
 from peermem.telemetry import audit
 from peermem.telemetry.metrics import Metrics
@@ -106,6 +107,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(to_grpc(Internal(text, error_id=error_id)))
         finally:
             self._metrics.grpc_handled(service, method, code, time.perf_counter() - began)
+
+
+def traceparent_of(context: Context) -> str:
+    """Return the traceparent that a call's metadata have; empty for none."""
+    found = [value for key, value in context.invocation_metadata() or () if key == spans.HEADER]
+    return spans.traceparent(found[0]) if len(found) == 1 and isinstance(found[0], str) else ""
 
 
 def _note(request: object, method: str, context: Context) -> None:

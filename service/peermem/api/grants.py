@@ -30,6 +30,7 @@ from peermem.broker.vouching import Vouching
 from peermem.core.errors import AccessDenied, Internal, InvalidField, MalformedMessage, PeermemError, ShuttingDown
 from peermem.core.grant import Wanted
 from peermem.core.names import parse_region
+from peermem.core.spans import traceparent
 from peermem.core.types import GrantedKey
 from peermem.fabric.base import CARRIED, Asker
 from peermem.telemetry import audit
@@ -134,7 +135,8 @@ class GrantExchanges:
         node = serving.node_of(asked.link_id, asked.epoch)
         spoken = spoken_subject(asked.subject, "subject")
         subject = await self._vouching.confirmed(node, spoken, region, right)
-        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged)
+        parent = traceparent(asked.traceparent)
+        wanted = Wanted(region, right, subject, asked.offset, asked.length, asked.staged, parent)
         return await serving.acquire(asked.link_id, asked.epoch, wanted)
 
 

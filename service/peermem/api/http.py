@@ -1,4 +1,4 @@
-"""The HTTP door: liveness, readiness and metrics, for kubelet, Prometheus and people with curl.
+"""The HTTP door: liveness, readiness and metrics, for kubelet, Prometheus and people with curl; the page for browsers.
 
 Rules of this file:
 
@@ -20,12 +20,14 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from peermem.api.page.door import ROOM, Page
 from peermem.telemetry.metrics import Metrics
 
 LIFETIME = 15.0
 """Seconds; longer than Prometheus waits for a scrape."""
 MAX_CONNECTIONS = 256
 _INDEX = """peermem node daemon
+/         for a browser on this host: what the node has and does now
 /healthz  200 while the daemon lives
 /readyz   200 when it takes work, else 503 and why not
 /metrics  Prometheus or OpenMetrics
@@ -48,13 +50,19 @@ class HttpServer:
     """Serves one host:port until closed."""
 
     def __init__(
-        self, address: str, metrics: Metrics, health: Callable[[], Health], lifetime: float = LIFETIME
+        self,
+        address: str,
+        metrics: Metrics,
+        health: Callable[[], Health],
+        page: Page,
+        lifetime: float = LIFETIME,
     ) -> None:
         """`lifetime` is what a connection gets, in seconds."""
         self.address = address
         """host:port; the real port once started."""
         self._metrics = metrics
         self._health = health
+        self._page = page
         self._lifetime = lifetime
         self._connections: _Connections | None = None
         self._listener: asyncio.Server | None = None
@@ -98,8 +106,10 @@ class HttpServer:
         if request.method not in _METHODS:
             return web.Response(status=405, headers={"Allow": ", ".join(_METHODS)}, text="Only GET and HEAD.\n")
         match request.path:
-            case "/":
+            case "/" if "text/html" not in request.headers.get("Accept", ""):
                 return web.Response(text=_INDEX)
+            case path if path == "/" or path.startswith(ROOM):
+                return await self._page.answer(request)
             case "/healthz":
                 return web.Response(text="alive\n")
             case "/readyz":

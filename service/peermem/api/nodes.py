@@ -10,7 +10,6 @@ from peermem.api.regions import page_size
 from peermem.broker.broker import Broker
 from peermem.broker.facts import known_nodes
 from peermem.broker.preflight import Preflight
-from peermem.core.errors import FabricUnavailable, PeermemError
 from peermem.core.names import parse_node
 from peermem.core.topology import Topology
 from peermem.offload import in_thread
@@ -49,17 +48,7 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
         """See the contract."""
         topology = await in_thread(self._topology)
         return node_pb2.ListNicsResponse(
-            nics=[nic_to_proto(port, self._obstacle(port.name)) for port in topology.nics.values()]
-        )
-
-    def _obstacle(self, nic: str) -> PeermemError | None:
-        used = self._broker.proofs.nics
-        if nic in used:
-            return used[nic]
-        return self._preflight.obstacle or FabricUnavailable(
-            f"The daemon does not use NIC port {nic}: its configuration does not name it, or the NIC came later than "
-            "the daemon, which then needs a restart.",
-            nic=nic,
+            nics=[nic_to_proto(port, self._preflight.nic_error(port.name)) for port in topology.nics.values()]
         )
 
     async def Preflight(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 
-from peermem.api.calls import Context
+from peermem.api.calls import Context, traceparent_of
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.broker import published
@@ -217,7 +218,7 @@ class RegionService(region_pb2_grpc.RegionServiceServicer):
         subject = await self._identity.subject(context)
 
         async def make() -> StorageRun:
-            return StorageRun(subject, wanted)
+            return StorageRun(subject, replace(wanted, traceparent=traceparent_of(context)))
 
         content = request.SerializeToString(deterministic=True)
         run = await known.run(subject, request.request_id, content, make)

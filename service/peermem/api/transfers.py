@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 
-from peermem.api.calls import Context
+from peermem.api.calls import Context, traceparent_of
 from peermem.api.identity import Identity
 from peermem.api.once import Once
 from peermem.api.regions import page_size
@@ -56,6 +56,7 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """See the contract."""
         wait = duration_from_proto(request.wait, "wait", 0.0, _MAX_WAIT) if request.HasField("wait") else 0.0
         subject = await self._identity.subject(context)
+        request.traceparent = request.traceparent or traceparent_of(context)
         transfer = await self.start(subject, request, relayed=self._identity.relayed(context))
         if wait and not transfer.ended.is_set():
             await _ended_within(transfer, wait)
@@ -119,7 +120,8 @@ class TransferService(transfer_pb2_grpc.TransferServiceServicer):
         """Start the transfer, or return the one that this request started before. Raises PeermemError."""
         audit.asked(request.request_id)  # a pipeline has many in one call
         wanted = transfer_request_from_proto(request, self._max_segments)
-        request.ClearField("wait")  # how long the caller waits is not part of what is asked for
+        request.ClearField("wait")  # how long the caller waits, and what for, is not part of what is asked for
+        request.ClearField("traceparent")
         content = request.SerializeToString(deterministic=True) if request.request_id else b""
         if wanted.weight <= BIG:
             return await self._created.run_now(

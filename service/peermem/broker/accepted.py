@@ -45,6 +45,10 @@ class AcceptedLinks:
         """Return the ids of those that are open."""
         return list(self._links)
 
+    def every(self) -> list[AcceptedLink]:
+        """Return those that are open."""
+        return list(self._links.values())
+
     def counts(self) -> dict[FabricKind, int]:
         """Return how many are open, by fabric."""
         counts = dict.fromkeys(self._fabrics, 0)

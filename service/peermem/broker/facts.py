@@ -88,4 +88,5 @@ def count_ended(metrics: Metrics, transfer: TransferFacts) -> None:
         path=transfer.path,
         size=transfer.bytes_total,
         seconds=transfer.duration or 0.0,
+        trace_id=transfer.trace_id,
     )

@@ -24,6 +24,7 @@ import structlog
 from peermem.broker.arrival import Arrival
 from peermem.broker.causes import cause_of
 from peermem.broker.holdings import Holdings
+from peermem.broker.leg_trace import LegTrace
 from peermem.broker.link_table import LinkTable
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
@@ -46,13 +47,13 @@ from peermem.core.failpoints import hit
 from peermem.core.grant import Wanted
 from peermem.core.plan import Direction, Leg, slices
 from peermem.core.policy import Action
+from peermem.core.spans import Span
 from peermem.core.transfer import TransferMachine
 from peermem.core.types import FabricKind, Path, Ranges, Rights
 from peermem.fabric.base import Opcode, Status, WorkRequest
 from peermem.telemetry.faults import Broken
 
 log = structlog.get_logger(__name__)
-
 
 _WAYS = {True: (Opcode.READ, Rights.READ), False: (Opcode.WRITE, Rights.WRITE)}
 """What a leg does at the far end, by whether it pulls."""
@@ -63,8 +64,8 @@ class LegHost(Protocol):
 
     share: Share
     machine: TransferMachine
+    span: Span
     clock: Callable[[], float]
-
     moved: Callable[[LegRun, int], None]
     """Told of bytes of a leg that are in place."""
 
@@ -112,6 +113,7 @@ class LegRun:
         """Where this end is."""
         self._cut = False
         """Whether the slices have been cut."""
+        self._trace = LegTrace(host.span, leg)
 
     @property
     def use(self) -> tuple[Action, Region]:
@@ -171,13 +173,13 @@ class LegRun:
         link = self.link
         if not self._region.reach.stages(self.fabric):
             await self._be_reached(link)  # before the grant's time runs: it may take seconds
-        held = await link.grant(self._wanted)
+        held = await self._trace.grant(link, self._wanted)
         try:
             is_staged_here, is_staged_there = staged_ends(self.leg, self._region, link, held)
             if is_staged_there and held.slots is None:
                 link.release(held)
                 self._wanted = self._wanted._replace(staged=True)
-                held = await link.grant(self._wanted)
+                held = await self._trace.grant(link, self._wanted)
             buffer = await self._region.reach.staging.open() if is_staged_here else None
             if buffer is not None:
                 await link.prepare(buffer.memory, 0, buffer.memory.length)
@@ -222,9 +224,10 @@ class LegRun:
         if self._renewal.is_due:
             return None
         if self._stager is not None:
-            return self._stager.next_request(wr_id)
-        piece = self.take()
-        return WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece) if piece else None
+            return self._trace.posted(self._stager.next_request(wr_id))
+        if (piece := self.take()) is None:
+            return None
+        return self._trace.posted(WorkRequest(wr_id, self._opcode, self._region.memory, self.held.key, piece))
 
     def give_up(self) -> None:
         """The transfer failed: what is ready for the wire is not posted any more."""
@@ -246,6 +249,7 @@ class LegRun:
 
     def completed(self, request: WorkRequest, status: Status) -> None:
         """See Worker."""
+        self._trace.completed(request, status)
         if self._stager is not None:
             self._stager.completed(request, status)
         else:
@@ -372,6 +376,7 @@ class LegRun:
     def release(self) -> None:
         """Give the grants back: the transfer has ended."""
         self.holdings.give_back()
+        self._trace.end(self.fabric, self.path, self._host.machine.error)
 
     @property
     def needs_flush(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -115,6 +115,9 @@ class LinkTable:
     def grant_count(self) -> int:
         """Grants held on regions of remote nodes."""
         return sum(link.grant_count for link in self._links.values())
+
+    def __iter__(self) -> Iterator[OutboundLink]:
+        return iter(self._links.values())
 
     def _key(self, node: str, kind: FabricKind, subject: Subject) -> _Key:
         return node, kind, subject.named_by(self._here) if self._fabrics[kind].separates_subjects else ""

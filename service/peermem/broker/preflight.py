@@ -76,6 +76,17 @@ class Preflight:
             fabric=FabricKind.VERBS.value,
         )
 
+    def nic_error(self, nic: str) -> PeermemError | None:
+        """Return what keeps the daemon from using a NIC port now; None where it uses it."""
+        used = self._proofs.nics
+        if nic in used:
+            return used[nic]
+        return self.obstacle or FabricUnavailable(
+            f"The daemon does not use NIC port {nic}: its configuration does not name it, or the NIC came later than "
+            "the daemon, which then needs a restart.",
+            nic=nic,
+        )
+
     async def run(self, names: Collection[str] = ()) -> AsyncGenerator[Step, None]:
         """Yield a step for each check of the node, for each NIC port, and for each path of these devices (none: all)
         with each NIC port. Raises DeviceNotFound before the first.
@@ -95,6 +106,16 @@ class Preflight:
         for done, (device, path, nic) in enumerate(trials, len(verdicts) + 1):
             outcome = await self._outcome(device, path, nic, host_memory)
             yield Step(_verdict(device, path, nic, topology, outcome), done, total)
+
+    async def known(self, topology: Topology) -> list[Verdict]:
+        """Return what is known of each device by each path with each NIC port that it was tried with; tries nothing."""
+        tried = [
+            (device, path, nic, outcome)
+            for device in self._devices.values()
+            for path in device.paths
+            for nic, outcome in self._proofs.known(device, path).items()
+        ]
+        return await in_thread(lambda: [_verdict(*each[:3], topology, each[3]) for each in tried])
 
     def _ways(self, device: Device, nics: Iterable[str]) -> list[tuple[Path, str]]:
         """Return the paths and NIC ports that there is something to say of."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 import structlog
 
 from peermem.broker.regions import Region
+from peermem.broker.runs import begin_transfer
 from peermem.broker.vouching import Vouching
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, TransferCancelled, TransferNotFound
 from peermem.core.failpoints import reach
@@ -49,6 +50,7 @@ class Relay:
         """`remote` is the daemon of `node`, which runs the transfer for `subject`."""
         self.owner = str(subject)
         self.ended = asyncio.Event()
+        self._span = begin_transfer(name, request)
         self.facts = TransferFacts(
             name=name,
             state=State.PENDING,
@@ -62,10 +64,12 @@ class Relay:
             created_at=time.time(),
             duration=None,
             crc32c=None,
+            ends=request.ends,
+            trace_id=self._span.trace_id,
         )
         self._node = node
         self._remote = remote
-        self._request = request
+        self._request = replace(request, traceparent=self._span.traceparent)
         self.subject = subject
         self._there: ChildName | None = None
         self._wish: PeermemError | None = None
@@ -105,6 +109,8 @@ class Relay:
             self.facts = replace(self.facts, state=state, error=self._wish)
         self.facts = replace(self.facts, duration=time.monotonic() - self._began)
         self._request = TransferRequest(())  # who remembers an ended transfer needs its facts only
+        self._span.note(state=self.facts.state.value, done=self.facts.bytes_done, executed_by=self.facts.executed_by)
+        self._span.end(self.facts.error)
         self.ended.set()
 
     def fail(self, error: PeermemError) -> None:

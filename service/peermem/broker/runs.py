@@ -21,12 +21,14 @@ from peermem.broker.legs import LegRun
 from peermem.broker.link_table import LinkTable
 from peermem.broker.regions import Region
 from peermem.broker.tenants import Share
+from peermem.core import spans
 from peermem.core.errors import Internal, PeermemError, Timeout
 from peermem.core.failpoints import reach
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
 from peermem.core.plan import Leg
 from peermem.core.policy import Action
+from peermem.core.spans import Span
 from peermem.core.transfer import TransferFacts, TransferMachine, TransferRequest
 
 log = structlog.get_logger(__name__)
@@ -50,6 +52,20 @@ class Transfer(Protocol):
 
     def fail(self, error: PeermemError) -> None:
         """End it for this reason; `ended` follows."""
+
+
+def begin_transfer(name: ChildName, request: TransferRequest) -> Span:
+    """Begin what a trace holds of a transfer on this node."""
+    source, destination = map(str, request.ends or ("", ""))
+    return spans.begin(
+        "transfer",
+        request.traceparent,
+        transfer=str(name),
+        source=source,
+        destination=destination,
+        length=request.total,
+        segments=request.segment_count,
+    )
 
 
 class TransferRun:
@@ -87,9 +103,10 @@ class TransferRun:
         self._helpers: set[asyncio.Task[None]] = set()
         self._regions = regions
         self.machine = TransferMachine(len(legs), request.total)
-        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         for region in regions.values():
             region.check_usable()
+        self.span = begin_transfer(name, request)
+        self._legs = [LegRun(self, index, leg, regions[leg.local]) for index, leg in enumerate(legs)]
         for region in regions.values():
             region.users.add(self)
 
@@ -114,6 +131,8 @@ class TransferRun:
             crc32c=self._crc32c,
             path=first.path,
             fabric_why=first.why,
+            ends=self._request.ends,
+            trace_id=self.span.trace_id,
         )
 
     @property
@@ -227,6 +246,8 @@ class TransferRun:
         legs, self._legs = self._legs, []
         self._regions, self._request = {}, TransferRequest(())  # who remembers it needs its facts only
         self.ended.set()
+        self.span.note(state=self.machine.state.value, done=self.machine.done)
+        self.span.end(self.machine.error)
         asyncio.get_running_loop().call_soon(_release, legs)  # once who waits for the end has been told
 
     def _time_out(self) -> None:

@@ -23,6 +23,7 @@ from operator import add
 from peermem.broker.accepted import AcceptedLink, AcceptedLinks, Voucher
 from peermem.broker.access import Use, checksum
 from peermem.broker.guard import Guard
+from peermem.broker.leg_trace import grant_span
 from peermem.broker.regions import Region
 from peermem.broker.slots import StagingBuffer, spoil
 from peermem.core.errors import (
@@ -43,6 +44,7 @@ from peermem.core.names import ChildName
 from peermem.core.policy import Action
 from peermem.core.region import State
 from peermem.core.segments import check_count
+from peermem.core.spans import Span
 from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey, Rights
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
@@ -62,6 +64,7 @@ class _Grant:
     link_id: bytes = field(repr=False)
     key: RemoteKey = field(repr=False)
     fabric: Fabric
+    span: Span
     staging: StagingBuffer | None = None
     timer: asyncio.TimerHandle | None = None
     ended: bool = False
@@ -106,6 +109,10 @@ class Serving:
     def link_counts(self) -> dict[FabricKind, int]:
         """Accepted links by fabric."""
         return self._links.counts()
+
+    def links(self) -> list[AcceptedLink]:
+        """Accepted links."""
+        return self._links.every()
 
     def open_link(self, node: str, offer: LinkAttributes, vouched: Voucher = lambda: None) -> OpenedLink:
         """Accept a link of `node`, or have the one with the id in `offer` rebuilt; `vouched` as in `vouch`.
@@ -218,16 +225,18 @@ class Serving:
         if wanted.staged or region.reach.stages(fabric.kind):
             nics, subject = region.reach.way.nics, wanted.subject.named_by(self._node)
             staging = await StagingBuffer.open([fabric], nics, subject, wanted.length)
+        span = grant_span(wanted, fabric.kind)
         try:
             if staging is None:
                 key = await fabric.grant(link_id, region.memory, wanted.offset, wanted.length, wanted.right, self._ttl)
             else:
                 key = await fabric.grant(link_id, staging.memory, 0, staging.memory.length, wanted.right, self._ttl)
-        except BaseException:
+        except BaseException as error:
+            span.end(error)
             if staging is not None:
                 await staging.close()
             raise
-        return _Grant(secrets.randbits(63) | 1, region, wanted, link_id, key, fabric, staging)
+        return _Grant(secrets.randbits(63) | 1, region, wanted, link_id, key, fabric, span, staging)
 
     async def release(self, link_id: bytes, grant_ids: Sequence[int]) -> None:
         """End grants of a link; afterwards no byte moves under them. Unknown ones are no error."""
@@ -345,6 +354,7 @@ class Serving:
             await asyncio.wait(list(grant.copies))
         if grant.staging is not None:
             await grant.staging.close()
+        grant.span.end()
         self._drop(grant.grant_id)
 
     def _expire(self, grant_id: int) -> None:

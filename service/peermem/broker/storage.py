@@ -24,6 +24,7 @@ from peermem.broker.access import checksum
 from peermem.broker.guard import Guard
 from peermem.broker.regions import Region
 from peermem.broker.tenants import Tenants
+from peermem.core import spans
 from peermem.core.errors import (
     ChecksumMismatch,
     Internal,
@@ -114,6 +115,9 @@ class StorageRun:
         """Carry it to its end; never raises."""
         self._began = time.monotonic()
         self._region = region
+        request = self.request
+        names = {"region": str(region.name), "file": request.path}
+        span = spans.begin(f"storage.{request.order.value}", request.traceparent, **names)
         try:
             await self._work(region, storage)
             self.error = None  # what came too late
@@ -126,6 +130,8 @@ class StorageRun:
             self._duration = time.monotonic() - self._began
             region.users.discard(self)
             self._last, self._movement, self._region = self.facts, None, None  # who remembers it needs its facts only
+            span.note(length=self._total, done=self._done, way=self._last.way.value if self._last.way else "none")
+            span.end(self.error)
             self.ended.set()
 
     async def _work(self, region: Region, storage: Storage) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from itertools import count
 from typing import Generic, TypeVar
 
-from peermem.client import errors
+from peermem.client import errors, tracing
 from peermem.client.facts import Progress, TransferInfo, TransferState, transfer_state
 from peermem.core.errors import Internal, NodeUnreachable, PeermemError, Timeout
+from peermem.core.spans import Span
 from peermem.v1 import transfer_pb2
 
 _BACKOFF = (0.05, 0.2, 0.8, 2.0)
@@ -33,6 +34,7 @@ class Flight:
     def __init__(self, tag: int, request: transfer_pb2.CreateTransferRequest) -> None:
         self.tag = tag
         self.request = request
+        self._span = _begin(request)
         self.cancelling = False
         self._latest: transfer_pb2.Transfer | None = None
         self._fault: PeermemError | None = None
@@ -100,12 +102,17 @@ class Flight:
         self._updated = time.monotonic()
         self._latest = transfer
         self._ended = transfer_state(transfer).ended
+        if self._ended:
+            told = errors.from_proto(transfer.error) if transfer.HasField("error") else None
+            self._span.note(transfer=transfer.name, done=transfer.bytes_done)
+            self._span.end(told)
         self.changed()
 
     def fail(self, fault: PeermemError) -> None:
         """End it here: it was refused, or its daemon can't be reached any more."""
         self._fault = fault
         self._ended = True
+        self._span.end(fault)
         self.changed()
 
     def changed(self) -> None:
@@ -170,6 +177,15 @@ class Ledger(Generic[F]):
         self._flights.clear()
         for flight in flights:
             flight.fail(fault)
+
+
+def _begin(request: transfer_pb2.CreateTransferRequest) -> Span:
+    """Begin what a trace of the job holds of a transfer, and have its request say so."""
+    first = request.segments[0] if request.segments else transfer_pb2.SegmentList()
+    span = tracing.begin("peermem.transfer", source=first.source, destination=first.destination)
+    if span.traceparent:
+        request.traceparent = span.traceparent
+    return span
 
 
 def create(flight: Flight) -> transfer_pb2.PipelineTransfersRequest:

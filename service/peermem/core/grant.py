@@ -22,3 +22,5 @@ class Wanted(NamedTuple):
     """Bytes, at least 1."""
     staged: bool = False
     """Whether by way of a staging buffer, whatever the region's path is."""
+    traceparent: str = ""
+    """Of the work that it is for, if that is traced."""

@@ -41,6 +41,8 @@ class StorageRequest:
     """0: up to the end of what the bytes come out of."""
     checksum: bool
     """Read both sides again afterwards, and compare."""
+    traceparent: str = ""
+    """Of the work that it is a part of, if that is traced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,11 @@ class PciFunction:
     daemon lacks."""
 
     @property
+    def redirects(self) -> bool | None:
+        """Whether its ACS sends what passes between others up to the root complex; None where that can't be read."""
+        return None if self.acs is None else bool(self.acs & _ACS_REDIRECT)
+
+    @property
     def is_bridge(self) -> bool:
         """Whether it is a PCI-to-PCI bridge, such as a root port or a port of a switch."""
         return self.class_code >> 8 == _BRIDGE
@@ -273,7 +278,7 @@ class Topology:
         """Return the verdict on functions below a common bridge."""
         path = [self.functions.get(address) for address in _path(provider, requester)]
         both = f"{requester.address} and {provider.address}"
-        redirecting = [step.address for step in path if step and (step.acs or 0) & _ACS_REDIRECT]
+        redirecting = [step.address for step in path if step and step.redirects]
         if redirecting:
             reason = f"ACS at {_listed(redirecting)} sends what passes between {both} up to the root complex"
             fix = (

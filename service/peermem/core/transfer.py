@@ -136,11 +136,18 @@ class TransferRequest:
     checksum: bool = False
     fabric: FabricKind | None = None
     """Insist on this fabric; None lets the daemon choose."""
+    traceparent: str = ""
+    """Of the work that it is a part of, if that is traced."""
 
     @property
     def total(self) -> int:
         """Bytes to move."""
         return sum(entry.total for entry in self.lists)
+
+    @property
+    def ends(self) -> tuple[ChildName, ChildName] | None:
+        """Source and destination region of the first segments; None where there are none."""
+        return (self.lists[0].source, self.lists[0].destination) if self.lists else None
 
     @property
     def weight(self) -> int:
@@ -177,3 +184,7 @@ class TransferFacts:
     """Name of the transfer on the node that runs it, for a relayed one."""
     fabric_why: str = ""
     """Why the fabric was chosen, in words; empty for a relayed one."""
+    ends: tuple[ChildName, ChildName] | None = None
+    """Source and destination region of its first segments, as it was asked for here; None where that is not known."""
+    trace_id: str = ""
+    """Of the trace that it is kept in; empty for none."""

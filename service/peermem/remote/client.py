@@ -162,6 +162,7 @@ class GrpcRemoteNode:
             offset=wanted.offset,
             length=wanted.length,
             staged=wanted.staged,
+            traceparent=wanted.traceparent,
         )
         grant = await self._acquire(question)
         with self._faults():

@@ -42,6 +42,7 @@ from peermem.offload import in_thread
 from peermem.telemetry.certificates import CertificateMetrics
 from peermem.telemetry.directory import DirectoryUse, directory_metrics
 from peermem.telemetry.faults import FaultMetrics
+from peermem.telemetry.history import History
 from peermem.telemetry.nics import NicUse, nic_metrics
 from peermem.telemetry.policy import PolicyMetrics
 
@@ -50,7 +51,6 @@ DURATION_BUCKETS = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for
 SIZE_BUCKETS = tuple(float(4**power) for power in range(19))
 """1 byte to 64 GiB."""
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
 OPENMETRICS = "application/openmetrics-text"
 OUTCOMES = {state: state.value.lower() for state in State if state.ended}
 GRPC_CODES = frozenset(code.name for code in Code) | {"OK"}
@@ -141,6 +141,7 @@ class Metrics:
         self._registry.register(self._state)
         self.faults = FaultMetrics(self._registry)
         self._declare_transfers()
+        self.history = History(self._bytes, self._transfers, self._duration)
         self._declare_storage()
         self._declare_others()
         self.policy = PolicyMetrics(self._registry)
@@ -251,15 +252,16 @@ class Metrics:
         path: Path | None,
         size: int,
         seconds: float,
+        trace_id: str = "",
     ) -> None:
-        """A transfer of `size` bytes ended. `reason` is that of its error.
+        """A transfer of `size` bytes ended. `reason` is that of its error, `trace_id` of the trace that has it.
 
         `fabric` and `path` are those of the first leg; None for a relayed transfer and for one that ended before
         they were chosen.
         """
         word, way = OUTCOMES[outcome], (direction.value, _label(fabric))
         self._transfers.labels(word, *way, _label(path)).inc()
-        self._duration.labels(word, *way).observe(seconds)
+        self._duration.labels(word, *way).observe(seconds, {"trace_id": trace_id} if trace_id else None)
         self._size.labels(*way).observe(size)
         if outcome is State.FAILED:
             self._failures.labels(reason if reason in PeermemError.by_reason else Internal.reason).inc()
@@ -389,12 +391,3 @@ _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 def _label(value: FabricKind | Path | None) -> str:
     return value.value if value else "none"
-
-
-async def watch_event_loop(metrics: Metrics, interval: float = 0.25) -> None:
-    """Measure how late the running event loop is, every `interval` seconds, until cancelled."""
-    clock = asyncio.get_running_loop().time
-    while True:
-        due = clock() + interval
-        await asyncio.sleep(interval)
-        metrics.event_loop_lag(max(0.0, clock() - due))

@@ -27,15 +27,15 @@ from peermem.v1 import error_pb2 as peermem_dot_v1_dot_error__pb2
 from peermem.v1 import transfer_pb2 as peermem_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/link.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16peermem/v1/error.proto\x1a\x19peermem/v1/transfer.proto\"\xaf\x01\n\x0fOpenLinkRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x03 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\r\n\x05rails\x18\x04 \x01(\r\x12*\n\x0bqueue_pairs\x18\x05 \x03(\x0b\x32\x15.peermem.v1.QueuePair\x12\x0f\n\x07link_id\x18\x06 \x01(\x0c\x12\x0f\n\x07subject\x18\x07 \x01(\t\"k\n\tQueuePair\x12\x0b\n\x03nic\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x0b\n\x03psn\x18\x03 \x01(\r\x12\x0b\n\x03gid\x18\x04 \x01(\x0c\x12\x0b\n\x03lid\x18\x05 \x01(\r\x12\x0b\n\x03mtu\x18\x06 \x01(\r\x12\r\n\x05reads\x18\x07 \x01(\r\"\x8e\x01\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12\r\n\x05rails\x18\x05 \x01(\r\x12*\n\x0bqueue_pairs\x18\x06 \x03(\x0b\x32\x15.peermem.v1.QueuePair\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\"\x13\n\x11\x43loseLinkResponse\"E\n\x15\x45xchangeGrantsRequest\x12,\n\tquestions\x18\x01 \x03(\x0b\x32\x19.peermem.v1.GrantQuestion\"B\n\x16\x45xchangeGrantsResponse\x12(\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x17.peermem.v1.GrantAnswer\"\x86\x01\n\rGrantQuestion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x07\x61\x63quire\x18\x02 \x01(\x0b\x32\x18.peermem.v1.AcquireGrantH\x00\x12,\n\x07release\x18\x03 \x01(\x0b\x32\x19.peermem.v1.ReleaseGrantsH\x00\x42\n\n\x08question\"p\n\x0bGrantAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\"\n\x05grant\x18\x02 \x01(\x0b\x32\x11.peermem.v1.GrantH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\t\n\x07outcome\"\xa1\x01\n\x0c\x41\x63quireGrant\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x0e\n\x06staged\x18\x06 \x01(\x08\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\x0e\n\x06length\x18\x08 \x01(\x04\"\xed\x01\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\x04\x12\x0c\n\x04rkey\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nregion_uid\x18\x06 \x01(\x06\x12\"\n\x05rails\x18\x07 \x03(\x0b\x32\x13.peermem.v1.RailKey\x12\x0e\n\x06staged\x18\t \x01(\x08\x12\x11\n\talignment\x18\n \x01(\r\x12\r\n\x05\x66lush\x18\x0b \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x08\x10\tR\x07\x61\x64\x64ressR\rregion_length\"-\n\x07RailKey\x12\"\n\x05parts\x18\x01 \x03(\x0b\x32\x13.peermem.v1.KeyPart\"8\n\x07KeyPart\x12\x0c\n\x04rkey\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"f\n\x13\x43onfirmRelayRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\"\x16\n\x14\x43onfirmRelayResponse\"3\n\rReleaseGrants\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x11\n\tgrant_ids\x18\x02 \x03(\x04\"\x8c\x01\n\x11\x43opyStagedRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x13\n\x0binto_region\x18\x03 \x01(\x08\x12\x16\n\x0eregion_offsets\x18\x04 \x03(\x04\x12\x16\n\x0e\x62uffer_offsets\x18\x05 \x03(\x04\x12\x0f\n\x07lengths\x18\x06 \x03(\x04\"\x14\n\x12\x43opyStagedResponse\"1\n\x0c\x46lushRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\"\x0f\n\rFlushResponse\"g\n\x0f\x43hecksumRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\x12\x0f\n\x07initial\x18\x05 \x01(\x07\"\"\n\x10\x43hecksumResponse\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07*?\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x0e\n\nRIGHT_READ\x10\x01\x12\x0f\n\x0bRIGHT_WRITE\x10\x02\x32\xa0\x04\n\x0bLinkService\x12\x45\n\x08OpenLink\x12\x1b.peermem.v1.OpenLinkRequest\x1a\x1c.peermem.v1.OpenLinkResponse\x12H\n\tCloseLink\x12\x1c.peermem.v1.CloseLinkRequest\x1a\x1d.peermem.v1.CloseLinkResponse\x12[\n\x0e\x45xchangeGrants\x12!.peermem.v1.ExchangeGrantsRequest\x1a\".peermem.v1.ExchangeGrantsResponse(\x01\x30\x01\x12K\n\nCopyStaged\x12\x1d.peermem.v1.CopyStagedRequest\x1a\x1e.peermem.v1.CopyStagedResponse\x12<\n\x05\x46lush\x12\x18.peermem.v1.FlushRequest\x1a\x19.peermem.v1.FlushResponse\x12Q\n\x0c\x43onfirmRelay\x12\x1f.peermem.v1.ConfirmRelayRequest\x1a .peermem.v1.ConfirmRelayResponse\x12\x45\n\x08\x43hecksum\x12\x1b.peermem.v1.ChecksumRequest\x1a\x1c.peermem.v1.ChecksumResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peermem/v1/link.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16peermem/v1/error.proto\x1a\x19peermem/v1/transfer.proto\"\xaf\x01\n\x0fOpenLinkRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\"\n\x06\x66\x61\x62ric\x18\x03 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\r\n\x05rails\x18\x04 \x01(\r\x12*\n\x0bqueue_pairs\x18\x05 \x03(\x0b\x32\x15.peermem.v1.QueuePair\x12\x0f\n\x07link_id\x18\x06 \x01(\x0c\x12\x0f\n\x07subject\x18\x07 \x01(\t\"k\n\tQueuePair\x12\x0b\n\x03nic\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x0b\n\x03psn\x18\x03 \x01(\r\x12\x0b\n\x03gid\x18\x04 \x01(\x0c\x12\x0b\n\x03lid\x18\x05 \x01(\r\x12\x0b\n\x03mtu\x18\x06 \x01(\r\x12\r\n\x05reads\x18\x07 \x01(\r\"\x8e\x01\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12\r\n\x05rails\x18\x05 \x01(\r\x12*\n\x0bqueue_pairs\x18\x06 \x03(\x0b\x32\x15.peermem.v1.QueuePair\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\"\x13\n\x11\x43loseLinkResponse\"E\n\x15\x45xchangeGrantsRequest\x12,\n\tquestions\x18\x01 \x03(\x0b\x32\x19.peermem.v1.GrantQuestion\"B\n\x16\x45xchangeGrantsResponse\x12(\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x17.peermem.v1.GrantAnswer\"\x86\x01\n\rGrantQuestion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x07\x61\x63quire\x18\x02 \x01(\x0b\x32\x18.peermem.v1.AcquireGrantH\x00\x12,\n\x07release\x18\x03 \x01(\x0b\x32\x19.peermem.v1.ReleaseGrantsH\x00\x42\n\n\x08question\"p\n\x0bGrantAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\"\n\x05grant\x18\x02 \x01(\x0b\x32\x11.peermem.v1.GrantH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\t\n\x07outcome\"\xb6\x01\n\x0c\x41\x63quireGrant\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x0e\n\x06staged\x18\x06 \x01(\x08\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\x0e\n\x06length\x18\x08 \x01(\x04\x12\x13\n\x0btraceparent\x18\t \x01(\t\"\xed\x01\n\x05Grant\x12\x10\n\x08grant_id\x18\x01 \x01(\x04\x12\x0c\n\x04rkey\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nregion_uid\x18\x06 \x01(\x06\x12\"\n\x05rails\x18\x07 \x03(\x0b\x32\x13.peermem.v1.RailKey\x12\x0e\n\x06staged\x18\t \x01(\x08\x12\x11\n\talignment\x18\n \x01(\r\x12\r\n\x05\x66lush\x18\x0b \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x08\x10\tR\x07\x61\x64\x64ressR\rregion_length\"-\n\x07RailKey\x12\"\n\x05parts\x18\x01 \x03(\x0b\x32\x13.peermem.v1.KeyPart\"8\n\x07KeyPart\x12\x0c\n\x04rkey\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"f\n\x13\x43onfirmRelayRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12 \n\x05right\x18\x04 \x01(\x0e\x32\x11.peermem.v1.Right\"\x16\n\x14\x43onfirmRelayResponse\"3\n\rReleaseGrants\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x11\n\tgrant_ids\x18\x02 \x03(\x04\"\x8c\x01\n\x11\x43opyStagedRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x13\n\x0binto_region\x18\x03 \x01(\x08\x12\x16\n\x0eregion_offsets\x18\x04 \x03(\x04\x12\x16\n\x0e\x62uffer_offsets\x18\x05 \x03(\x04\x12\x0f\n\x07lengths\x18\x06 \x03(\x04\"\x14\n\x12\x43opyStagedResponse\"1\n\x0c\x46lushRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\"\x0f\n\rFlushResponse\"g\n\x0f\x43hecksumRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x10\n\x08grant_id\x18\x02 \x01(\x04\x12\x0f\n\x07offsets\x18\x03 \x03(\x04\x12\x0f\n\x07lengths\x18\x04 \x03(\x04\x12\x0f\n\x07initial\x18\x05 \x01(\x07\"\"\n\x10\x43hecksumResponse\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07*?\n\x05Right\x12\x15\n\x11RIGHT_UNSPECIFIED\x10\x00\x12\x0e\n\nRIGHT_READ\x10\x01\x12\x0f\n\x0bRIGHT_WRITE\x10\x02\x32\xa0\x04\n\x0bLinkService\x12\x45\n\x08OpenLink\x12\x1b.peermem.v1.OpenLinkRequest\x1a\x1c.peermem.v1.OpenLinkResponse\x12H\n\tCloseLink\x12\x1c.peermem.v1.CloseLinkRequest\x1a\x1d.peermem.v1.CloseLinkResponse\x12[\n\x0e\x45xchangeGrants\x12!.peermem.v1.ExchangeGrantsRequest\x1a\".peermem.v1.ExchangeGrantsResponse(\x01\x30\x01\x12K\n\nCopyStaged\x12\x1d.peermem.v1.CopyStagedRequest\x1a\x1e.peermem.v1.CopyStagedResponse\x12<\n\x05\x46lush\x12\x18.peermem.v1.FlushRequest\x1a\x19.peermem.v1.FlushResponse\x12Q\n\x0c\x43onfirmRelay\x12\x1f.peermem.v1.ConfirmRelayRequest\x1a .peermem.v1.ConfirmRelayResponse\x12\x45\n\x08\x43hecksum\x12\x1b.peermem.v1.ChecksumRequest\x1a\x1c.peermem.v1.ChecksumResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peermem.v1.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RIGHT']._serialized_start=2064
-  _globals['_RIGHT']._serialized_end=2127
+  _globals['_RIGHT']._serialized_start=2085
+  _globals['_RIGHT']._serialized_end=2148
   _globals['_OPENLINKREQUEST']._serialized_start=121
   _globals['_OPENLINKREQUEST']._serialized_end=296
   _globals['_QUEUEPAIR']._serialized_start=298
@@ -55,31 +55,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GRANTANSWER']._serialized_start=886
   _globals['_GRANTANSWER']._serialized_end=998
   _globals['_ACQUIREGRANT']._serialized_start=1001
-  _globals['_ACQUIREGRANT']._serialized_end=1162
-  _globals['_GRANT']._serialized_start=1165
-  _globals['_GRANT']._serialized_end=1402
-  _globals['_RAILKEY']._serialized_start=1404
-  _globals['_RAILKEY']._serialized_end=1449
-  _globals['_KEYPART']._serialized_start=1451
-  _globals['_KEYPART']._serialized_end=1507
-  _globals['_CONFIRMRELAYREQUEST']._serialized_start=1509
-  _globals['_CONFIRMRELAYREQUEST']._serialized_end=1611
-  _globals['_CONFIRMRELAYRESPONSE']._serialized_start=1613
-  _globals['_CONFIRMRELAYRESPONSE']._serialized_end=1635
-  _globals['_RELEASEGRANTS']._serialized_start=1637
-  _globals['_RELEASEGRANTS']._serialized_end=1688
-  _globals['_COPYSTAGEDREQUEST']._serialized_start=1691
-  _globals['_COPYSTAGEDREQUEST']._serialized_end=1831
-  _globals['_COPYSTAGEDRESPONSE']._serialized_start=1833
-  _globals['_COPYSTAGEDRESPONSE']._serialized_end=1853
-  _globals['_FLUSHREQUEST']._serialized_start=1855
-  _globals['_FLUSHREQUEST']._serialized_end=1904
-  _globals['_FLUSHRESPONSE']._serialized_start=1906
-  _globals['_FLUSHRESPONSE']._serialized_end=1921
-  _globals['_CHECKSUMREQUEST']._serialized_start=1923
-  _globals['_CHECKSUMREQUEST']._serialized_end=2026
-  _globals['_CHECKSUMRESPONSE']._serialized_start=2028
-  _globals['_CHECKSUMRESPONSE']._serialized_end=2062
-  _globals['_LINKSERVICE']._serialized_start=2130
-  _globals['_LINKSERVICE']._serialized_end=2674
+  _globals['_ACQUIREGRANT']._serialized_end=1183
+  _globals['_GRANT']._serialized_start=1186
+  _globals['_GRANT']._serialized_end=1423
+  _globals['_RAILKEY']._serialized_start=1425
+  _globals['_RAILKEY']._serialized_end=1470
+  _globals['_KEYPART']._serialized_start=1472
+  _globals['_KEYPART']._serialized_end=1528
+  _globals['_CONFIRMRELAYREQUEST']._serialized_start=1530
+  _globals['_CONFIRMRELAYREQUEST']._serialized_end=1632
+  _globals['_CONFIRMRELAYRESPONSE']._serialized_start=1634
+  _globals['_CONFIRMRELAYRESPONSE']._serialized_end=1656
+  _globals['_RELEASEGRANTS']._serialized_start=1658
+  _globals['_RELEASEGRANTS']._serialized_end=1709
+  _globals['_COPYSTAGEDREQUEST']._serialized_start=1712
+  _globals['_COPYSTAGEDREQUEST']._serialized_end=1852
+  _globals['_COPYSTAGEDRESPONSE']._serialized_start=1854
+  _globals['_COPYSTAGEDRESPONSE']._serialized_end=1874
+  _globals['_FLUSHREQUEST']._serialized_start=1876
+  _globals['_FLUSHREQUEST']._serialized_end=1925
+  _globals['_FLUSHRESPONSE']._serialized_start=1927
+  _globals['_FLUSHRESPONSE']._serialized_end=1942
+  _globals['_CHECKSUMREQUEST']._serialized_start=1944
+  _globals['_CHECKSUMREQUEST']._serialized_end=2047
+  _globals['_CHECKSUMRESPONSE']._serialized_start=2049
+  _globals['_CHECKSUMRESPONSE']._serialized_end=2083
+  _globals['_LINKSERVICE']._serialized_start=2151
+  _globals['_LINKSERVICE']._serialized_end=2695
 # @@protoc_insertion_point(module_scope)

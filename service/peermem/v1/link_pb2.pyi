@@ -364,6 +364,7 @@ class AcquireGrant(_message.Message):
     STAGED_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     link_id: _builtins.bytes
     """From OpenLinkResponse."""
     epoch: _builtins.str
@@ -382,6 +383,8 @@ class AcquireGrant(_message.Message):
     """The first byte to open, from the region's start, bytes."""
     length: _builtins.int
     """How much to open, bytes; at least 1."""
+    traceparent: _builtins.str
+    """W3C traceparent of the calling daemon's span, whose child the grant becomes in a trace; empty or malformed: of none."""
     def __init__(
         self,
         *,
@@ -393,10 +396,11 @@ class AcquireGrant(_message.Message):
         staged: _builtins.bool = ...,
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "length", b"length", "link_id", b"link_id", "offset", b"offset", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "length", b"length", "link_id", b"link_id", "offset", b"offset", "region", b"region", "right", b"right", "staged", b"staged", "subject", b"subject", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,19 +28,19 @@ from peermem.v1 import error_pb2 as peermem_dot_v1_dot_error__pb2
 from peermem.v1 import region_pb2 as peermem_dot_v1_dot_region__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19peermem/v1/transfer.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16peermem/v1/error.proto\x1a\x17peermem/v1/region.proto\"\xf6\x03\n\x08Transfer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.peermem.v1.TransferState\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x15\n\rsegment_count\x18\x05 \x01(\x04\x12\"\n\x06\x66\x61\x62ric\x18\x06 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12(\n\tdirection\x18\x07 \x01(\x0e\x32\x15.peermem.v1.Direction\x12\r\n\x05owner\x18\x08 \x01(\t\x12 \n\x05\x65rror\x18\t \x01(\x0b\x32\x11.peermem.v1.Error\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x06\x63rc32c\x18\r \x01(\x07H\x00\x88\x01\x01\x12\x13\n\x0b\x65xecuted_by\x18\x0e \x01(\t\x12\x1e\n\x04path\x18\x0f \x01(\x0e\x32\x10.peermem.v1.Path\x12\x12\n\nfabric_why\x18\x10 \x01(\tB\t\n\x07_crc32c\"\x8a\x01\n\x0bSegmentList\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12$\n\x06ranges\x18\x03 \x01(\x0b\x32\x12.peermem.v1.RangesH\x00\x12&\n\x07strided\x18\x04 \x01(\x0b\x32\x13.peermem.v1.StridedH\x00\x42\x08\n\x06layout\"N\n\x06Ranges\x12\x16\n\x0esource_offsets\x18\x01 \x03(\x04\x12\x1b\n\x13\x64\x65stination_offsets\x18\x02 \x03(\x04\x12\x0f\n\x07lengths\x18\x03 \x03(\x04\"\x8e\x01\n\x07Strided\x12\x15\n\rsource_offset\x18\x01 \x01(\x04\x12\x15\n\rsource_stride\x18\x02 \x01(\x04\x12\x1a\n\x12\x64\x65stination_offset\x18\x03 \x01(\x04\x12\x1a\n\x12\x64\x65stination_stride\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\"\xe1\x01\n\x15\x43reateTransferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08segments\x18\x02 \x03(\x0b\x32\x17.peermem.v1.SegmentList\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x08\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06\x66\x61\x62ric\x18\x06 \x01(\x0e\x32\x12.peermem.v1.Fabric\"\"\n\x12GetTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x14ListTransfersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\x08\"Y\n\x15ListTransfersResponse\x12\'\n\ttransfers\x18\x01 \x03(\x0b\x32\x14.peermem.v1.Transfer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x43\x61ncelTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14WatchTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x95\x01\n\x18PipelineTransfersRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\x33\n\x06\x63reate\x18\x02 \x01(\x0b\x32!.peermem.v1.CreateTransferRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.peermem.v1.PipelineCancelH\x00\x42\t\n\x07\x63ommand\"\x10\n\x0ePipelineCancel\"\x7f\n\x19PipelineTransfersResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12(\n\x08transfer\x18\x02 \x01(\x0b\x32\x14.peermem.v1.TransferH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\x07\n\x05\x65vent*T\n\x06\x46\x61\x62ric\x12\x16\n\x12\x46\x41\x42RIC_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46\x41\x42RIC_VERBS\x10\x01\x12\x0e\n\nFABRIC_TCP\x10\x02\x12\x10\n\x0c\x46\x41\x42RIC_LOCAL\x10\x03*\xda\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16TRANSFER_STATE_PENDING\x10\x01\x12\x1a\n\x16TRANSFER_STATE_RUNNING\x10\x02\x12\x1a\n\x16TRANSFER_STATE_FENCING\x10\x03\x12\x1c\n\x18TRANSFER_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x05\x12\x1c\n\x18TRANSFER_STATE_CANCELLED\x10\x06*z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44IRECTION_LOCAL\x10\x01\x12\x12\n\x0e\x44IRECTION_PUSH\x10\x02\x12\x12\n\x0e\x44IRECTION_PULL\x10\x03\x12\x15\n\x11\x44IRECTION_RELAYED\x10\x04\x32\xf3\x03\n\x0fTransferService\x12I\n\x0e\x43reateTransfer\x12!.peermem.v1.CreateTransferRequest\x1a\x14.peermem.v1.Transfer\x12\x43\n\x0bGetTransfer\x12\x1e.peermem.v1.GetTransferRequest\x1a\x14.peermem.v1.Transfer\x12T\n\rListTransfers\x12 .peermem.v1.ListTransfersRequest\x1a!.peermem.v1.ListTransfersResponse\x12I\n\x0e\x43\x61ncelTransfer\x12!.peermem.v1.CancelTransferRequest\x1a\x14.peermem.v1.Transfer\x12I\n\rWatchTransfer\x12 .peermem.v1.WatchTransferRequest\x1a\x14.peermem.v1.Transfer0\x01\x12\x64\n\x11PipelineTransfers\x12$.peermem.v1.PipelineTransfersRequest\x1a%.peermem.v1.PipelineTransfersResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19peermem/v1/transfer.proto\x12\npeermem.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16peermem/v1/error.proto\x1a\x17peermem/v1/region.proto\"\xf6\x03\n\x08Transfer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.peermem.v1.TransferState\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x15\n\rsegment_count\x18\x05 \x01(\x04\x12\"\n\x06\x66\x61\x62ric\x18\x06 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12(\n\tdirection\x18\x07 \x01(\x0e\x32\x15.peermem.v1.Direction\x12\r\n\x05owner\x18\x08 \x01(\t\x12 \n\x05\x65rror\x18\t \x01(\x0b\x32\x11.peermem.v1.Error\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x06\x63rc32c\x18\r \x01(\x07H\x00\x88\x01\x01\x12\x13\n\x0b\x65xecuted_by\x18\x0e \x01(\t\x12\x1e\n\x04path\x18\x0f \x01(\x0e\x32\x10.peermem.v1.Path\x12\x12\n\nfabric_why\x18\x10 \x01(\tB\t\n\x07_crc32c\"\x8a\x01\n\x0bSegmentList\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12$\n\x06ranges\x18\x03 \x01(\x0b\x32\x12.peermem.v1.RangesH\x00\x12&\n\x07strided\x18\x04 \x01(\x0b\x32\x13.peermem.v1.StridedH\x00\x42\x08\n\x06layout\"N\n\x06Ranges\x12\x16\n\x0esource_offsets\x18\x01 \x03(\x04\x12\x1b\n\x13\x64\x65stination_offsets\x18\x02 \x03(\x04\x12\x0f\n\x07lengths\x18\x03 \x03(\x04\"\x8e\x01\n\x07Strided\x12\x15\n\rsource_offset\x18\x01 \x01(\x04\x12\x15\n\rsource_stride\x18\x02 \x01(\x04\x12\x1a\n\x12\x64\x65stination_offset\x18\x03 \x01(\x04\x12\x1a\n\x12\x64\x65stination_stride\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\"\xf6\x01\n\x15\x43reateTransferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08segments\x18\x02 \x03(\x0b\x32\x17.peermem.v1.SegmentList\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x08\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06\x66\x61\x62ric\x18\x06 \x01(\x0e\x32\x12.peermem.v1.Fabric\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\"\"\n\x12GetTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x14ListTransfersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\x08\"Y\n\x15ListTransfersResponse\x12\'\n\ttransfers\x18\x01 \x03(\x0b\x32\x14.peermem.v1.Transfer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x15\x43\x61ncelTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14WatchTransferRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x95\x01\n\x18PipelineTransfersRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\x33\n\x06\x63reate\x18\x02 \x01(\x0b\x32!.peermem.v1.CreateTransferRequestH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.peermem.v1.PipelineCancelH\x00\x42\t\n\x07\x63ommand\"\x10\n\x0ePipelineCancel\"\x7f\n\x19PipelineTransfersResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12(\n\x08transfer\x18\x02 \x01(\x0b\x32\x14.peermem.v1.TransferH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\x07\n\x05\x65vent*T\n\x06\x46\x61\x62ric\x12\x16\n\x12\x46\x41\x42RIC_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46\x41\x42RIC_VERBS\x10\x01\x12\x0e\n\nFABRIC_TCP\x10\x02\x12\x10\n\x0c\x46\x41\x42RIC_LOCAL\x10\x03*\xda\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16TRANSFER_STATE_PENDING\x10\x01\x12\x1a\n\x16TRANSFER_STATE_RUNNING\x10\x02\x12\x1a\n\x16TRANSFER_STATE_FENCING\x10\x03\x12\x1c\n\x18TRANSFER_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x05\x12\x1c\n\x18TRANSFER_STATE_CANCELLED\x10\x06*z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44IRECTION_LOCAL\x10\x01\x12\x12\n\x0e\x44IRECTION_PUSH\x10\x02\x12\x12\n\x0e\x44IRECTION_PULL\x10\x03\x12\x15\n\x11\x44IRECTION_RELAYED\x10\x04\x32\xf3\x03\n\x0fTransferService\x12I\n\x0e\x43reateTransfer\x12!.peermem.v1.CreateTransferRequest\x1a\x14.peermem.v1.Transfer\x12\x43\n\x0bGetTransfer\x12\x1e.peermem.v1.GetTransferRequest\x1a\x14.peermem.v1.Transfer\x12T\n\rListTransfers\x12 .peermem.v1.ListTransfersRequest\x1a!.peermem.v1.ListTransfersResponse\x12I\n\x0e\x43\x61ncelTransfer\x12!.peermem.v1.CancelTransferRequest\x1a\x14.peermem.v1.Transfer\x12I\n\rWatchTransfer\x12 .peermem.v1.WatchTransferRequest\x1a\x14.peermem.v1.Transfer0\x01\x12\x64\n\x11PipelineTransfers\x12$.peermem.v1.PipelineTransfersRequest\x1a%.peermem.v1.PipelineTransfersResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peermem.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FABRIC']._serialized_start=1837
-  _globals['_FABRIC']._serialized_end=1921
-  _globals['_TRANSFERSTATE']._serialized_start=1924
-  _globals['_TRANSFERSTATE']._serialized_end=2142
-  _globals['_DIRECTION']._serialized_start=2144
-  _globals['_DIRECTION']._serialized_end=2266
+  _globals['_FABRIC']._serialized_start=1858
+  _globals['_FABRIC']._serialized_end=1942
+  _globals['_TRANSFERSTATE']._serialized_start=1945
+  _globals['_TRANSFERSTATE']._serialized_end=2163
+  _globals['_DIRECTION']._serialized_start=2165
+  _globals['_DIRECTION']._serialized_end=2287
   _globals['_TRANSFER']._serialized_start=156
   _globals['_TRANSFER']._serialized_end=658
   _globals['_SEGMENTLIST']._serialized_start=661
@@ -50,23 +50,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STRIDED']._serialized_start=882
   _globals['_STRIDED']._serialized_end=1024
   _globals['_CREATETRANSFERREQUEST']._serialized_start=1027
-  _globals['_CREATETRANSFERREQUEST']._serialized_end=1252
-  _globals['_GETTRANSFERREQUEST']._serialized_start=1254
-  _globals['_GETTRANSFERREQUEST']._serialized_end=1288
-  _globals['_LISTTRANSFERSREQUEST']._serialized_start=1290
-  _globals['_LISTTRANSFERSREQUEST']._serialized_end=1368
-  _globals['_LISTTRANSFERSRESPONSE']._serialized_start=1370
-  _globals['_LISTTRANSFERSRESPONSE']._serialized_end=1459
-  _globals['_CANCELTRANSFERREQUEST']._serialized_start=1461
-  _globals['_CANCELTRANSFERREQUEST']._serialized_end=1498
-  _globals['_WATCHTRANSFERREQUEST']._serialized_start=1500
-  _globals['_WATCHTRANSFERREQUEST']._serialized_end=1536
-  _globals['_PIPELINETRANSFERSREQUEST']._serialized_start=1539
-  _globals['_PIPELINETRANSFERSREQUEST']._serialized_end=1688
-  _globals['_PIPELINECANCEL']._serialized_start=1690
-  _globals['_PIPELINECANCEL']._serialized_end=1706
-  _globals['_PIPELINETRANSFERSRESPONSE']._serialized_start=1708
-  _globals['_PIPELINETRANSFERSRESPONSE']._serialized_end=1835
-  _globals['_TRANSFERSERVICE']._serialized_start=2269
-  _globals['_TRANSFERSERVICE']._serialized_end=2768
+  _globals['_CREATETRANSFERREQUEST']._serialized_end=1273
+  _globals['_GETTRANSFERREQUEST']._serialized_start=1275
+  _globals['_GETTRANSFERREQUEST']._serialized_end=1309
+  _globals['_LISTTRANSFERSREQUEST']._serialized_start=1311
+  _globals['_LISTTRANSFERSREQUEST']._serialized_end=1389
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_start=1391
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_end=1480
+  _globals['_CANCELTRANSFERREQUEST']._serialized_start=1482
+  _globals['_CANCELTRANSFERREQUEST']._serialized_end=1519
+  _globals['_WATCHTRANSFERREQUEST']._serialized_start=1521
+  _globals['_WATCHTRANSFERREQUEST']._serialized_end=1557
+  _globals['_PIPELINETRANSFERSREQUEST']._serialized_start=1560
+  _globals['_PIPELINETRANSFERSREQUEST']._serialized_end=1709
+  _globals['_PIPELINECANCEL']._serialized_start=1711
+  _globals['_PIPELINECANCEL']._serialized_end=1727
+  _globals['_PIPELINETRANSFERSRESPONSE']._serialized_start=1729
+  _globals['_PIPELINETRANSFERSRESPONSE']._serialized_end=1856
+  _globals['_TRANSFERSERVICE']._serialized_start=2290
+  _globals['_TRANSFERSERVICE']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

@@ -347,6 +347,7 @@ class CreateTransferRequest(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     FABRIC_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Makes a repeated request return the first one's transfer: 1 to 128 characters; empty: never
     taken for a repetition.
@@ -355,6 +356,11 @@ class CreateTransferRequest(_message.Message):
     """Compare the CRC32C of what arrived with the source's before success is reported."""
     fabric: Global___Fabric.ValueType
     """Insist on a fabric; unspecified: the daemon chooses."""
+    traceparent: _builtins.str
+    """W3C traceparent of the caller's span, whose child the transfer becomes in a trace; empty: that of the call's metadata,
+    if it has one. One that is malformed is ignored. It is no part of what is asked for: a repeated request may have
+    another one.
+    """
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentList]:
         """What to move, 1 to 1024 lists; no destination may overlap another destination or a source."""
@@ -376,10 +382,11 @@ class CreateTransferRequest(_message.Message):
         checksum: _builtins.bool = ...,
         wait: _duration_pb2.Duration | None = ...,
         fabric: Global___Fabric.ValueType = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "fabric", b"fabric", "request_id", b"request_id", "segments", b"segments", "timeout", b"timeout", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "fabric", b"fabric", "request_id", b"request_id", "segments", b"segments", "timeout", b"timeout", "traceparent", b"traceparent", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,8 @@ from tests.lab.guest import nodes
 from tests.lab.guest.conftest import Figures
 from tests.lab.guest.nodes import MIB, PATIENCE, Lab, command, noise
 
+pytestmark = pytest.mark.timeout(400)
+
 DISK = Path("/dev/vdb")
 RIGHTS = "-all,+ipc_lock"
 
@@ -38,7 +40,7 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("nodes")
     inside = container(root, folder, user=0, capabilities=RIGHTS)
     places = {
-        name: replace(place, prefix=(*place.prefix, *inside), program=("/usr/local/bin/peermemd",))
+        name: replace(place, prefix=(*place.prefix, *inside), program=("/usr/local/bin/peermemd",), patience=300.0)
         for name, place in ((name, nodes.place(name)) for name in nodes.HOSTS)
     }
     with nodes.lab(folder, places=places) as lab:

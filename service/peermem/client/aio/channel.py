@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import grpc
 
-from peermem.client import calls, errors, requests
+from peermem.client import calls, errors, requests, tracing
 from peermem.client.storage import Course, StorageInfo, Watcher
 from peermem.client.tls import Access
 from peermem.v1 import node_pb2, node_pb2_grpc, region_pb2, region_pb2_grpc, transfer_pb2_grpc
@@ -108,8 +108,8 @@ class Channel:
     ) -> StorageInfo:
         """Carry a load or store to its outcome; it lasts as long as it lasts, and ends where this is broken off."""
         course = Course(watcher)
-        with self._faults():
-            call = method(request, metadata=self._access.metadata())
+        with tracing.begin("peermem.storage") as span, self._faults():
+            call = method(request, metadata=(*self._access.metadata(), *tracing.metadata(span)))
             try:
                 async for message in call:
                     course.take(message)
