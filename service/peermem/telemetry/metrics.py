@@ -7,8 +7,7 @@ Rules of this file:
 * A label comes from a closed list: an enum, the reasons of core.errors, the methods of the contract, the
   devices of the configuration, the node's NICs. Never a name that a caller chose, never an address, never a key.
 * Counters start at 0 for what is bound to happen, so that rates are right from the first event on.
-* What has a current state is asked for when the page is made (`Snapshot`), so it can't drift; what takes time to
-  read, in a thread before (`refresh`).
+* What has a current state is asked for when the page is made (`Snapshot`); what takes time, before (`refresh`).
 * Bandwidth is the rate of a counter that moves while bytes move; there is no gauge of it.
 """
 
