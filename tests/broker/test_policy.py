@@ -9,6 +9,7 @@ import pytest
 
 from peermem.broker.regions import Region
 from peermem.core import errors
+from peermem.core.failpoints import turned_on
 from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.names import ChildName
@@ -173,6 +174,24 @@ async def test_a_new_policy_ends_the_grants_that_it_does_not_allow() -> None:
         assert isinstance(error, errors.RegionDeleted)
         assert "the policy of its node hides it" in error.message
         await b.broker.go_by(OPEN)
+
+
+async def test_a_new_policy_ends_a_grant_that_is_being_made() -> None:
+    async with hosts("a", "b") as (a, b):
+        x, y = await made(a, ANONYMOUS, "x"), await made(b, ANONYMOUS, "y")
+        gate, reached = asyncio.Event(), asyncio.Event()
+
+        async def wait() -> None:
+            reached.set()
+            await gate.wait()
+
+        with turned_on("grant.make", wait):
+            running = await start(a, whole(x, y))
+            await reached.wait()
+            await b.broker.go_by(OWN)
+            gate.set()
+            assert type(await failure(running)) is errors.RegionNotFound
+        assert b.broker.serving.grant_count == 0
 
 
 async def test_a_new_policy_ends_what_uses_regions_of_this_node(pair: list[Host]) -> None:

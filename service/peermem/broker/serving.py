@@ -206,6 +206,9 @@ class Serving:
             await self._end(grant)
             region.check_usable()
             raise LinkNotFound("The link was closed while a grant was made for it. Open a new one.")
+        if (denial := self._policy.denial(wanted.subject, _ACTIONS[wanted.right], region)) is not None:
+            await self._end(grant)  # `revoke_denied` could not see it
+            raise denial
         grant.timer = asyncio.get_running_loop().call_later(self._ttl, self._expire, grant.grant_id)
         self._grants[grant.grant_id] = grant
         self._by_region.setdefault(region, set()).add(grant.grant_id)
