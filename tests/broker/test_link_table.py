@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from peermem.broker import accepted, link_table
 from peermem.broker.links import OutboundLink
 from peermem.core import errors
+from peermem.core.failpoints import turned_on
 from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS, Subject
 from peermem.core.segments import columns
@@ -43,6 +46,18 @@ async def test_each_subject_has_a_link_over_verbs_and_all_share_one_over_tcp(nic
     assert link_of(a, ANN) is not link_of(a, BEN)
     assert link_of(a, ANN, TCP) is link_of(a, BEN, TCP)
     assert [link_of(a, each).subject for each in (ANN, BEN)] == ["uid:1@a", "uid:2@a"]
+
+
+async def test_a_link_of_which_no_rail_came_up_is_closed_at_its_far_end(nic_pair: list[NicHost]) -> None:
+    a, b = nic_pair
+
+    def refuse() -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    with turned_on("tcp.dial", refuse), pytest.raises(errors.NodeUnreachable):
+        await a.broker.links.get("b", TCP, ANN)
+    async with asyncio.timeout(5):  # well before the far end gives up to wait for its rails
+        await eventually(lambda: b.broker.serving.link_counts()[TCP] == 0)
 
 
 async def test_memory_is_registered_for_whose_it_is(nic_pair: list[NicHost]) -> None:

@@ -167,7 +167,11 @@ class LinkTable:
         link = OutboundLink(node, fabric, self._source(node), traffic, self._clock, subject)
         link.on_down = lambda: self._lost(link)
         link.on_rail_down = lambda: self.faults.broke(kind, Broken.RAIL)
-        await link.open(self._rails)
+        try:
+            await link.open(self._rails)
+        except BaseException:
+            self._close_soon(link)  # the far end may have accepted it
+            raise
         if link.down_cause is None:
             self._links[key] = link
         return link
@@ -188,9 +192,12 @@ class LinkTable:
         key = (link.node, link.fabric.kind, link.subject)
         if self._links.get(key) is link:
             del self._links[key]
-            closing = asyncio.get_running_loop().create_task(link.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._close_soon(link)
+
+    def _close_soon(self, link: OutboundLink) -> None:
+        closing = asyncio.get_running_loop().create_task(link.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     def tend(self, epochs: Callable[[str], str] = lambda node: "") -> None:
         """Close the links that had nothing to do for the idle time, and those to a run of a daemon that has ended; call
