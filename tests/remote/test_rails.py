@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +22,7 @@ from peermem.fabric.tcp import TcpFabric
 from peermem.fabric.tcp_initiator import TcpLink
 from peermem.remote.base import Ear, RemoteNode
 from peermem.remote.client import GrpcRemotes
+from peermem.remote.grants import GrantExchange, Lost
 from peermem.v1 import link_pb2
 from tests.doubles import PATIENCE
 from tests.fabric.support import eventually, turns
@@ -200,6 +203,32 @@ async def test_no_answer_on_the_rails_in_time(linked: Linked, monkeypatch: pytes
     linked.deaf = False
     await linked.acquire()
     assert len(linked.carried) == 2
+
+
+async def test_a_question_that_is_never_answered_leaves_nothing_but_its_number() -> None:
+    sent: list[link_pb2.GrantQuestion] = []
+
+    class Silent:
+        def send(self, questions: Sequence[link_pb2.GrantQuestion]) -> None:
+            sent.extend(questions)
+
+    async def ask() -> None:
+        with pytest.raises(Lost):
+            await exchange.acquire(link_pb2.AcquireGrant(link_id=b"link"), PATIENCE)
+
+    exchange, cause = GrantExchange(Silent()), Lost()
+    kept = weakref.ref(cause)
+    asking = asyncio.create_task(ask())
+    await eventually(lambda: len(sent) == 1)
+    exchange.fail(cause)
+    await asking
+    del cause, asking
+    gc.collect()
+    assert kept() is None, "an error keeps what its callers were about"
+    exchange.take([link_pb2.GrantAnswer(number=1, grant=link_pb2.Grant(grant_id=7))])
+    exchange.flush()
+    assert [list(question.release.grant_ids) for question in sent] == [[], [7]]
+    exchange.close()
 
 
 async def test_a_link_that_is_closed_carries_nothing(linked: Linked) -> None:

@@ -45,6 +45,8 @@ class GrantExchange:
         self._last = 0
         self._asked: dict[int, tuple[asyncio.Future[link_pb2.GrantAnswer], bytes, float]] = {}
         """What waits for each answer, of which link it is, and until when; the ones with less time first."""
+        self._missed: dict[int, bytes] = {}
+        """Of which link each answer is that may still come, though nobody waits for it any more; the oldest first."""
         self._timer: asyncio.TimerHandle | None = None
         self._given_back: list[link_pb2.GrantQuestion] = []
         self._lingering: asyncio.TimerHandle | None = None
@@ -100,9 +102,17 @@ class GrantExchange:
             if asked.done() and not asked.cancelled() and asked.exception() is None:
                 self._unwanted(asked.result(), link_id)
             raise
+        finally:
+            if self._asked.pop(question.number, None) is not None:
+                self._miss(question.number, link_id)
         if answer.HasField("error"):
             raise error_from_proto(answer.error)
         return answer
+
+    def _miss(self, number: int, link_id: bytes) -> None:
+        self._missed[number] = link_id
+        if len(self._missed) > _MISSED:
+            del self._missed[next(iter(self._missed))]
 
     def _look(self) -> None:
         """Give up on answers whose time is over, and look again when the next one's is."""
@@ -124,6 +134,8 @@ class GrantExchange:
                     self._unwanted(answer, link_id)
                 else:
                     asked.set_result(answer)
+            elif (link := self._missed.pop(answer.number, None)) is not None:
+                self._unwanted(answer, link)
 
     def _unwanted(self, answer: link_pb2.GrantAnswer, link_id: bytes) -> None:
         if answer.HasField("grant"):
@@ -145,6 +157,7 @@ class GrantExchange:
         if self._lingering is not None:
             self._lingering.cancel()
         self._asked.clear()
+        self._missed.clear()
 
 
 class GrantCall:
@@ -284,6 +297,8 @@ _LONGEST = 300.0
 """Seconds of one call, or on rails since a call: well below those after which the other daemon ends it."""
 _LINGER = 0.01
 """Seconds that what is given back waits for a question to go with."""
+_MISSED = 4096
+"""Answers that nobody waits for any more, of which those that come all the same are given back."""
 _AT_ONCE = 1024
 """Questions of one message, at most."""
 _LARGEST = 64 << 10
