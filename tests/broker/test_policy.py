@@ -176,6 +176,32 @@ async def test_a_new_policy_ends_the_grants_that_it_does_not_allow() -> None:
         await b.broker.go_by(OPEN)
 
 
+async def test_a_grant_that_ends_slowly_keeps_no_other_one_open() -> None:
+    async with hosts("a", "b") as (a, b):
+        x, y = await made(a, ANONYMOUS, "x"), await made(b, ANONYMOUS, "y")
+        await outcome(await start(a, whole(x, y)))
+        link_id, serving = next(iter(a.broker.links))._link_id, b.broker.serving
+        await eventually(lambda: serving.grant_count == 0)
+        wanted = Wanted(y.name, Rights.READ, ANONYMOUS.vouched_for("a"), 0, 7)
+        for _ in range(2):
+            await serving.acquire(link_id, b.broker.epoch, wanted)
+        gate, reached = asyncio.Event(), asyncio.Event()
+
+        async def wait() -> None:
+            reached.set()
+            await gate.wait()
+
+        with turned_on("grant.release", wait, times=1):
+            going = asyncio.create_task(b.broker.go_by(OWN))
+            await reached.wait()
+            async with asyncio.timeout(5):
+                await eventually(lambda: serving.grant_count == 1)
+            assert not going.done()
+            gate.set()
+            await going
+        assert serving.grant_count == 0
+
+
 async def test_a_new_policy_ends_a_grant_that_is_being_made() -> None:
     async with hosts("a", "b") as (a, b):
         x, y = await made(a, ANONYMOUS, "x"), await made(b, ANONYMOUS, "y")

@@ -258,19 +258,24 @@ class Serving:
         """End all grants on a region that ends; afterwards no byte of it moves under them."""
         while region in self._making:
             await asyncio.wait(list(self._making[region]))
-        grants = [self._grants[grant_id] for grant_id in self._by_region.get(region, ())]
-        for index, grant in enumerate(grants):
-            await self._end(grant)
-            if index % _AT_ONCE == _AT_ONCE - 1:
-                await asyncio.sleep(0)
+        await self._end_all([self._grants[grant_id] for grant_id in self._by_region.get(region, ())], lambda _: True)
 
     async def revoke_denied(self) -> None:
         """End the grants that the policy of now does not allow; afterwards no byte moves under them."""
-        for index, grant in enumerate(list(self._grants.values())):
-            if self._policy.denial(grant.wanted.subject, _ACTIONS[grant.wanted.right], grant.region) is not None:
-                await self._end(grant)
+        await self._end_all(
+            list(self._grants.values()),
+            lambda each: self._policy.denial(each.wanted.subject, _ACTIONS[each.wanted.right], each.region) is not None,
+        )
+
+    async def _end_all(self, grants: Sequence[_Grant], which: Callable[[_Grant], bool]) -> None:
+        """End some grants, all at the same time: a far end that is slow to let go of one keeps no other one open."""
+        ending: list[asyncio.Task[None]] = []
+        for index, grant in enumerate(grants):
+            if which(grant):
+                ending.append(self._spawn(self._end(grant)))
             if index % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
+        await asyncio.gather(*ending)
 
     async def copy_staged(
         self, link_id: bytes, grant_id: int, pieces: Sequence[tuple[int, int, int]], *, into_region: bool
@@ -377,10 +382,11 @@ class Serving:
         if (link := self._links.find(grant.link_id)) is not None:
             link.grants.discard(grant_id)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _check_inside(region: Region, wanted: Wanted) -> None:
