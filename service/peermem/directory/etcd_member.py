@@ -74,7 +74,10 @@ class Member:
         self._record: NodeRecord | None = None
         self._was_in = False
         """Whether this run of the daemon has had its name."""
-        self._evicted = False
+        self._claimed_at = 0
+        """etcd's revision at which the name was put there last."""
+        self._lost_at = 0
+        """etcd's revision at which it was seen to be there no more; the watch may tell of what was before the claim."""
         self._wake = asyncio.Event()
         """Set when this node is to be known, or was thrown out."""
         self._unwritten_cause = ""
@@ -111,9 +114,9 @@ class Member:
             with suppress(Fault, LeaseLost):
                 await connection.revoke(lease.id)
 
-    def evicted(self) -> None:
-        """The name was deleted, or is somebody else's now."""
-        self._evicted = True
+    def evicted(self, revision: int) -> None:
+        """The name was deleted, or somebody else's, at a revision of etcd."""
+        self._lost_at = max(self._lost_at, revision)
         self._wake.set()
 
     def publish(self, region: PublishedRegion) -> None:
@@ -169,11 +172,11 @@ class Member:
                     await self._wake.wait()
 
     async def _enter(self, connection: Connection, record: NodeRecord) -> None:
-        self._evicted = False
+        self._lost_at = 0
         asked = asyncio.get_running_loop().time()
         lease = await connection.grant(round(self._ttl))
         try:
-            await self._claim(connection, record, lease)
+            self._claimed_at = await self._claim(connection, record, lease)
         except NodeNameTaken:
             with suppress(LeaseLost):
                 await connection.revoke(lease)
@@ -191,8 +194,8 @@ class Member:
         self.refusal = refusal
         self._changes.tell()
 
-    async def _claim(self, connection: Connection, record: NodeRecord, lease: int) -> None:
-        """Put the name under a lease. Raises NodeNameTaken."""
+    async def _claim(self, connection: Connection, record: NodeRecord, lease: int) -> int:
+        """Put the name under a lease; return at which revision. Raises NodeNameTaken."""
         key = self._keys.node(record.entry.node)
         put = _put(key, write_node(record), lease)
         get = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key))
@@ -204,7 +207,7 @@ class Member:
                 if before not in (0, lease):
                     with suppress(LeaseLost):
                         await connection.revoke(before)  # and the regions of the run before with it
-                return
+                return answer.header.revision
             found = answer.responses[0].response_range.kvs
             if not found:
                 condition, before = rpc_pb2.Compare(target=rpc_pb2.Compare.VERSION, key=key, version=0), 0
@@ -250,7 +253,7 @@ class Member:
 
     async def _renew_in_time(self, connection: Connection, lease: int, on_settled: Callable[[], None]) -> None:
         loop, period = asyncio.get_running_loop(), self._ttl / 3
-        while self._record is not None and not self._evicted:
+        while self._record is not None and self._lost_at <= self._claimed_at:
             due = loop.time() + period
             await self._renew(connection, lease, min(DEADLINE, period))
             on_settled()
@@ -317,7 +320,7 @@ class Member:
         mine = rpc_pb2.Compare(target=rpc_pb2.Compare.LEASE, key=key, lease=lease)
         answer = await connection.transact(rpc_pb2.TxnRequest(compare=[mine], success=operations))
         if not answer.succeeded:
-            self.evicted()
+            self.evicted(answer.header.revision)
             return
         for name, region in batch.items():
             if region is None:

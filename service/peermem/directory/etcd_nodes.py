@@ -42,9 +42,11 @@ class _Gone:
 class Nodes:
     """The table of nodes, kept up to date by `follow`."""
 
-    def __init__(self, keys: Keys, grace: float, changes: Changes, counts: Counts, on_own: Callable[[], None]) -> None:
+    def __init__(
+        self, keys: Keys, grace: float, changes: Changes, counts: Counts, on_own: Callable[[int], None]
+    ) -> None:
         """A node that is missing without a word stays for `grace` seconds. `on_own` is called when this node's own
-        entry is deleted, or is somebody else's."""
+        entry is deleted, or is somebody else's, with the revision at which it is."""
         self._keys = keys
         self._grace = grace
         self._changes = changes
@@ -117,7 +119,7 @@ class Nodes:
             log.info("directory_nodes_missing", nodes=sorted(missing)[:16], count=len(missing), grace=self._grace)
             self._later(missing)
         if self._own is not None:
-            self._check_own(found)
+            self._check_own(found, header.revision)
         self._changes.tell()
 
     def _later(self, missing: Mapping[str, NodeEntry]) -> None:
@@ -133,17 +135,17 @@ class Nodes:
         timer = asyncio.get_running_loop().call_later(self._grace, over)
         self._timers.add(timer)
 
-    def _check_own(self, found: list[rpc_pb2.KeyValue]) -> None:
+    def _check_own(self, found: list[rpc_pb2.KeyValue], revision: int) -> None:
         own = self._own
         if own is not None and self._keys.node(own.node) not in {kv.key for kv in found}:
-            self._on_own()
+            self._on_own(revision)
 
     def _take(self, answer: rpc_pb2.WatchResponse) -> None:
         for event in answer.events:
             if event.type == rpc_pb2.Event.PUT:
                 self._put(event.kv)
             else:
-                self._delete(event.kv.key)
+                self._delete(event.kv)
         if not answer.fragment:  # else the rest of this revision is still to come
             self._revision = max(self._revision, answer.header.revision)
         if answer.events:
@@ -157,22 +159,22 @@ class Nodes:
             self._counts.garbage += 1
             log.warning("directory_entry_ignored", key=_shown(kv.key), cause=str(bad)[:200])
             return None
-        self._enter(record)
+        self._enter(record, kv.mod_revision)
         return record.entry.node
 
-    def _enter(self, record: NodeRecord) -> None:
+    def _enter(self, record: NodeRecord, revision: int) -> None:
         if self._own is None or record.entry.node != self._own.node:
             self._add(record.entry)
         elif record.entry.epoch != self._own.epoch:
-            self._on_own()
+            self._on_own(revision)
 
-    def _delete(self, key: bytes) -> None:
+    def _delete(self, kv: rpc_pb2.KeyValue) -> None:
         try:
-            node = self._keys.node_of(key)
+            node = self._keys.node_of(kv.key)
         except BadRecord:
             return
         if self._own is not None and node == self._own.node:
-            self._on_own()
+            self._on_own(kv.mod_revision)
         elif node in self._entries:
             self._remove(node)
 
