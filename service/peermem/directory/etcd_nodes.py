@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* A watch that was broken off goes on from the revision after the last one that was seen. Only where that is not to be
-  had any more (compacted, or another etcd answers) everything is read again.
+* A watch that was broken off goes on from the revision after the last one that was seen: that of its last event, as a
+  header names etcd's newest one also while older events are on their way. Only where that is not to be had any more
+  (compacted, or another etcd answers) everything is read again.
 * A node goes when etcd says so. One that is missing in a new reading, which may be of an etcd that lost its data, stays
   for the time of a lease: if it lives, it is back by then.
 * An entry that makes no sense is left out, counted, and told in the log once for each revision of it.
@@ -146,10 +147,12 @@ class Nodes:
                 self._put(event.kv)
             else:
                 self._delete(event.kv)
-        if not answer.fragment:  # else the rest of this revision is still to come
-            self._revision = max(self._revision, answer.header.revision)
         if answer.events:
             self._changes.tell()
+        if answer.created or answer.fragment:  # its header names what is still to come
+            return
+        seen = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
+        self._revision = max(self._revision, seen)
 
     def _put(self, kv: rpc_pb2.KeyValue) -> str | None:
         """Enter a node; return which, or None where it makes no sense."""
