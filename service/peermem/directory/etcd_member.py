@@ -82,6 +82,10 @@ class Member:
         """Set when this node is to be known, or was thrown out."""
         self._unwritten_cause = ""
         """Why the last batch of regions was not written, as the log says."""
+        self._connection: Connection | None = None
+        self._at_rest = asyncio.Event()
+        """Set unless the name is being claimed."""
+        self._at_rest.set()
         self._pending = asyncio.Event()
         """Set when regions are to be written."""
         self._regions: dict[ChildName, PublishedRegion] = {}
@@ -104,15 +108,16 @@ class Member:
         self._record = NodeRecord(entry, self._machine)
         self._wake.set()
 
-    async def leave(self, connection: Connection | None) -> None:
+    async def leave(self) -> None:
         """Have it be known no more: at once where there is a connection, else when the lease ends."""
         self._record, lease, self.lease = None, self.lease, None
         self._regions.clear()
         self._forget_written()
         self._wake.set()
-        if connection is not None and lease is not None:
+        if self._connection is not None and lease is not None:
             with suppress(Fault, LeaseLost):
-                await connection.revoke(lease.id)
+                await self._connection.revoke(lease.id)
+        await self._at_rest.wait()  # a claim that is on its way gives back what it gets
 
     def evicted(self, revision: int) -> None:
         """The name was deleted, or somebody else's, at a revision of etcd."""
@@ -147,17 +152,22 @@ class Member:
 
         `on_settled` is called when etcd has answered whether this node is in it.
         """
-        while True:
-            self._wake.clear()
-            if self._record is None:
-                on_settled()
-                await self._wake.wait()
-            elif self.lease is None:
-                await self._try_to_enter(connection, self._record, on_settled)
-            else:
-                await self._keep(connection, self.lease, on_settled)
+        self._connection = connection
+        try:
+            while True:
+                self._wake.clear()
+                if self._record is None:
+                    on_settled()
+                    await self._wake.wait()
+                elif self.lease is None:
+                    await self._try_to_enter(connection, self._record, on_settled)
+                else:
+                    await self._keep(connection, self.lease, on_settled)
+        finally:
+            self._connection = None
 
     async def _try_to_enter(self, connection: Connection, record: NodeRecord, on_settled: Callable[[], None]) -> None:
+        self._at_rest.clear()
         try:
             await self._enter(connection, record)
         except LeaseLost:
@@ -169,7 +179,10 @@ class Member:
             on_settled()
             with suppress(TimeoutError):  # it may be given up without a word, as where its etcd lost its data
                 async with asyncio.timeout(self._ttl):
+                    self._at_rest.set()
                     await self._wake.wait()
+        finally:
+            self._at_rest.set()
 
     async def _enter(self, connection: Connection, record: NodeRecord) -> None:
         self._lost_at = 0
