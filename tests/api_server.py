@@ -45,6 +45,8 @@ class FakeApiServer:
         self.nodes = {"worker-7": "uid-of-worker-7"}
         self.forbids = ""
         """A method that the daemon's ClusterRole does not have."""
+        self.taints = True
+        """Whether it knows taints of devices (DRADeviceTaints, off before Kubernetes 1.36)."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.url = ""
@@ -102,6 +104,10 @@ class FakeApiServer:
             return web.Response(status=409)
         if sent:
             version = int(known["metadata"]["resourceVersion"]) + 1 if known else 1
+            for device in sent["spec"]["devices"]:
+                taints = device.pop("taints", [])
+                if self.taints:
+                    device["taints"] = [{"timeAdded": "2026-01-01T00:00:00Z"} | taint for taint in taints]
             self.slices[name] = sent | {"metadata": sent["metadata"] | {"resourceVersion": str(version)}}
         return web.json_response(self.slices[name])
 

@@ -74,6 +74,18 @@ async def test_signs_of_life_come_while_the_loop_runs_and_with_what_changed(mana
     tending.cancel()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
+async def test_a_status_is_one_short_line_whatever_is_in_it(manager: Manager, address: str, end: str) -> None:
+    quoted = f"etcd says:{end}WATCHDOG=trigger {chr(0x1F600) * 5000}"
+    tending = asyncio.create_task(Supervisor(Given(address, watchdog=0.03)).tend(lambda: quoted))
+    await asyncio.sleep(0)
+    message = manager.socket.recv(1 << 16)
+    assert message.decode().splitlines()[1].startswith("STATUS=etcd says: WATCHDOG=trigger")
+    assert len(message.splitlines()) == 2
+    assert len(message) <= 4096
+    tending.cancel()
+
+
 async def test_without_a_manager_nothing_happens() -> None:
     supervisor = Supervisor(Given())
     supervisor.ready()

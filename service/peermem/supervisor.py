@@ -5,6 +5,8 @@ Rules of this file:
 * Without a service manager all of it does nothing.
 * Nothing here fails the daemon but a socket that is not the one of its configuration: a manager that does not listen
   is not waited for.
+* A status is one short line, whatever is in it: it quotes etcd and files, each line of a message is a statement of its
+  own, such as WATCHDOG=trigger, and a manager drops a message above 4096 bytes, signs of life in it included.
 * The watchdog's sign of life comes from the event loop, so that a loop that stands still gives none. It says nothing of
   other nodes, NICs or the directory: a restart mends none of these.
 """
@@ -23,6 +25,8 @@ _LOOKS_EACH = 3
 """Signs of life in the time after which the manager ends the daemon."""
 _LOOK = 5.0
 """Seconds between two looks at the status, at most."""
+_LONGEST = 900
+"""Characters of a status; each has 4 bytes at most."""
 
 
 class Given(NamedTuple):
@@ -79,7 +83,7 @@ class Supervisor:
             return
         every = min(self._given.watchdog / _LOOKS_EACH or _LOOK, _LOOK)
         while True:
-            said = status()
+            said = " ".join(status().split())[:_LONGEST]
             lines = ["WATCHDOG=1"] if self._given.watchdog else []
             if said != self._told:
                 lines.append(f"STATUS={said}")

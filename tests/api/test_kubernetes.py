@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from tests.certificates import Authority
 from tests.trusting import Node, caller, fault, free_ports, nodes
 
 AUTHORITY = Authority()
+DEEP = base64.urlsafe_b64encode(b'{"aud": "peermem", "x": ' + b"[" * 8000).decode()
 LOADER = Subject("kubernetes:training/loader")
 
 
@@ -87,6 +89,7 @@ async def test_what_the_api_server_says_is_not_believed_for_longer_than_the_toke
         ("a.b.c", "no JSON Web Token"),
         ("a.ÿ.c", "no JSON Web Token"),
         ("a." + "x" * 20_000 + ".c", "no JSON Web Token"),
+        (f"a.{DEEP}.c", "no JSON Web Token"),
         (token("https://kubernetes.default.svc"), "not issued for the audience 'peermem'"),
         (token([]), "not issued for the audience 'peermem'"),
         (token(ends_in=-1), "has expired"),

@@ -86,7 +86,9 @@ def test_a_slice_stays_within_the_bounds_of_the_api() -> None:
     assert set(text.split()) <= set(nics)
 
 
-async def test_it_is_written_when_something_changed_and_only_then(server: FakeApiServer) -> None:
+@pytest.mark.parametrize("taints", [True, False])
+async def test_it_is_written_when_something_changed_and_only_then(server: FakeApiServer, taints: bool) -> None:
+    server.taints = taints
     devices = Devices()
     async with publishing(server, devices) as publisher:
         for _ in range(2):

@@ -67,3 +67,11 @@ def test_units_and_configuration_agree() -> None:
     assert seconds(service["TimeoutStopSec"]) > config.shutdown.grace
     assert service["Type"] == "notify"
     assert service["LimitMEMLOCK"] == "infinity"
+
+
+def test_each_way_to_open_a_vfio_function_is_allowed() -> None:
+    """The daemon takes iommufd wherever the kernel has it; names of groups are those of /proc/devices."""
+    text = (UNITS / "peermemd.service").read_text()
+    allowed = set(re.findall(r"(?m)^DeviceAllow=(\S+) rw$", text))
+    assert {"char-vfio", "/dev/vfio/vfio"} <= allowed, "by its group"
+    assert {"char-vfio-dev", "/dev/iommu"} <= allowed, "by its own file"

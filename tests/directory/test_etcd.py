@@ -129,6 +129,16 @@ async def test_a_restarted_daemon_has_its_name_back_at_once_and_another_host_doe
             assert after.status().refusal is None, "the run before does not take it back"
 
 
+async def test_a_node_that_leaves_while_it_joins_leaves_nothing_behind(etcd: EtcdServer, cluster: str) -> None:
+    chosen = settings(etcd.endpoint, cluster, lease=600)
+    async with opened(chosen) as other:
+        for _ in range(30):
+            async with opened(chosen) as a:
+                await a.join(A)
+                await until(other, lambda: "a" in other.nodes())  # before a knows it, now and then
+            await until(other, lambda: "a" not in other.nodes())
+
+
 async def test_a_name_under_which_something_else_is_is_taken(etcd: EtcdServer, cluster: str) -> None:
     key = f"/peermem/v1/{cluster}/nodes/a"
     etcd.put(key, b"{}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from bench.daemons import free_ports
+from structlog.testing import capture_logs
 
 from peermem.core.errors import DirectoryUnreachable
 from tests.chaos.proxy import Mode, Network, network
@@ -174,3 +175,21 @@ async def test_a_clock_that_jumps_ends_no_lease(
         assert set(b.nodes()) == {"a", "b"}
         counts = a.status().counts
         assert (counts.lost_leases, counts.failed_renewals, a.status().away_for) == (0, 0, None)
+
+
+async def test_a_node_that_is_back_after_its_lease_ended_joins_once(
+    etcd: EtcdServer, cluster: str, wires: Network
+) -> None:
+    wire = wires.wire(etcd.endpoint)
+    chosen = settings(etcd.endpoint, cluster, lease=2)
+    async with opened(replace(chosen, endpoints=[wire.address]), A) as cut_off, opened(chosen, B) as other:
+        wire.set(Mode.CUT)
+        await until(other, lambda: "a" not in other.nodes())
+        with capture_logs() as told:
+            wire.set(Mode.OPEN)
+            await until(cut_off, lambda: cut_off.status().counts.lost_leases == 1)
+            etcd.put(f"/peermem/v1/{cluster}/nodes/c", b'{"v": 1, "address": "10.0.0.3:1"}')
+            await until(cut_off, lambda: "c" in cut_off.nodes())
+            renewals = cut_off.status().counts.renewals
+            await until(cut_off, lambda: cut_off.status().counts.renewals >= renewals + 2)
+        assert [line["event"] for line in told].count("directory_joined") == 1, "its own end, seen late, ends nothing"

@@ -112,7 +112,7 @@ class TokenReviewer:
             raise Unauthenticated("The token is no JSON Web Token, as those of service accounts are.")
         try:
             claims = msgspec.json.decode(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)), type=_Claims)
-        except (binascii.Error, ValueError):
+        except (binascii.Error, ValueError, RecursionError):
             raise Unauthenticated("The token is no JSON Web Token, as those of service accounts are.") from None
         if self._audience not in ([claims.aud] if isinstance(claims.aud, str) else claims.aud):
             raise self._other_audience()

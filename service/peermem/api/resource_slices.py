@@ -3,7 +3,8 @@
 Rules of this file:
 
 * The slice is compared with what the API server has, and written only where it differs: a daemon that starts anew or
-  whose slice was changed puts it right.
+  whose slice was changed puts it right. The API server adds to what it is sent (when a taint was set) and takes
+  away what it has switched off, so that what it made of a spec is no difference.
 * Trouble with the API server is told once, until it is over, and harms nothing else.
 * The slice goes when the daemon stops in order, and with the node.
 """
@@ -52,6 +53,8 @@ class SlicePublisher:
         self._spec = spec
         self._every = every
         self._trouble = ""
+        self._written: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        """What was sent last, without the pool's generation, and what the API server made of it."""
 
     async def tend(self) -> None:
         """Publish what is there, for as long as the daemon runs."""
@@ -72,13 +75,16 @@ class SlicePublisher:
         spec = await self._spec()
         known = await self._get(self._place)
         if known is None:
-            await self._write("POST", _SLICES, slice_object(self._node, await self._uid(), spec, 1))
+            self._written = (
+                spec,
+                await self._write("POST", _SLICES, slice_object(self._node, await self._uid(), spec, 1)),
+            )
             return
         generation = int(known.spec.get("pool", {}).get("generation", 0))
         wanted = slice_object(self._node, await self._uid(), spec, generation, known.metadata.resourceVersion)
-        if wanted["spec"] != known.spec:
+        if wanted["spec"] != known.spec and self._written != (spec, known.spec):
             wanted["spec"]["pool"]["generation"] = generation + 1
-            await self._write("PUT", self._place, wanted)
+            self._written = spec, await self._write("PUT", self._place, wanted)
 
     async def withdraw(self) -> None:
         """Take the slice away, if the API server answers."""
@@ -97,16 +103,22 @@ class SlicePublisher:
             return None
         if status != 200:
             raise ApiCallError(_refused("GET", path, status))
-        try:
-            return msgspec.json.decode(body, type=_Known)
-        except msgspec.MsgspecError:
-            raise ApiCallError(f"its answer to GET {path} makes no sense") from None
+        return _read("GET", path, body)
 
-    async def _write(self, method: str, path: str, body: dict[str, Any]) -> None:
-        status, _ = await self._client.call(method, path, body)
+    async def _write(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Write the slice; return the spec that the API server has made of it."""
+        status, answer = await self._client.call(method, path, body)
         if status not in (200, 201):
             raise ApiCallError(_refused(method, path, status))
         log.info("devices_published", node=self._node, devices=len(body["spec"]["devices"]))
+        return _read(method, path, answer).spec
+
+
+def _read(method: str, path: str, body: bytes) -> _Known:
+    try:
+        return msgspec.json.decode(body, type=_Known)
+    except msgspec.MsgspecError:
+        raise ApiCallError(f"its answer to {method} {path} makes no sense") from None
 
 
 def _refused(method: str, path: str, status: int) -> str:

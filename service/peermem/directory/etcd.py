@@ -112,7 +112,7 @@ class EtcdDirectory:
         self._nodes.set_own(None)
         with suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
-                await self._member.leave(self._connection)
+                await self._member.leave()
 
     def nodes(self) -> Mapping[str, NodeEntry]:
         """See Directory."""

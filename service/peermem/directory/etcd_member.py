@@ -74,11 +74,18 @@ class Member:
         self._record: NodeRecord | None = None
         self._was_in = False
         """Whether this run of the daemon has had its name."""
-        self._evicted = False
+        self._claimed_at = 0
+        """etcd's revision at which the name was put there last."""
+        self._lost_at = 0
+        """etcd's revision at which it was seen to be there no more; the watch may tell of what was before the claim."""
         self._wake = asyncio.Event()
         """Set when this node is to be known, or was thrown out."""
         self._unwritten_cause = ""
         """Why the last batch of regions was not written, as the log says."""
+        self._connection: Connection | None = None
+        self._at_rest = asyncio.Event()
+        """Set unless the name is being claimed."""
+        self._at_rest.set()
         self._pending = asyncio.Event()
         """Set when regions are to be written."""
         self._regions: dict[ChildName, PublishedRegion] = {}
@@ -101,19 +108,20 @@ class Member:
         self._record = NodeRecord(entry, self._machine)
         self._wake.set()
 
-    async def leave(self, connection: Connection | None) -> None:
+    async def leave(self) -> None:
         """Have it be known no more: at once where there is a connection, else when the lease ends."""
         self._record, lease, self.lease = None, self.lease, None
         self._regions.clear()
         self._forget_written()
         self._wake.set()
-        if connection is not None and lease is not None:
+        if self._connection is not None and lease is not None:
             with suppress(Fault, LeaseLost):
-                await connection.revoke(lease.id)
+                await self._connection.revoke(lease.id)
+        await self._at_rest.wait()  # a claim that is on its way gives back what it gets
 
-    def evicted(self) -> None:
-        """The name was deleted, or is somebody else's now."""
-        self._evicted = True
+    def evicted(self, revision: int) -> None:
+        """The name was deleted, or somebody else's, at a revision of etcd."""
+        self._lost_at = max(self._lost_at, revision)
         self._wake.set()
 
     def publish(self, region: PublishedRegion) -> None:
@@ -144,17 +152,22 @@ class Member:
 
         `on_settled` is called when etcd has answered whether this node is in it.
         """
-        while True:
-            self._wake.clear()
-            if self._record is None:
-                on_settled()
-                await self._wake.wait()
-            elif self.lease is None:
-                await self._try_to_enter(connection, self._record, on_settled)
-            else:
-                await self._keep(connection, self.lease, on_settled)
+        self._connection = connection
+        try:
+            while True:
+                self._wake.clear()
+                if self._record is None:
+                    on_settled()
+                    await self._wake.wait()
+                elif self.lease is None:
+                    await self._try_to_enter(connection, self._record, on_settled)
+                else:
+                    await self._keep(connection, self.lease, on_settled)
+        finally:
+            self._connection = None
 
     async def _try_to_enter(self, connection: Connection, record: NodeRecord, on_settled: Callable[[], None]) -> None:
+        self._at_rest.clear()
         try:
             await self._enter(connection, record)
         except LeaseLost:
@@ -166,14 +179,17 @@ class Member:
             on_settled()
             with suppress(TimeoutError):  # it may be given up without a word, as where its etcd lost its data
                 async with asyncio.timeout(self._ttl):
+                    self._at_rest.set()
                     await self._wake.wait()
+        finally:
+            self._at_rest.set()
 
     async def _enter(self, connection: Connection, record: NodeRecord) -> None:
-        self._evicted = False
+        self._lost_at = 0
         asked = asyncio.get_running_loop().time()
         lease = await connection.grant(round(self._ttl))
         try:
-            await self._claim(connection, record, lease)
+            self._claimed_at = await self._claim(connection, record, lease)
         except NodeNameTaken:
             with suppress(LeaseLost):
                 await connection.revoke(lease)
@@ -191,8 +207,8 @@ class Member:
         self.refusal = refusal
         self._changes.tell()
 
-    async def _claim(self, connection: Connection, record: NodeRecord, lease: int) -> None:
-        """Put the name under a lease. Raises NodeNameTaken."""
+    async def _claim(self, connection: Connection, record: NodeRecord, lease: int) -> int:
+        """Put the name under a lease; return at which revision. Raises NodeNameTaken."""
         key = self._keys.node(record.entry.node)
         put = _put(key, write_node(record), lease)
         get = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key))
@@ -204,7 +220,7 @@ class Member:
                 if before not in (0, lease):
                     with suppress(LeaseLost):
                         await connection.revoke(before)  # and the regions of the run before with it
-                return
+                return answer.header.revision
             found = answer.responses[0].response_range.kvs
             if not found:
                 condition, before = rpc_pb2.Compare(target=rpc_pb2.Compare.VERSION, key=key, version=0), 0
@@ -250,7 +266,7 @@ class Member:
 
     async def _renew_in_time(self, connection: Connection, lease: int, on_settled: Callable[[], None]) -> None:
         loop, period = asyncio.get_running_loop(), self._ttl / 3
-        while self._record is not None and not self._evicted:
+        while self._record is not None and self._lost_at <= self._claimed_at:
             due = loop.time() + period
             await self._renew(connection, lease, min(DEADLINE, period))
             on_settled()
@@ -317,7 +333,7 @@ class Member:
         mine = rpc_pb2.Compare(target=rpc_pb2.Compare.LEASE, key=key, lease=lease)
         answer = await connection.transact(rpc_pb2.TxnRequest(compare=[mine], success=operations))
         if not answer.succeeded:
-            self.evicted()
+            self.evicted(answer.header.revision)
             return
         for name, region in batch.items():
             if region is None:

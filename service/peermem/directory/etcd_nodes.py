@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* A watch that was broken off goes on from the revision after the last one that was seen. Only where that is not to be
-  had any more (compacted, or another etcd answers) everything is read again.
+* A watch that was broken off goes on from the revision after the last one that was seen: that of its last event, as a
+  header names etcd's newest one also while older events are on their way. Only where that is not to be had any more
+  (compacted, or another etcd answers) everything is read again.
 * A node goes when etcd says so. One that is missing in a new reading, which may be of an etcd that lost its data, stays
   for the time of a lease: if it lives, it is back by then.
 * An entry that makes no sense is left out, counted, and told in the log once for each revision of it.
@@ -42,9 +43,11 @@ class _Gone:
 class Nodes:
     """The table of nodes, kept up to date by `follow`."""
 
-    def __init__(self, keys: Keys, grace: float, changes: Changes, counts: Counts, on_own: Callable[[], None]) -> None:
+    def __init__(
+        self, keys: Keys, grace: float, changes: Changes, counts: Counts, on_own: Callable[[int], None]
+    ) -> None:
         """A node that is missing without a word stays for `grace` seconds. `on_own` is called when this node's own
-        entry is deleted, or is somebody else's."""
+        entry is deleted, or is somebody else's, with the revision at which it is."""
         self._keys = keys
         self._grace = grace
         self._changes = changes
@@ -117,7 +120,7 @@ class Nodes:
             log.info("directory_nodes_missing", nodes=sorted(missing)[:16], count=len(missing), grace=self._grace)
             self._later(missing)
         if self._own is not None:
-            self._check_own(found)
+            self._check_own(found, header.revision)
         self._changes.tell()
 
     def _later(self, missing: Mapping[str, NodeEntry]) -> None:
@@ -133,21 +136,23 @@ class Nodes:
         timer = asyncio.get_running_loop().call_later(self._grace, over)
         self._timers.add(timer)
 
-    def _check_own(self, found: list[rpc_pb2.KeyValue]) -> None:
+    def _check_own(self, found: list[rpc_pb2.KeyValue], revision: int) -> None:
         own = self._own
         if own is not None and self._keys.node(own.node) not in {kv.key for kv in found}:
-            self._on_own()
+            self._on_own(revision)
 
     def _take(self, answer: rpc_pb2.WatchResponse) -> None:
         for event in answer.events:
             if event.type == rpc_pb2.Event.PUT:
                 self._put(event.kv)
             else:
-                self._delete(event.kv.key)
-        if not answer.fragment:  # else the rest of this revision is still to come
-            self._revision = max(self._revision, answer.header.revision)
+                self._delete(event.kv)
         if answer.events:
             self._changes.tell()
+        if answer.created or answer.fragment:  # its header names what is still to come
+            return
+        seen = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
+        self._revision = max(self._revision, seen)
 
     def _put(self, kv: rpc_pb2.KeyValue) -> str | None:
         """Enter a node; return which, or None where it makes no sense."""
@@ -157,22 +162,22 @@ class Nodes:
             self._counts.garbage += 1
             log.warning("directory_entry_ignored", key=_shown(kv.key), cause=str(bad)[:200])
             return None
-        self._enter(record)
+        self._enter(record, kv.mod_revision)
         return record.entry.node
 
-    def _enter(self, record: NodeRecord) -> None:
+    def _enter(self, record: NodeRecord, revision: int) -> None:
         if self._own is None or record.entry.node != self._own.node:
             self._add(record.entry)
         elif record.entry.epoch != self._own.epoch:
-            self._on_own()
+            self._on_own(revision)
 
-    def _delete(self, key: bytes) -> None:
+    def _delete(self, kv: rpc_pb2.KeyValue) -> None:
         try:
-            node = self._keys.node_of(key)
+            node = self._keys.node_of(kv.key)
         except BadRecord:
             return
         if self._own is not None and node == self._own.node:
-            self._on_own()
+            self._on_own(kv.mod_revision)
         elif node in self._entries:
             self._remove(node)
 
