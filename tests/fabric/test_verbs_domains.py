@@ -335,3 +335,15 @@ async def test_a_rail_that_does_not_come_back_is_told_of_once(
     await eventually(lambda: ann.events.rails[-1] == "up")
     assert len(ann.events.rails) == 2
     await closed(ann)
+
+
+async def test_nothing_is_kept_of_grants_that_ended_with_their_link(
+    fabrics: Fabrics, ends: tuple[FileMemory, FileMemory]
+) -> None:
+    await registered(fabrics, ends)
+    ann = await Connection(*fabrics, ANN).open()
+    for _ in range(3):
+        await fabrics[1].grant(ann.link_id, ends[1], 0, LENGTH, BOTH, 30.0)
+    await fabrics[1].hang_up(ann.link_id)
+    assert fabrics[1]._target._ending == {}
+    await ann.link.close()
