@@ -91,6 +91,12 @@ class Traffic:
         self._turns.advance(lambda passenger: passenger.link is link)
         self._fill()
 
+    def look_again(self) -> None:
+        """Who has to wait, and for how long, may have changed."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resume()
+
     def ended(self, completions: Sequence[Completion]) -> None:
         """Take in how slices ended that links carried."""
         for completion in completions:
