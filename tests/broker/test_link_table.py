@@ -18,6 +18,7 @@ from peermem.core.segments import columns
 from peermem.core.transfer import State, TransferRequest
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.fabric.base import LinkEnd
+from peermem.memory import Memory
 from tests.broker.conftest import NicHost, nic_hosts
 from tests.broker.support import content, eventually, failure, outcome, region, start, whole
 from tests.doubles import MIB
@@ -195,3 +196,33 @@ async def test_what_waits_for_its_rate_learns_at_once_that_its_link_is_down(
     for each in waiting:
         await a.broker.cancel_transfer(ANN if each.subject == ANN else BEN, each.facts.name)
         assert each.facts.state is State.CANCELLED
+
+
+async def test_a_link_that_memory_is_made_ready_for_is_in_use(
+    nic_pair: list[NicHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_table, "MAX_LINKS_TO_NODE", 1)
+    a, b = nic_pair
+    source, sink, other = await region(a, 100), await region(b, 100), await region(b, 100)
+    await outcome(await start(a, whole(source, sink), subject=ANN))
+    link, ready = link_of(a, ANN), asyncio.Event()
+    inner = link._link
+    assert inner is not None
+    prepare = inner.prepare
+    waiting = 0
+
+    async def slow(memory: Memory, offset: int, length: int) -> None:
+        nonlocal waiting
+        waiting += 1
+        await ready.wait()
+        await prepare(memory, offset, length)
+
+    monkeypatch.setattr(inner, "prepare", slow)
+    first = await start(a, whole(source, sink), subject=ANN)
+    await eventually(lambda: waiting == 1)
+    assert (await outcome(await start(a, whole(source, other), subject=BEN))).fabric is TCP
+    assert link_of(a, ANN) is link
+    ready.set()
+    facts = await outcome(first)
+    assert (facts.fabric, facts.error) == (VERBS, None)
+    assert link_of(a, ANN) is link

@@ -8,7 +8,7 @@ import random
 import google_crc32c
 import pytest
 
-from peermem.broker.slots import SLOT, SLOTS
+from peermem.broker.slots import SLOT, SLOTS, StagingBuffer
 from peermem.core import errors
 from peermem.core.grant import Wanted
 from peermem.core.identity import ANONYMOUS
@@ -17,9 +17,11 @@ from peermem.core.segments import columns
 from peermem.core.transfer import State
 from peermem.core.types import FabricKind, Path, Rights
 from peermem.fabric.base import Status
+from peermem.fabric.verbs_fabric import VerbsFabric
 from tests.broker.conftest import NicHost
 from tests.broker.support import content, eventually, failure, outcome, region, start, whole
 from tests.doubles import MIB
+from tests.fabric.pyverbs_double import pyverbs
 
 LENGTH = 12 * MIB + 4099
 DATA = random.Random(4).randbytes(LENGTH)
@@ -201,3 +203,21 @@ async def test_copies_that_a_grant_does_not_allow_are_refused(nic_pair: list[Nic
         await serving.copy_staged(b"?" * 16, held.grant_id, [(0, 0, 1)], into_region=True)
     with b.broker.use_region(ANONYMOUS, sink.name, Action.READ, 0, SLOT) as use:
         assert await use.read(0, SLOT) == DATA[:SLOT]
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+async def test_a_buffer_that_is_closed_twice_at_once_or_by_who_gives_up_is_freed(gives_up: bool) -> None:
+    with pyverbs("nic0"):
+        verbs = VerbsFabric()
+        await verbs.start()
+        buffer = await StagingBuffer.open([verbs], [], "uid:1@a")
+        closing = [asyncio.create_task(buffer.close()) for _ in range(2)]
+        await asyncio.sleep(0)
+        if gives_up:
+            for task in closing:
+                task.cancel()
+        await asyncio.gather(*closing, return_exceptions=gives_up)
+        await buffer.close()
+        assert buffer.memory.fd is None
+        assert not any(verbs.object_counts().values())
+        await verbs.close()

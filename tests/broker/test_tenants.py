@@ -164,3 +164,30 @@ async def test_bytes_of_a_stream_wait_for_their_turn() -> None:
     tenants.go_by(OPEN)
     assert tenants.wait(ANN) == 0
     waiting.cancel()
+
+
+async def test_who_has_little_to_wait_for_does_not_wait_for_who_has_much(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    limits = "bytes_per_second = '1MiB'"
+    await a.broker.go_by(policy(EVERYTHING + tenant("one", "uid:1", limits) + tenant("two", "uid:2", limits)))
+    a.broker.tenants.spend(ANN, 1000 * MIB)
+    slow = await start(a, whole(source, sink), subject=ANN)
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
+    a.broker.tenants.spend(BEN, MIB + MIB // 10)
+    assert a.broker.tenants.wait(BEN) > 0
+    assert (await outcome(await start(a, whole(source, sink), subject=BEN))).state is State.SUCCEEDED
+    assert a.broker.tenants.wait(ANN) > 900
+    await a.broker.cancel_transfer(ANN, slow.facts.name)
+
+
+async def test_a_policy_with_a_higher_rate_counts_for_who_waits_already(pair: list[Host]) -> None:
+    a, b = pair
+    source, sink = await region(a, MIB), await region(b, MIB)
+    limits = "bytes_per_second = '1MiB'"
+    await a.broker.go_by(policy(EVERYTHING + tenant("one", "uid:1", limits)))
+    a.broker.tenants.spend(ANN, 1000 * MIB)
+    transfer = await start(a, whole(source, sink), subject=ANN)
+    await eventually(lambda: any(each.is_waiting for each in a.broker.links._traffic.values()))
+    await a.broker.go_by(policy(EVERYTHING))
+    assert (await outcome(transfer)).state is State.SUCCEEDED

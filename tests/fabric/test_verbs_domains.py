@@ -335,3 +335,36 @@ async def test_a_rail_that_does_not_come_back_is_told_of_once(
     await eventually(lambda: ann.events.rails[-1] == "up")
     assert len(ann.events.rails) == 2
     await closed(ann)
+
+
+async def test_nothing_is_kept_of_grants_that_ended_with_their_link(
+    fabrics: Fabrics, ends: tuple[FileMemory, FileMemory]
+) -> None:
+    await registered(fabrics, ends)
+    ann = await Connection(*fabrics, ANN).open()
+    for _ in range(3):
+        await fabrics[1].grant(ann.link_id, ends[1], 0, LENGTH, BOTH, 30.0)
+    await fabrics[1].hang_up(ann.link_id)
+    assert fabrics[1]._target._ending == {}
+    await ann.link.close()
+
+
+async def test_without_windows_the_loop_turns_between_the_parts_of_a_grant(
+    memories: Memories, library: type[Registered]
+) -> None:
+    initiator, target = VerbsFabric(["nic0"]), VerbsFabric(["nic1"], settings=Settings(windows=False))
+    for fabric in (initiator, target):
+        await fabric.start()
+    memory = memories(LENGTH)
+    await target.register(memory, Path.HOST, subject=ANN)
+    ben = await Connection(initiator, target, BEN).open()
+    before, made = len(library.made), set[int]()
+    granting = asyncio.create_task(target.grant(ben.link_id, memory, 0, LENGTH, Rights.READ, 30.0))
+    while not granting.done():
+        made.add(len(library.made) - before)
+        await asyncio.sleep(0)
+    assert made == set(range(LENGTH // PART + 1))
+    await granting
+    await closed(ben)
+    for fabric in (initiator, target):
+        await fabric.close()

@@ -120,7 +120,7 @@ class Broker:
         )
         self.storage = StorageRuns(storage, self._open_region, policy, self.tenants, metrics)
         self.links = LinkTable(fabrics, self._grant_source, settings, metrics.faults)
-        sessions.on_close(self._session_closed)
+        sessions.on_close(lambda session: self._spawn(self.regions.end_session(session.token)))
 
     # regions
 
@@ -208,10 +208,8 @@ class Broker:
         self.tenants.go_by(rules)
         self.policy.fail_denied((each, each.subject, *use) for each in self.running() for use in each.uses)
         self.policy.fail_denied(streams(self.regions))
+        self.links.look_again()
         await self.serving.revoke_denied()
-
-    def _session_closed(self, session: Session) -> None:
-        self._spawn(self.regions.end_session(session.token))
 
     async def _let_go(self, region: Region) -> None:
         self.directory.withdraw(region.name)

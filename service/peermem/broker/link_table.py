@@ -180,6 +180,11 @@ class LinkTable:
         self.faults.broke(link.fabric.kind, Broken.LINK)
         self.discard(link)
 
+    def look_again(self) -> None:
+        """The limits of tenants have changed: nobody waits as the old ones would have it."""
+        for traffic in list(self._traffic.values()):
+            traffic.look_again()
+
     def rails_down(self) -> dict[FabricKind, int]:
         """Rails that broke and are not up again, by fabric."""
         counts = dict.fromkeys(self._fabrics, 0)

@@ -98,7 +98,7 @@ class OutboundLink:
         """Whether the directory has told of the run of the far end's daemon that this link was opened to."""
         self._held: set[HeldGrant] = set()
         self._acquiring = 0
-        """Grants that are on their way."""
+        """Grants that are on their way, and memory that is made ready for them."""
         self._traffic = traffic
         self._carried = 0
         """Slices that are outstanding."""
@@ -108,6 +108,7 @@ class OutboundLink:
         await reach("link.open")
         self._link = await self.fabric.connect(self._exchange, self, rails, self.subject)
         self._ear = self.source.use_rails(self._link_id, self._link.carry)
+        self.used_at = self._clock()
 
     async def _exchange(self, offer: LinkAttributes) -> LinkAttributes:
         opened = await self.source.open_link(replace(offer, subject=self.subject))
@@ -147,8 +148,14 @@ class OutboundLink:
 
     async def prepare(self, memory: Memory, offset: int, length: int) -> None:
         """See Link."""
-        if self._link is not None:
+        if self._link is None:
+            return
+        self._acquiring += 1
+        try:
             await self._link.prepare(memory, offset, length)
+        finally:
+            self._acquiring -= 1
+            self.used_at = self._clock()
 
     async def grant(self, wanted: Wanted) -> HeldGrant:
         """Return a new grant, which is the caller's until `release` or `fence`. Raises as acquire_grant."""

@@ -60,6 +60,7 @@ class StagingBuffer:
         self.memory = memory
         self.slots = Slots(memory.length // SLOT)
         self._fabrics = list(fabrics)
+        self._closing: asyncio.Task[None] | None = None
 
     @staticmethod
     async def open(
@@ -78,9 +79,14 @@ class StagingBuffer:
         return buffer
 
     async def close(self) -> None:
-        """Unregister and free it; nothing uses it any more. Closing twice is no error."""
-        fabrics, self._fabrics = self._fabrics, []
-        for fabric in fabrics:
+        """Unregister and free it, also where the caller is cancelled; nothing uses it any more. Who closes it while or
+        after somebody else does waits for the same."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        for fabric in self._fabrics:
             await fabric.unregister(self.memory)
         self.memory.close()
 

@@ -91,6 +91,12 @@ class Traffic:
         self._turns.advance(lambda passenger: passenger.link is link)
         self._fill()
 
+    def look_again(self) -> None:
+        """Who has to wait, and for how long, may have changed."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resume()
+
     def ended(self, completions: Sequence[Completion]) -> None:
         """Take in how slices ended that links carried."""
         for completion in completions:
@@ -112,8 +118,17 @@ class Traffic:
             self._turns.posted(line, _cost(request))
             worker.share.spend(request.ranges.total)
             passenger.link.carry(request)
-        if self._turns and self._resuming is None and (pause := self._turns.pause()):
-            self._resuming = asyncio.get_running_loop().call_later(pause, self._resume)
+        if self._turns and (pause := self._turns.pause()):
+            self._resume_after(pause)
+
+    def _resume_after(self, pause: float) -> None:
+        loop = asyncio.get_running_loop()
+        at = loop.time() + pause
+        if self._resuming is not None:
+            if self._resuming.when() <= at:
+                return
+            self._resuming.cancel()  # whoever came since has less to wait for
+        self._resuming = loop.call_at(at, self._resume)
 
     def _resume(self) -> None:
         self._resuming = None

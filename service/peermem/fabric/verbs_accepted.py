@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from peermem.core.errors import FabricUnavailable
@@ -166,7 +167,8 @@ class AcceptedLink:
             await asyncio.wait([before])
         self._fences[rail] = self._queued_fences.pop(rail)
         if not await rail.ask(self._settings.fence_timeout) and rail.up:
-            rail.offer(True)  # reset, with a PSN by which the initiator can tell
+            with suppress(VerbsError):  # then it is only reset
+                rail.offer(True)  # reset, with a PSN by which the initiator can tell
             self._expect(self._settings.stall_timeout)
 
     # Ends

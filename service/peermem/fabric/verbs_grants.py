@@ -65,6 +65,7 @@ class Door:
                 region = registration.tight(domain, start, end - start, access | Access.LOCAL_WRITE)
                 self._regions.append(region)
                 rkey = region.rkey
+                await asyncio.sleep(0)
             else:
                 window = await self._bind(registration, index, start, end - start, access)
                 if window is None:

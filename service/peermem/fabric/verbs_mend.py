@@ -72,7 +72,11 @@ class Mender:
     async def open(self) -> None:
         """Bring the rails up, at least one. Raises NodeUnreachable, and what the exchange raises."""
         rails = list(self._rails)
-        answer = await self._exchange(self._offer(rails))
+        try:
+            offer = self._offer(rails)
+        except VerbsError as error:
+            raise NodeUnreachable(f"This node's NIC can't bring a link's queue pairs up: {error}.") from error
+        answer = await self._exchange(offer)
         self._link_id = answer.link_id
         await self._connect(answer, rails, self._settings.connect_timeout)
         if not any(rail.up for rail in rails):
@@ -183,7 +187,7 @@ class Mender:
             return LinkEnd.REMOTE_CLOSED, "the remote node does not have the link any more"
         except NodeUnreachable as error:
             return self._judge(error)
-        except (TimeoutError, PeermemError):
+        except (TimeoutError, PeermemError, VerbsError):
             pass  # another attempt may do, until the link has stood still for too long
         return None
 

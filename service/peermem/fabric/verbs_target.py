@@ -206,15 +206,17 @@ class Target:
             await self._settled(link_id)
         else:
             self._forget(link)
-            self._ending |= dict.fromkeys(link.grants, task := self._begin(link_id, self._hang_up(link)))
+            names = list(link.grants)
+            self._ending |= dict.fromkeys(names, task := self._begin(link_id, self._hang_up(link, names)))
             await asyncio.shield(task)
 
-    async def _hang_up(self, link: AcceptedLink) -> None:
+    async def _hang_up(self, link: AcceptedLink, names: Sequence[int]) -> None:
+        """`names` are those of its grants, which end with it."""
         try:
             await link.farewell()
             link.close()
         finally:
-            for name in link.grants:
+            for name in names:
                 self._ending.pop(name, None)
 
     def _forget(self, link: AcceptedLink) -> None:
