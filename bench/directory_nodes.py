@@ -111,7 +111,7 @@ class Quiet:
         await self._changes.wait()
 
     async def leave(self) -> None:
-        await self._member.leave(self._connection)
+        await self._member.leave()
 
     async def close(self) -> None:
         if self._task is not None:
