@@ -45,8 +45,8 @@ class Wire:
         """Return the protection domains of this end, as the kernel numbers them."""
         command = ["rdma", "-j", "-d", "resource", "show", "qp"]
         listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-        numbers = {rail.here.number for rail in self.link.uses(lambda _: True)}
-        return {(pair["ifname"], pair["pdn"]) for pair in listed if pair["lqpn"] in numbers and pair["type"] == "RC"}
+        ends = {(rail.port.name.partition("/")[0], rail.here.number) for rail in self.link.uses(lambda _: True)}
+        return {(pair["ifname"], pair["pdn"]) for pair in listed if (pair["ifname"], pair["lqpn"]) in ends}
 
     def post(self, opcode: Opcode, key: RemoteKey, ranges: Ranges) -> int:
         self._next_id += 1
