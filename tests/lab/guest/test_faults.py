@@ -192,13 +192,14 @@ def test_an_outage_without_end(lab: Lab, baseline: Baseline, outage: Outage, ord
         moving(transfer)
         with outage():
             begun = time.monotonic()
-            with pytest.raises(errors.NodeUnreachable) as caught:
+            with pytest.raises((errors.NodeUnreachable, errors.FabricUnavailable)) as caught:
                 transfer.wait(PATIENCE)
             seconds = time.monotonic() - begun
         assert seconds < STALL + GRANT + SLACK
         figures(f"outage_without_end_{outage.__name__}_{order}", {"seconds": seconds})
         assert 0 < int(caught.value.metadata["bytes_done"]) < BIG
-        assert "nodes/b" in caught.value.message
+        cause = "nodes/b" if isinstance(caught.value, errors.NodeUnreachable) else "is not active"
+        assert cause in caught.value.message  # the port here may be what is down
     works(lab, order)
 
 
@@ -228,6 +229,7 @@ def test_a_region_deleted_in_the_middle_ends_its_transfer_alone(lab: Lab, baseli
         x.write(noise(MIB), length - MIB)
         other = lab.nodes["a"].transfer(x, y)
         doomed = lab.nodes["a"].transfer(source, sink)
+        moving(other)
         moving(doomed)
         assert doomed.info().state == other.info().state == "RUNNING", (doomed.info(), other.info())
         pairs = nodes.queue_pairs("a")

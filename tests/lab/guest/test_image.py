@@ -67,8 +67,8 @@ def test_it_is_the_image_that_runs_and_with_few_rights(lab: Lab, root: Path) -> 
         assert os.stat(f"/proc/{daemon.pid}/root/usr").st_dev == DISK.stat().st_rdev
         status = dict(line.split(":\t") for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines()[:60])
         assert int(status["CapEff"], 16) == 1 << 14
-        libraries = Path(f"/proc/{daemon.pid}/maps").read_text()
-        assert ("pyverbs" in libraries) is (daemon.node != "c")
+        if daemon.node != "c":
+            assert "pyverbs" in Path(f"/proc/{daemon.pid}/maps").read_text()
 
 
 def test_its_own_tool_shows_nics_and_devices(lab: Lab, root: Path) -> None:
