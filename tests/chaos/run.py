@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -142,7 +143,7 @@ class Run:
             while time.monotonic() - began < (_CALM if plant.is_left_over else self._plan.seconds):
                 self._injector.run(time.monotonic() + _LOOKS)
                 if (found := self._find(plant)) is not None:
-                    return found.at - began
+                    return max(0.0, found.at - began)  # it may show while jobs begin
             if not plant.is_left_over:
                 return None
             self._injector.heal()
@@ -178,7 +179,7 @@ class Run:
             except subprocess.TimeoutExpired:
                 job.process.kill()
                 status = job.process.wait()
-            if status != 0:
+            if status not in (0, -signal.SIGTERM):  # by the signal, where it had not begun yet
                 words = (self._folder / f"job-{job.number}.log").read_text()[-2000:]
                 self._failed.append(f"job {job.number} ended with {status}: {words}")
 
