@@ -35,7 +35,7 @@ class Place:
     """TOML of this daemon alone, behind that of all."""
     program: tuple[str, ...] = (sys.executable, "-m", "peermem")
     """The daemon."""
-    patience: float = 60.0
+    patience: float = 110.0
     """Seconds until it has to be ready."""
 
 
