@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import cast
 
 import pytest
 
+from peermem.directory import etcd_nodes
 from peermem.directory.base import Changes, Counts
 from peermem.directory.etcd_connection import Connection, Fault
 from peermem.directory.etcd_nodes import Nodes
@@ -38,8 +39,8 @@ class _Etcd:
         self._answers = answers
         self.asked: list[int] = []
 
-    async def list(self, span: Span) -> tuple[Sequence[rpc_pb2.KeyValue], rpc_pb2.ResponseHeader]:
-        return [kv("a", 5)], rpc_pb2.ResponseHeader(cluster_id=1, revision=10)
+    async def pages(self, span: Span) -> AsyncGenerator[rpc_pb2.RangeResponse]:
+        yield rpc_pb2.RangeResponse(header=rpc_pb2.ResponseHeader(cluster_id=1, revision=10), kvs=[kv("a", 5)])
 
     async def watch(self, span: Span, revision: int) -> AsyncGenerator[rpc_pb2.WatchResponse]:
         self.asked.append(revision)
@@ -69,4 +70,26 @@ async def test_a_watch_goes_on_after_the_last_event_that_came(
             async with asyncio.timeout(10):
                 await nodes.follow(connection, lambda: None)
     assert etcd.asked == [11, goes_on]
+    nodes.close()
+
+
+async def test_who_may_not_watch_does_not_know_the_nodes() -> None:
+    refused = rpc_pb2.WatchResponse(header=HEADER, created=True, canceled=True, cancel_reason="permission denied")
+    nodes, etcd = Nodes(KEYS, 60, Changes(), Counts(), lambda revision: None), _Etcd(refused)
+    known: list[bool] = []
+    await nodes.read(cast("Connection", etcd))
+    with pytest.raises(Fault, match="permission denied"):
+        await nodes.follow(cast("Connection", etcd), lambda: known.append(True))
+    assert not known
+    nodes.close()
+
+
+async def test_more_nodes_than_there_may_be_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd_nodes, "MAX_NODES", 2)
+    counts = Counts()
+    nodes, etcd = Nodes(KEYS, 60, Changes(), counts, lambda revision: None), _Etcd(CREATED, told(12, 13), told(12))
+    await nodes.read(cast("Connection", etcd))
+    with pytest.raises(Fault):
+        await nodes.follow(cast("Connection", etcd), lambda: None)
+    assert (set(nodes.entries()), counts.garbage) == ({"a", "n12"}, 1)
     nodes.close()

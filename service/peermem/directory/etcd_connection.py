@@ -112,15 +112,15 @@ class Connection:
         answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
         return answer.count
 
-    async def list(self, span: Span) -> tuple[list[rpc_pb2.KeyValue], rpc_pb2.ResponseHeader]:
-        """Return everything in a span, as of the revision in the header."""
+    async def pages(self, span: Span) -> AsyncGenerator[rpc_pb2.RangeResponse]:
+        """Yield everything in a span, in parts, as of the revision in the header of the first. Raises Fault."""
         request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, limit=_PAGE)
         page = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
-        header, found = page.header, list(page.kvs)
-        while page.more:
-            page = await self.range(span, start=found[-1].key + b"\0", at=header.revision)
-            found += page.kvs
-        return found, header
+        revision = page.header.revision
+        yield page
+        while page.more and page.kvs:
+            page = await self.range(span, start=page.kvs[-1].key + b"\0", at=revision)
+            yield page
 
     async def transact(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
         """Make a transaction. Raises Fault, and LeaseLost where a put names a lease that is gone."""

@@ -27,6 +27,8 @@ from peermem.etcd import rpc_pb2
 
 log = structlog.get_logger(__name__)
 
+MAX_NODES = 65_536
+"""More are left out: whoever can write in etcd must not fill this node's memory."""
 GONE_KEPT = 600.0
 """Seconds that a node that has gone is told of."""
 _MAX_GONE = 1024
@@ -94,12 +96,12 @@ class Nodes:
             async for answer in connection.watch(self._keys.nodes, self._revision + 1):
                 if answer.compact_revision or (answer.created and self._is_another(answer.header)):
                     break
+                if answer.canceled:  # one that may not watch is told so in what tells of the watch's making
+                    raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 if answer.created:
                     self._counts.resumes += not self._is_fresh
                     self._is_fresh = False
                     on_known()
-                if answer.canceled:
-                    raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 self._take(answer)
             await self.read(connection)
 
@@ -108,19 +110,22 @@ class Nodes:
 
     async def read(self, connection: Connection) -> None:
         """Read everything. Raises Fault."""
-        found, header = await connection.list(self._keys.nodes)
         missing = {node: entry for node, entry in self._entries.items() if self._own is None or node != self._own.node}
-        for number, kv in enumerate(found):
-            missing.pop(self._put(kv) or "", None)
-            if number % _AT_ONCE == 0:
-                await asyncio.sleep(0)
+        header, has_own = rpc_pb2.ResponseHeader(), False
+        async for page in connection.pages(self._keys.nodes):
+            header = header if header.revision else page.header
+            for number, kv in enumerate(page.kvs):
+                has_own |= self._own is not None and kv.key == self._keys.node(self._own.node)
+                missing.pop(self._put(kv) or "", None)
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
         self._cluster, self._revision, self._is_fresh = header.cluster_id, header.revision, True
         self._counts.listings += 1
         if missing:
             log.info("directory_nodes_missing", nodes=sorted(missing)[:16], count=len(missing), grace=self._grace)
             self._later(missing)
-        if self._own is not None:
-            self._check_own(found, header.revision)
+        if self._own is not None and not has_own:
+            self._on_own(header.revision)
         self._changes.tell()
 
     def _later(self, missing: Mapping[str, NodeEntry]) -> None:
@@ -135,11 +140,6 @@ class Nodes:
 
         timer = asyncio.get_running_loop().call_later(self._grace, over)
         self._timers.add(timer)
-
-    def _check_own(self, found: list[rpc_pb2.KeyValue], revision: int) -> None:
-        own = self._own
-        if own is not None and self._keys.node(own.node) not in {kv.key for kv in found}:
-            self._on_own(revision)
 
     def _take(self, answer: rpc_pb2.WatchResponse) -> None:
         for event in answer.events:
@@ -157,7 +157,10 @@ class Nodes:
     def _put(self, kv: rpc_pb2.KeyValue) -> str | None:
         """Enter a node; return which, or None where it makes no sense."""
         try:
-            record = read_node(self._keys.node_of(kv.key), kv.value)
+            node = self._keys.node_of(kv.key)
+            if node not in self._entries and len(self._entries) >= MAX_NODES:
+                raise BadRecord(f"there are {MAX_NODES} nodes, the limit")
+            record = read_node(node, kv.value)
         except BadRecord as bad:
             self._counts.garbage += 1
             log.warning("directory_entry_ignored", key=_shown(kv.key), cause=str(bad)[:200])
