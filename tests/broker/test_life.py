@@ -11,6 +11,7 @@ import pytest
 
 from peermem.broker.relays import Relay
 from peermem.core import errors
+from peermem.core.failpoints import turned_on
 from peermem.core.identity import ANONYMOUS, ROOT, Subject
 from peermem.core.names import ChildName
 from peermem.core.origin import Origin
@@ -139,10 +140,28 @@ async def test_limits_of_regions_links_and_grants(monkeypatch: pytest.MonkeyPatc
         await region(a, 10)
         with pytest.raises(errors.LimitReached):
             await region(a, 10)
-        monkeypatch.setattr("peermem.broker.serving.MAX_GRANTS_OF_LINK", 0)
+        monkeypatch.setattr("peermem.broker.accepted.MAX_GRANTS_OF_LINK", 0)
         assert type(await failure(await start(a, whole(source, sink)))) is errors.LimitReached
         monkeypatch.setattr("peermem.broker.accepted.MAX_LINKS", 0)
         assert type(await failure(await start(b, whole(source, sink)))) is errors.LimitReached
+
+
+async def test_grants_that_are_being_made_count(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peermem.broker.accepted.MAX_GRANTS_OF_LINK", 1)
+    a, b = pair
+    source, sink = await region(a, 10), await region(b, 10)
+    gate, reached = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        reached.set()
+        await gate.wait()
+
+    with turned_on("grant.make", wait):
+        first = await start(a, whole(source, sink))
+        await reached.wait()
+        assert type(await failure(await start(a, whole(source, sink)))) is errors.LimitReached
+        gate.set()
+        assert (await outcome(first)).error is None
 
 
 async def test_an_ended_transfer_keeps_none_of_its_work(pair: list[Host]) -> None:

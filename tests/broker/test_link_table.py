@@ -145,7 +145,8 @@ async def test_whoever_finds_all_links_in_use_goes_by_tcp(
     assert type(error) is errors.LimitReached
     a.nic.let_go()
     assert (await outcome(first)).error is None
-    assert a.broker.links.detours.why(other.name, VERBS) is None
+    assert a.broker.links.detours.why(other.name, VERBS, BEN) is not None
+    assert a.broker.links.detours.why(other.name, VERBS, ANN) is None, "it is no reason for anybody else"
 
 
 async def test_a_node_has_so_many_links_to_another_one(

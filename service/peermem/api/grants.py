@@ -256,7 +256,7 @@ class _RailExchange:
 
     def _say(self, answers: Sequence[link_pb2.GrantAnswer]) -> None:
         message = link_pb2.ExchangeGrantsResponse(answers=answers).SerializeToString()
-        if len(message) > CARRIED:
+        if len(message) > CARRIED and len(answers) > 1:
             half = len(answers) // 2
             self._say(answers[:half])
             self._say(answers[half:])

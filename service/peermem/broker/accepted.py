@@ -3,7 +3,7 @@
 Rules of this file:
 
 * A link is one node's, and on a fabric that separates subjects one subject's, for as long as it is open.
-* The whole node and each remote one may have so many open, not more.
+* The whole node and each remote one may have so many open, and each link so many grants, not more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peermem.core.errors import FabricUnavailable, LimitReached, LinkNotFound
 from peermem.core.types import FabricKind, LinkAttributes
 from peermem.fabric.base import Fabric
 
-MAX_LINKS, MAX_LINKS_OF_NODE = 4096, 512
+MAX_LINKS, MAX_LINKS_OF_NODE, MAX_GRANTS_OF_LINK = 4096, 512, 16_384
 Voucher = Callable[[], None]
 """Returns while the certificate that a node showed counts for what comes without one. Raises Unauthenticated where it
 was shown too long ago, AccessDenied where it counts no more."""
@@ -32,6 +32,15 @@ class AcceptedLink:
     vouched: Voucher
     grants: set[int] = field(default_factory=set)
     """Ids of those that it holds."""
+    making: int = 0
+    """Grants that are being made for it."""
+
+    def check_room(self) -> None:
+        """Raise LimitReached where it may hold no more grants."""
+        if len(self.grants) + self.making >= MAX_GRANTS_OF_LINK:
+            raise LimitReached(
+                f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
+            )
 
 
 class AcceptedLinks:

@@ -128,17 +128,16 @@ class LegRun:
         """Get the link and the grant. Raises what they raise."""
         self._links = links
         self._renewal.retry_for = links.retry_for
-        (*others, last), self.why = candidates(self.leg, self._region, links.detours, self.why)
+        (*others, last), self.why = candidates(self.leg, self._region, links.detours, self.share.subject, self.why)
         for kind in others:
             try:
                 await self._prepare_over(kind, links)
             except (FabricUnavailable, LimitReached, NodeUnreachable) as error:
-                if not isinstance(error, LimitReached):  # which may be this subject's alone
-                    links.detours.failed(self.leg.other, kind, error)
+                links.detours.failed(self.leg.other, kind, self.share.subject, error)
                 self.why = instead(kind, error)
                 log.info("fabric_passed_over", fabric=kind.value, region=str(self.leg.other), cause=error.message)
             else:
-                links.detours.worked(self.leg.other, kind)
+                links.detours.worked(self.leg.other, kind, self.share.subject)
                 return
         await persistently(lambda: self._prepare_over(last, links), links.retry_for)
 

@@ -8,7 +8,8 @@ Rules of this file:
 * One that goes down is forgotten, and opened anew on the next use, also by the transfers that it carried.
 * So many links lead to a node over a fabric, at most; then the one that was idle longest makes room.
 * All links to a node over a fabric share what goes there (`traffic`).
-* A fabric that did not reach a node or a region is passed over for a while, longer each time it fails again.
+* A fabric that did not reach a node or a region for a subject is passed over for it for a while, longer each time it
+  fails again.
 """
 
 from __future__ import annotations
@@ -48,28 +49,28 @@ class _Detour:
 
 
 class Detours:
-    """Which fabrics did not reach which region lately."""
+    """Which fabrics did not reach which region lately, for whom: what a node may register is each subject's own."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._detours: dict[tuple[ChildName, FabricKind], _Detour] = {}
+        self._detours: dict[tuple[ChildName, FabricKind, Subject], _Detour] = {}
 
-    def why(self, region: ChildName, kind: FabricKind) -> PeermemError | None:
+    def why(self, region: ChildName, kind: FabricKind, subject: Subject) -> PeermemError | None:
         """Return why a fabric is passed over for a region now, or None."""
-        detour = self._detours.get((region, kind))
+        detour = self._detours.get((region, kind, subject))
         return detour.error if detour is not None and self._clock() < detour.until else None
 
-    def failed(self, region: ChildName, kind: FabricKind, error: PeermemError) -> None:
+    def failed(self, region: ChildName, kind: FabricKind, subject: Subject, error: PeermemError) -> None:
         """A fabric did not reach a region."""
-        before = self._detours.pop((region, kind), None)
+        before = self._detours.pop((region, kind, subject), None)
         pause = min(before.pause * 2, _LONGEST) if before is not None else _SHORTEST
         if len(self._detours) >= _MAX_DETOURS:
             del self._detours[next(iter(self._detours))]
-        self._detours[region, kind] = _Detour(error.bare(), pause, self._clock() + pause)
+        self._detours[region, kind, subject] = _Detour(error.bare(), pause, self._clock() + pause)
 
-    def worked(self, region: ChildName, kind: FabricKind) -> None:
+    def worked(self, region: ChildName, kind: FabricKind, subject: Subject) -> None:
         """A fabric reached a region."""
-        self._detours.pop((region, kind), None)
+        self._detours.pop((region, kind, subject), None)
 
 
 class LinkTable:

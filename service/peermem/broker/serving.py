@@ -30,7 +30,6 @@ from peermem.core.errors import (
     AccessDenied,
     FabricUnavailable,
     GrantRefused,
-    LimitReached,
     LinkNotFound,
     OutOfRange,
     RegionRevoked,
@@ -49,8 +48,8 @@ from peermem.core.types import FabricKind, GrantedKey, LinkAttributes, RemoteKey
 from peermem.fabric.base import Fabric
 from peermem.remote.base import OpenedLink
 
-MAX_GRANTS_OF_LINK, MAX_CHECKED = 16_384, 262_144
-"""Bounds of what remote nodes may hold here, and of the ranges of one checksum."""
+MAX_CHECKED = 262_144
+"""Ranges of one checksum."""
 _ACTIONS = {Rights.READ: Action.READ, Rights.WRITE: Action.WRITE}
 _AT_ONCE = 256
 """Grants that are ended in one turn of the loop."""
@@ -171,20 +170,19 @@ class Serving:
         self._policy.check_region(wanted.subject, _ACTIONS[wanted.right], region, under=link_id)
         region.check_usable()
         _check_inside(region, wanted)
-        if len(link.grants) >= MAX_GRANTS_OF_LINK:
-            raise LimitReached(
-                f"The link holds {MAX_GRANTS_OF_LINK} grants of this node, the limit.", limit=MAX_GRANTS_OF_LINK
-            )
+        link.check_room()
         if link.fabric.kind not in region.fabrics:
             raise FabricUnavailable(f"{region.name} is not reached over {link.fabric.kind.value}: {region.why}")
         made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._making.setdefault(region, set()).add(made)
+        link.making += 1
         try:
             return await self._make(link_id, link, region, wanted)
         except RegionRevoked:
             self._taken_back(region)
             raise
         finally:
+            link.making -= 1
             made.set_result(None)
             self._making[region].discard(made)
             if not self._making[region]:

@@ -14,12 +14,14 @@ from peermem.broker.link_table import Detours
 from peermem.broker.links import HeldGrant, OutboundLink
 from peermem.broker.regions import Region
 from peermem.core.errors import FabricUnavailable, PeermemError
+from peermem.core.identity import Subject
 from peermem.core.plan import Leg
 from peermem.core.types import FabricKind
 
 
-def candidates(leg: Leg, region: Region, detours: Detours, why: str) -> tuple[list[FabricKind], str]:
-    """Return the fabrics to try from `region`, the best first, and why these, in words; `why` is what is known so far.
+def candidates(leg: Leg, region: Region, detours: Detours, subject: Subject, why: str) -> tuple[list[FabricKind], str]:
+    """Return the fabrics to try from `region` for `subject`, the best first, and why these, in words; `why` is what is
+    known so far.
 
     Raises FabricUnavailable where none reaches the region here.
     """
@@ -38,7 +40,7 @@ def candidates(leg: Leg, region: Region, detours: Detours, why: str) -> tuple[li
     else:
         why = f"{here[0].value} reaches both regions."
     for kind in here[:-1]:
-        error = detours.why(leg.other, kind)
+        error = detours.why(leg.other, kind, subject)
         if error is not None:
             why = instead(kind, error)
             here = [other for other in here if other is not kind]
