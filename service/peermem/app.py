@@ -117,7 +117,7 @@ class App:
         broker = self._broker(directory, parts, sessions, trust)
         self._stack.push_async_callback(broker.close)
         self._observe(broker, sessions, parts, trust)
-        attach = self._listen_for_jobs(broker, sessions)
+        attach = self._listen_for_jobs(broker, sessions, trust)
         identity = Identity(sessions, trust)
         links = LinkService(broker.serving, broker.vouching, identity, config.tcp.rails)
         server = self._server(broker, identity, trust, links)
@@ -232,12 +232,12 @@ class App:
             parts.storage,
         )
 
-    def _listen_for_jobs(self, broker: Broker, sessions: SessionTable) -> AttachServer | None:
+    def _listen_for_jobs(self, broker: Broker, sessions: SessionTable, trust: Trust) -> AttachServer | None:
         path = self.config.attach.socket
         handed_over = self._supervisor.adopt(path)
         if path is None:
             return None
-        server = AttachServer(path, sessions, broker.map_region, self.config.node)
+        server = AttachServer(path, sessions, broker.map_region, trust.token_subject, self.config.node)
         server.listen(handed_over)
         self._stack.push_async_callback(server.close)
         return server

@@ -7,11 +7,12 @@ import asyncio
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from peermem.api.attach import AttachServer
+from peermem.api.identity import Trust
 from peermem.broker.sessions import Session, SessionTable
 from peermem.client.attach import Attachment
 from peermem.core.errors import RegionNotFound
@@ -38,6 +39,7 @@ class Node:
         self.sessions.on_close(self.ended.append)
         self.asked: list[tuple[str, Subject]] = []
         self.fault: Exception | None = None
+        self.token_subject: Callable[[str], Awaitable[Subject]] = Trust().token_subject
 
     def map_region(self, name: ChildName, subject: Subject) -> DeviceMemory:
         self.asked.append((str(name), subject))
@@ -48,10 +50,12 @@ class Node:
         return self.memory
 
     def server(self, hello_timeout: float = 5.0) -> AttachServer:
-        return AttachServer(self.path, self.sessions, self.map_region, "a", hello_timeout=hello_timeout)
+        return AttachServer(
+            self.path, self.sessions, self.map_region, self.token_subject, "a", hello_timeout=hello_timeout
+        )
 
-    async def attach(self) -> Attachment:
-        return await asyncio.to_thread(Attachment.open, self.path)
+    async def attach(self, token: str = "") -> Attachment:
+        return await asyncio.to_thread(Attachment.open, self.path, token=token)
 
     async def quiet(self) -> None:
         """Wait until all sessions have ended."""

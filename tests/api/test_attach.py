@@ -28,10 +28,15 @@ from peermem.core.errors import (
     NotMappable,
     PeermemError,
     RegionNotFound,
+    Unauthenticated,
 )
+from peermem.core.identity import Subject
 from peermem.v1 import attach_pb2
 from tests.api.attaching import HAND_IN, HELLO, LENGTH, MAP, ME, REGION, Node, Raw, quiet_node, serving
 from tests.descriptors import limited, lingering_socket, memory_file, open_files, until
+
+LONG_TOKEN = "x" * 12_000
+"""As long as any that is reviewed."""
 
 
 @pytest.fixture
@@ -58,6 +63,41 @@ class TestSession:
         attachment.close()
         await served.quiet()
         assert served.ended == [session]
+
+    async def test_who_shows_a_token_is_the_service_account_and_maps_as_that(self, node: Node) -> None:
+        loader = Subject("kubernetes:training/loader")
+
+        async def token_subject(token: str) -> Subject:
+            if token != LONG_TOKEN:
+                raise Unauthenticated("The token is of nobody.")
+            return loader
+
+        node.token_subject = token_subject
+        async with serving(node.server()):
+            with closing(await node.attach(LONG_TOKEN)) as attachment:
+                session = node.sessions.find(attachment.token)
+                assert (session.subject, session.pid) == (loader, os.getpid())
+                (await asyncio.to_thread(attachment.map, REGION)).close()
+                assert node.asked == [(REGION, loader)]
+            with pytest.raises(Unauthenticated, match="of nobody"):
+                await node.attach("another")
+            await node.quiet()
+
+    async def test_a_token_counts_only_where_the_node_has_somebody_to_ask(self, served: Node) -> None:
+        with pytest.raises(Unauthenticated, match=r"no \[kubernetes\] table"):
+            await served.attach("a.b.c")
+        assert len(served.sessions) == 0
+
+    async def test_a_review_that_never_ends_does_not_keep_the_connection(self, node: Node) -> None:
+        async def token_subject(_: str) -> Subject:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        node.token_subject = token_subject
+        async with serving(node.server(hello_timeout=0.05)):
+            with pytest.raises(NodeUnreachable, match="closed the connection"):
+                await node.attach("a.b.c")
+            await node.quiet()
 
     async def test_a_killed_job_ends_its_session_and_what_it_left(self, served: Node) -> None:
         script = (
@@ -352,7 +392,8 @@ class TestSocketFile:
             (await node.attach()).close()
 
     async def test_another_mode(self, node: Node) -> None:
-        async with serving(AttachServer(node.path, node.sessions, node.map_region, "a", mode=0o600)):
+        server = AttachServer(node.path, node.sessions, node.map_region, node.token_subject, "a", mode=0o600)
+        async with serving(server):
             assert stat.S_IMODE(os.stat(node.path).st_mode) == 0o600
 
     async def test_who_connects_before_it_serves_is_answered_then(self, node: Node) -> None:

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import peermem.aio
 from peermem import errors
 from peermem.api.kubernetes import TokenReviewer
 from peermem.config import Kubernetes, ListenAddress
@@ -259,6 +260,20 @@ class TestDaemon:
                 assert good not in told.message
         async with grpc.aio.insecure_channel(a.target) as channel:
             assert await owner(channel, f"Bearer {good}") == "kubernetes:training/loader"
+
+    async def test_what_a_pod_maps_belongs_to_its_service_account(
+        self, node: tuple[Node, str], server: FakeApiServer, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "token"
+        file.write_text(server.knows(token()))
+        async with await peermem.aio.connect(node[0].target, tls=peermem.Tls(token_file=file)) as pod:
+            region = await pod.create_region(device="bar0", length=1)
+            assert [each.owner async for each in pod.regions()] == ["kubernetes:training/loader"]
+            (await region.map())[:] = b"x"
+            assert await region.read() == b"x"
+        file.write_text(token(jti="forged"))
+        with pytest.raises(errors.Unauthenticated, match="does not know the token"):
+            await peermem.aio.connect(node[0].target, tls=peermem.Tls(token_file=file))
 
     async def test_health_is_told_to_everybody(self, node: tuple[Node, str], request: pytest.FixtureRequest) -> None:
         async with caller(node[0], None, node[1]) as channel:

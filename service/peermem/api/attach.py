@@ -4,8 +4,8 @@ Rules of this file:
 
 * Jobs can connect before the daemon answers (`listen`, `serve`), so that none is turned away while it starts.
 * SOCK_SEQPACKET, one protobuf message a packet, answered in order (protos/peermem/v1/attach.proto).
-* Who connects is what the kernel says (`job_process`). The session ends with the connection, and with the process, also
-  where a child of it keeps the connection.
+* Who connects is what the kernel says (`job_process`), or the service account whose token it shows as it begins. The
+  session ends with the connection, and with the process, also where a child of it keeps the connection.
 * Every descriptor that is received is either handed to the session or closed here, whatever happened.
 * A malformed packet ends the connection after an answer that says so; any other fault is only answered.
 * A job that does not read its answers is dropped: nothing is queued for it.
@@ -19,7 +19,7 @@ import array
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +42,9 @@ from peermem.wire import error_to_proto
 log = structlog.get_logger(__name__)
 
 MapRegion = Callable[[ChildName, Subject], DeviceMemory]
+TokenSubject = Callable[[str], Awaitable[Subject]]
 
-MAX_PACKET = 4096
+MAX_PACKET = 16384
 """Bytes of one request."""
 _MAX_FDS = 253
 """SCM_MAX_FD of the kernel: all that a packet may hold are received, or the kernel would close the surplus here."""
@@ -65,19 +66,22 @@ class AttachServer:
         path: str,
         sessions: SessionTable,
         map_region: MapRegion,
+        token_subject: TokenSubject,
         node: str,
         *,
         mode: int = 0o666,
-        hello_timeout: float = 5.0,
+        hello_timeout: float = 10.0,
     ) -> None:
-        """`map_region(name, subject)` returns a region's memory or raises PeermemError.
+        """`map_region(name, subject)` returns a region's memory and `token_subject(token)` whose token it is, or they
+        raise PeermemError.
 
-        By `mode` any user may attach; what they may do is the policy's. Who has said no hello after
-        `hello_timeout` seconds is dropped.
+        By `mode` any user may attach; what they may do is the policy's. Who has no session after
+        `hello_timeout` seconds, which is longer than the review of a token takes, is dropped.
         """
         self._path = Path(path)
         self._sessions = sessions
         self._map_region = map_region
+        self._token_subject = token_subject
         self._node = node
         self._mode = mode
         self._hello_timeout = hello_timeout
@@ -145,7 +149,7 @@ class AttachServer:
         task.add_done_callback(lambda _: connection.close())  # for a task that was cancelled before it began
 
     async def _serve(self, connection: socket.socket) -> None:
-        job = _Job(connection, self._sessions, self._map_region, self._node)
+        job = _Job(connection, self._sessions, self._map_region, self._token_subject, self._node)
         try:
             await job.serve(self._hello_timeout)
         except TimeoutError:
@@ -174,12 +178,20 @@ class _Packet(NamedTuple):
 class _Job:
     """One connection, from accept to end."""
 
-    def __init__(self, connection: socket.socket, sessions: SessionTable, map_region: MapRegion, node: str) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        sessions: SessionTable,
+        map_region: MapRegion,
+        token_subject: TokenSubject,
+        node: str,
+    ) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._connection = connection
         self._sessions = sessions
         self._map_region = map_region
+        self._token_subject = token_subject
         self._node = node
         self._session: Session | None = None
         self._process: JobProcess | None = None
@@ -218,19 +230,19 @@ class _Job:
         await _readable(self._connection)
         packet = _receive(self._connection)
         try:
-            return self._answer(packet)
+            return await self._answer(packet)
         finally:
             if packet.fds:
                 self._closing = close_apart(packet.fds)
                 await asyncio.shield(self._closing)
 
-    def _answer(self, packet: _Packet) -> bool:
+    async def _answer(self, packet: _Packet) -> bool:
         """Answer a packet; takes out of its `fds` what is kept. Raises OSError when the job can't be answered."""
         if not packet.data:
             return False  # the end of the connection; an empty packet looks the same
         shared: list[int] = []
         try:
-            response = self._obey(_parse(packet), packet.fds, shared)
+            response = await self._obey(_parse(packet), packet.fds, shared)
         except PeermemError as error:
             response = attach_pb2.AttachResponse(error=error_to_proto(error))
         except Exception:
@@ -240,7 +252,7 @@ class _Job:
         socket.send_fds(self._connection, [response.SerializeToString()], shared)
         return response.error.reason != MalformedMessage.reason
 
-    def _obey(
+    async def _obey(
         self, request: attach_pb2.AttachRequest, received: list[int], shared: list[int]
     ) -> attach_pb2.AttachResponse:
         """Do what the packet asks for; puts into `shared` what the answer carries."""
@@ -250,12 +262,12 @@ class _Job:
         if (command == "hello") is (self._session is not None):
             raise MalformedMessage("hello must be the first packet, and only the first.")
         if self._session is None:
-            return attach_pb2.AttachResponse(session=self._open())
+            return attach_pb2.AttachResponse(session=await self._open(request.hello.token))
         if command == "map":
             return attach_pb2.AttachResponse(mapped=self._map(request.map.region, self._session, shared))
         return attach_pb2.AttachResponse(handed_in=self._hand_in(self._session, received))
 
-    def _open(self) -> attach_pb2.AttachSession:
+    async def _open(self, token: str) -> attach_pb2.AttachSession:
         try:
             process = read_job_process(self._connection)
         except OSError as error:
@@ -263,7 +275,8 @@ class _Job:
                 f"The kernel does not know the process that connected any more ({error.strerror}). Connect again."
             ) from None
         try:
-            self._session = self._sessions.open(process.subject, process.pid, process.origin)
+            subject = await self._token_subject(token) if token else process.subject
+            self._session = self._sessions.open(subject, process.pid, process.origin)
         except BaseException:
             process.close()
             raise

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* On the unix socket, a call that carries a session of the attach socket is its user, because the kernel said so. Such a
-  token counts nowhere else, and there only while the session lasts.
+* On the unix socket, a call that carries a session of the attach socket is the session's subject: its user, because the
+  kernel said so, or the service account whose token began it. A session counts nowhere else, and only while it lasts.
 * A token of Kubernetes is the service account that the API server says it is, on the unix socket and over TLS.
 * Over TLS, a certificate is its SPIFFE ID. Only one that is a node's lets its caller be that node: use LinkService, and
   speak of the clients that this node identified itself, as "SUBJECT[,GROUP...]@NODE".
@@ -55,6 +55,12 @@ class Trust:
     """None where tokens don't count."""
     anonymous: bool = False
     """Whether who shows nothing over TLS is let in."""
+
+    async def token_subject(self, token: str) -> Subject:
+        """Return whose token it is. Raises Unauthenticated, AuthorityUnreachable, LimitReached."""
+        if self.review_token is None:
+            raise Unauthenticated("Tokens don't count on this node: its configuration has no [kubernetes] table.")
+        return await self.review_token(token)
 
 
 class Identity:
@@ -159,8 +165,6 @@ class Identity:
         return subject
 
     async def _token_subject(self, token: str, context: Context) -> Subject:
-        if self._trust.review_token is None:
-            raise Unauthenticated("Tokens don't count on this node: its configuration has no [kubernetes] table.")
         if self._trust.credentials is None and not _is_local(context):
             raise Unauthenticated(
                 "The token came over a plain connection, where others can read it: it does not count, and should be "
@@ -168,7 +172,7 @@ class Identity:
             )
         if not token.lower().startswith(_TOKEN_PREFIX):
             raise Unauthenticated("The metadata key authorization must hold `Bearer` and a token.")
-        return await self._trust.review_token(token[len(_TOKEN_PREFIX) :].strip())
+        return await self._trust.token_subject(token[len(_TOKEN_PREFIX) :].strip())
 
     def _certified(self, context: Context) -> str:
         """Return the SPIFFE ID of the caller's certificate; empty where it shows none. Raises Unauthenticated."""

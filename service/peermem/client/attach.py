@@ -48,16 +48,17 @@ class Attachment:
         return f"<Attachment to {self.node} at {self._path}>"
 
     @classmethod
-    def open(cls, path: str, timeout: float = _TIMEOUT) -> Self:
+    def open(cls, path: str, timeout: float = _TIMEOUT, token: str = "") -> Self:
         """Open a session at the attach socket `path`; each request may take `timeout` seconds.
 
-        Raises NodeUnreachable, AccessDenied, LimitReached, Timeout.
+        With the `token` of a service account, the session is that account's instead of this user's.
+        Raises NodeUnreachable, AccessDenied, LimitReached, Timeout, Unauthenticated, AuthorityUnreachable.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.settimeout(timeout)
             _connect(connection, path)
-            request = attach_pb2.AttachRequest(hello=attach_pb2.AttachHello())
+            request = attach_pb2.AttachRequest(hello=attach_pb2.AttachHello(token=token))
             answer, _ = _ask(connection, path, request, "session")
             return cls(path, connection, answer.session)
         except BaseException:

@@ -16,6 +16,7 @@ from typing import Literal
 from peermem.client import targets
 from peermem.client.attach import Attachment
 from peermem.client.requests import SERVICE_CONFIG
+from peermem.client.tls import Tls, read_token
 from peermem.core.errors import NotMappable
 
 CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
@@ -36,12 +37,12 @@ SLOWEST = 8 << 20
 """Bytes per second that reading or writing a region is allowed to sink to before its call times out."""
 
 
-def open_attachment(target: str, attach: str | Literal[False] | None) -> Attachment | None:
+def open_attachment(target: str, attach: str | Literal[False] | None, tls: Tls | None) -> Attachment | None:
     """Open the attach socket at `attach`; at None the one beside a local target, when it is there."""
     if attach is None:
         beside = targets.attach_path(target)
-        return Attachment.open(beside) if beside and os.path.exists(beside) else None
-    return Attachment.open(attach) if attach else None
+        attach = beside if beside and os.path.exists(beside) else False
+    return Attachment.open(attach, token=read_token(tls)) if attach else None
 
 
 def need_attachment(attachment: Attachment | None, target: str, verb: str) -> Attachment:

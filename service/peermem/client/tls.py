@@ -62,7 +62,7 @@ class Access:
             tls.check(target)
         self._session: Metadata = (("peermem-session", session),) if session else ()
         self._lock = threading.Lock()
-        self._token = _Files([tls.token_file] if tls and tls.token_file else [], "tls.token_file")
+        self._token = _token_of(tls)
         encrypting = tls if tls is not None and not target.startswith("unix:") else Tls()
         pair = (encrypting.ca, encrypting.certificate, encrypting.key)
         self._pair = _Files([file for file in pair if file], "tls")
@@ -74,7 +74,7 @@ class Access:
         """Return what goes along with a call."""
         with self._lock:
             self._token.refresh()
-            token = b"".join(self._token.contents).decode("ascii", "replace").strip()
+            token = self._token.text()
         return (*self._session, ("authorization", f"Bearer {token}")) if token else self._session
 
     def renewed(self) -> bool:
@@ -116,6 +116,10 @@ class _Files:
         before, self._state, self.contents = self.contents, state, contents
         return contents != before
 
+    def text(self) -> str:
+        """Return what they hold, as one text."""
+        return b"".join(self.contents).decode("ascii", "replace").strip()
+
     def _read(self) -> list[bytes]:
         contents = []
         for path in self._paths:
@@ -125,6 +129,15 @@ class _Files:
 
     def _look(self) -> list[tuple[int, int, int] | None]:
         return [_state_of(path) for path in self._paths]
+
+
+def _token_of(tls: Tls | None) -> _Files:
+    return _Files([tls.token_file] if tls and tls.token_file else [], "tls.token_file")
+
+
+def read_token(tls: Tls | None) -> str:
+    """Return the service account's token that its file holds now; empty for none. Raises InvalidField."""
+    return _token_of(tls).text()
 
 
 def _state_of(path: File) -> tuple[int, int, int] | None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from peermem.v1 import error_pb2 as peermem_dot_v1_dot_error__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peermem/v1/attach.proto\x12\npeermem.v1\x1a\x16peermem/v1/error.proto\"\x97\x01\n\rAttachRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.peermem.v1.AttachHelloH\x00\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x15.peermem.v1.AttachMapH\x00\x12+\n\x07hand_in\x18\x03 \x01(\x0b\x32\x18.peermem.v1.AttachHandInH\x00\x42\t\n\x07\x63ommand\"\r\n\x0b\x41ttachHello\"\x1b\n\tAttachMap\x12\x0e\n\x06region\x18\x01 \x01(\t\"\x0e\n\x0c\x41ttachHandIn\"\xca\x01\n\x0e\x41ttachResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x19.peermem.v1.AttachSessionH\x00\x12*\n\x06mapped\x18\x02 \x01(\x0b\x32\x18.peermem.v1.AttachMappedH\x00\x12/\n\thanded_in\x18\x03 \x01(\x0b\x32\x1a.peermem.v1.AttachHandedInH\x00\x12\"\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\t\n\x07outcome\",\n\rAttachSession\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\".\n\x0c\x41ttachMapped\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"/\n\x0e\x41ttachHandedIn\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peermem/v1/attach.proto\x12\npeermem.v1\x1a\x16peermem/v1/error.proto\"\x97\x01\n\rAttachRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.peermem.v1.AttachHelloH\x00\x12$\n\x03map\x18\x02 \x01(\x0b\x32\x15.peermem.v1.AttachMapH\x00\x12+\n\x07hand_in\x18\x03 \x01(\x0b\x32\x18.peermem.v1.AttachHandInH\x00\x42\t\n\x07\x63ommand\"\x1c\n\x0b\x41ttachHello\x12\r\n\x05token\x18\x01 \x01(\t\"\x1b\n\tAttachMap\x12\x0e\n\x06region\x18\x01 \x01(\t\"\x0e\n\x0c\x41ttachHandIn\"\xca\x01\n\x0e\x41ttachResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x19.peermem.v1.AttachSessionH\x00\x12*\n\x06mapped\x18\x02 \x01(\x0b\x32\x18.peermem.v1.AttachMappedH\x00\x12/\n\thanded_in\x18\x03 \x01(\x0b\x32\x1a.peermem.v1.AttachHandedInH\x00\x12\"\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.peermem.v1.ErrorH\x00\x42\t\n\x07outcome\",\n\rAttachSession\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\".\n\x0c\x41ttachMapped\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"/\n\x0e\x41ttachHandedIn\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHREQUEST']._serialized_start=64
   _globals['_ATTACHREQUEST']._serialized_end=215
   _globals['_ATTACHHELLO']._serialized_start=217
-  _globals['_ATTACHHELLO']._serialized_end=230
-  _globals['_ATTACHMAP']._serialized_start=232
-  _globals['_ATTACHMAP']._serialized_end=259
-  _globals['_ATTACHHANDIN']._serialized_start=261
-  _globals['_ATTACHHANDIN']._serialized_end=275
-  _globals['_ATTACHRESPONSE']._serialized_start=278
-  _globals['_ATTACHRESPONSE']._serialized_end=480
-  _globals['_ATTACHSESSION']._serialized_start=482
-  _globals['_ATTACHSESSION']._serialized_end=526
-  _globals['_ATTACHMAPPED']._serialized_start=528
-  _globals['_ATTACHMAPPED']._serialized_end=574
-  _globals['_ATTACHHANDEDIN']._serialized_start=576
-  _globals['_ATTACHHANDEDIN']._serialized_end=623
+  _globals['_ATTACHHELLO']._serialized_end=245
+  _globals['_ATTACHMAP']._serialized_start=247
+  _globals['_ATTACHMAP']._serialized_end=274
+  _globals['_ATTACHHANDIN']._serialized_start=276
+  _globals['_ATTACHHANDIN']._serialized_end=290
+  _globals['_ATTACHRESPONSE']._serialized_start=293
+  _globals['_ATTACHRESPONSE']._serialized_end=495
+  _globals['_ATTACHSESSION']._serialized_start=497
+  _globals['_ATTACHSESSION']._serialized_end=541
+  _globals['_ATTACHMAPPED']._serialized_start=543
+  _globals['_ATTACHMAPPED']._serialized_end=589
+  _globals['_ATTACHHANDEDIN']._serialized_start=591
+  _globals['_ATTACHHANDEDIN']._serialized_end=638
 # @@protoc_insertion_point(module_scope)

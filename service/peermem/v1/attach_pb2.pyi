@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class AttachRequest(_message.Message):
     """One packet from a job on the attach socket (SOCK_SEQPACKET). Each is answered by one
-    AttachResponse, in order. A packet has at most 4096 bytes and one file descriptor.
+    AttachResponse, in order. A packet has at most 16384 bytes and one file descriptor.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -59,16 +59,21 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class AttachHello(_message.Message):
-    """Opens a session."""
+    """Opens a session: its subject is the user of the process, or the service account whose token is shown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """A token of a Kubernetes service account; empty for none. A secret."""
     def __init__(
         self,
+        *,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
