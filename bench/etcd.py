@@ -26,31 +26,42 @@ _READY = "serving client traffic"
 class EtcdServer:
     """One etcd process."""
 
-    def __init__(self, folder: Path, extra: Sequence[str] = (), scheme: str = "http") -> None:
+    def __init__(self, folder: Path, extra: Sequence[str] = (), scheme: str = "http", name: str = "default") -> None:
         """`extra` are more flags."""
         self.folder = folder
+        self.name = name
+        self.members: Sequence[EtcdServer] = (self,)
+        """All of its cluster."""
         client, peer = free_ports(2)
         self.endpoint = f"127.0.0.1:{client}"
         self._url = f"{scheme}://{self.endpoint}"
         self._peer = f"http://127.0.0.1:{peer}"
         self._extra = extra
         self._log = folder / "log"
+        self._began = 0
+        """Where in the log its last start begins."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start, and wait until it serves."""
-        self.folder.mkdir(exist_ok=True)
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start; it serves once most of its members do."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
-            began = log.tell()
+            self._began = log.tell()
             self._process = subprocess.Popen(
                 [
                     "etcd",
+                    f"--name={self.name}",
                     f"--data-dir={self.folder}/data",
                     f"--listen-client-urls={self._url}",
                     f"--advertise-client-urls={self._url}",
                     f"--listen-peer-urls={self._peer}",
                     f"--initial-advertise-peer-urls={self._peer}",
-                    f"--initial-cluster=default={self._peer}",
+                    f"--initial-cluster={','.join(f'{each.name}={each._peer}' for each in self.members)}",
                     "--heartbeat-interval=20",
                     "--election-timeout=200",
                     "--logger=zap",
@@ -60,14 +71,18 @@ class EtcdServer:
                 stderr=log,
                 env={},
             )
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        assert self._process is not None
         deadline = time.monotonic() + _PATIENCE
-        while _READY not in self._written(began):
-            assert self._process.poll() is None, self._written(began)[-4000:]
-            assert time.monotonic() < deadline, self._written(began)[-4000:]
+        while _READY not in self._written():
+            assert self._process.poll() is None, self._written()[-4000:]
+            assert time.monotonic() < deadline, self._written()[-4000:]
             time.sleep(0.01)
 
-    def _written(self, since: int) -> str:
-        return self._log.read_bytes()[since:].decode(errors="replace")
+    def _written(self) -> str:
+        return self._log.read_bytes()[self._began :].decode(errors="replace")
 
     @property
     def pid(self) -> int:
@@ -133,6 +148,11 @@ class EtcdServer:
         kvs = self.ask("kv/range", key=start, range_end=end).get("kvs", [])
         return {base64.b64decode(kv["key"]).decode(): base64.b64decode(kv["value"]) for kv in kvs}
 
+    def leads(self) -> bool:
+        """Whether it is its cluster's leader, as far as it knows."""
+        status = self.ask("maintenance/status")
+        return bool(status["header"]["member_id"] == status.get("leader"))
+
     def compact(self) -> None:
         """Forget all that happened until now."""
         revision = self.ask("kv/range", key=b"x")["header"]["revision"]
@@ -148,3 +168,19 @@ def etcd_server(folder: Path, extra: Sequence[str] = (), scheme: str = "http") -
         yield server
     finally:
         server.kill()
+
+
+@contextmanager
+def etcd_members(folder: Path, count: int) -> Iterator[Sequence[EtcdServer]]:
+    """Run a cluster of them for the time of a block."""
+    members = [EtcdServer(folder / f"m{number}", name=f"m{number}") for number in range(count)]
+    try:
+        for each in members:
+            each.members = members
+            each.launch()
+        for each in members:
+            each.wait()
+        yield members
+    finally:
+        for each in members:
+            each.kill()

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from bench.etcd import EtcdServer as EtcdServer
+from bench.etcd import etcd_members as etcd_members
 from bench.etcd import etcd_server as etcd_server
 
 PATIENCE = 20.0
