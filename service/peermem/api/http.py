@@ -6,6 +6,8 @@ Rules of this file:
 * Liveness says only that the event loop runs. It never depends on other nodes, nor on the NIC.
 * One request for each connection, and a connection ends after `LIFETIME` whatever the client does:
   sends slowly, reads slowly, or nothing at all.
+* The page is for callers of this host, who come by the loopback address: where the daemon listens on another one, it
+  listens there, too, so that a tunnel (ssh, kubectl port-forward) finds it.
 * A malformed request is the client's fault: it is answered with 400, and logged for debugging only.
 """
 
@@ -17,11 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from peermem.api.page.door import ROOM, Page
 from peermem.telemetry.metrics import Metrics
+
+log = structlog.get_logger(__name__)
 
 LIFETIME = 15.0
 """Seconds; longer than Prometheus waits for a scrape."""
@@ -47,7 +52,7 @@ class Health:
 
 
 class HttpServer:
-    """Serves one host:port until closed."""
+    """Serves one host:port until closed, and for the page's sake the same port of the loopback address."""
 
     def __init__(
         self,
@@ -65,10 +70,10 @@ class HttpServer:
         self._page = page
         self._lifetime = lifetime
         self._connections: _Connections | None = None
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
 
     async def start(self) -> None:
-        """Begin to serve. Raises OSError where the address can't be had."""
+        """Begin to serve. Raises OSError where the address can't be had, but not for the loopback address."""
         host, _, port = self.address.rpartition(":")
         self._connections = _Connections(
             self._answer,
@@ -82,20 +87,32 @@ class HttpServer:
             max_field_size=4096,
             max_headers=64,
         )
-        self._listener = await asyncio.get_running_loop().create_server(
-            self._connections, host.strip("[]"), int(port), reuse_address=True
-        )
-        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
+        own, real, *_ = await self._listen(host.strip("[]"), int(port))
+        self.address = f"{host}:{real}"
+        beside = self._page.loopback_beside(own)
+        if beside:
+            try:
+                await self._listen(beside, real)
+            except OSError as error:
+                log.warning("page_not_on_loopback", address=beside, port=real, cause=error.strerror)
+
+    async def _listen(self, host: str, port: int) -> Any:
+        """Listen; return the real address and port, and what else a socket's name has. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(self._connections, host, port, reuse_address=True)  # type: ignore[arg-type]
+        self._listeners.append(listener)
+        return listener.sockets[0].getsockname()
 
     async def close(self) -> None:
         """End all connections and serve no more. Closing twice is no error."""
-        if self._listener and self._connections:
-            self._listener.close()
+        listeners, self._listeners = self._listeners, []
+        if listeners and self._connections:
+            for listener in listeners:
+                listener.close()
             self._connections.pre_shutdown()
             await self._connections.shutdown(timeout=0.5)
             self._connections.abort()
-            await self._listener.wait_closed()
-            self._listener = None
+            await asyncio.gather(*(listener.wait_closed() for listener in listeners))
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         response = await self._route(request)

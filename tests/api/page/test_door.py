@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from peermem.api.http import Health, HttpServer
 from peermem.api.page.door import VIEWERS, Mode, Page
@@ -58,6 +59,23 @@ async def test_a_browser_gets_the_page_and_others_the_index() -> None:
             status, headers, body = await ask(server, headers=accept)
             assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
             assert "/metrics" in body
+
+
+@pytest.mark.parametrize(
+    ("mode", "listens_on", "beside"),
+    [
+        ("loopback", "10.0.0.1", "127.0.0.1"),
+        ("loopback", "fd00::2", "::1"),
+        ("loopback", "127.0.0.1", ""),
+        ("loopback", "::1", ""),
+        ("loopback", "0.0.0.0", ""),
+        ("loopback", "::", ""),
+        ("everyone", "10.0.0.1", ""),
+        ("off", "10.0.0.1", ""),
+    ],
+)
+def test_only_a_page_for_this_host_needs_the_loopback_address(mode: Mode, listens_on: str, beside: str) -> None:
+    assert page(mode).loopback_beside(listens_on) == beside
 
 
 async def test_everything_that_the_page_names_is_there() -> None:
@@ -153,7 +171,10 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-@pytest.mark.skipif(not own_address(), reason="this host has no address but loopback's")
+needs_address = pytest.mark.skipif(not own_address(), reason="this host has no address but loopback's")
+
+
+@needs_address
 async def test_a_caller_from_elsewhere_is_refused_whatever_it_says() -> None:
     lies = "X-Forwarded-For: 127.0.0.1\r\nForwarded: for=127.0.0.1\r\nX-Real-IP: 127.0.0.1\r\n"
     async with serving(page(), f"{own_address()}:0") as server:
@@ -164,6 +185,29 @@ async def test_a_caller_from_elsewhere_is_refused_whatever_it_says() -> None:
     async with serving(page("everyone"), f"{own_address()}:0") as server:
         assert (await ask(server, FACTS, host=server.address))[0] == 200
         assert (await ask(server, FACTS, host="evil.example"))[0] == 421
+
+
+@needs_address
+async def test_who_listens_elsewhere_is_reached_through_a_tunnel_as_well() -> None:
+    async with serving(page(), f"{own_address()}:0") as server:
+        host, _, port = server.address.rpartition(":")
+        assert host == own_address()
+        assert (await ask(server))[0] == 403, "who comes from an address of this host is not known to be of it"
+        tunnel = HttpServer(f"127.0.0.1:{port}", Metrics("1"), lambda: Health(ready=True), page())
+        assert (await ask(tunnel, host="localhost:45000"))[0] == 200
+        with pytest.raises(OSError, match="in use"):
+            await tunnel.start()
+    with pytest.raises(OSError, match="Connect call failed"):
+        await ask(tunnel)
+
+
+@needs_address
+async def test_a_loopback_port_that_is_taken_is_told_and_nothing_else_ends() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, capture_logs() as logs:
+        port = taken.getsockname()[1]
+        async with serving(page(), f"{own_address()}:{port}") as server:
+            assert (await exchange(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 200
+    assert [(entry["event"], entry["port"]) for entry in logs] == [("page_not_on_loopback", port)]
 
 
 async def test_a_caller_of_this_host_is_not_refused_for_what_it_forwards() -> None:

@@ -88,6 +88,14 @@ class Page:
         self._making = asyncio.Lock()
         self._last: _Document | None = None
 
+    def loopback_beside(self, listens_on: str) -> str:
+        """Return the loopback address that callers of this host need as well, to get the page of a daemon that listens
+        on an address; empty for none."""
+        address = _address(listens_on)
+        if self._mode != "loopback" or address is None or address.is_loopback or address.is_unspecified:
+            return ""
+        return "127.0.0.1" if address.version == 4 else "::1"
+
     def refusal(self, remote: str, local: str, hosts: Collection[str]) -> Refusal | None:
         """Return why a connection from address `remote` to address `local`, whose request has these Host headers, does
         not get the page; None where it does."""
