@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,6 +100,13 @@ class Lab:
             tell(f"Logs: out/, console-*.log and progress-*.log in {self._output}")
         return 1 if found else 0
 
+    def prepare(self, releases: Sequence[str]) -> int:
+        """Fetch and build what guests are made of, for a later run to find."""
+        for release in releases:
+            with tempfile.TemporaryDirectory(prefix=_RUN, dir=self._output) as folder:
+                image.assemble(Cache(_CACHE), RELEASES[release], "", Path(folder))
+        return 0
+
     def run_shell(self, release: str, command: str) -> int:
         """Run a shell command in a guest; return its status."""
         boot, guest = self.boot(release, suites.shell_plan(command, _SHELL_SECONDS))
@@ -132,6 +139,8 @@ def main() -> int:
         chosen = suites.chosen(suites.found(GUEST_TESTS), choice)
         with _alone(options.output):
             lab = Lab(options.output, Clock(limit))
+            if options.prepare:
+                return lab.prepare(options.rootfs or list(RELEASES))
             if options.shell_command is not None:
                 return lab.run_shell(options.rootfs[0] if options.rootfs else "trixie", options.shell_command)
             return lab.run_suites(chosen, choice)
@@ -178,6 +187,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "build" / "lab", help="where results go (default: build/lab)"
     )
+    parser.add_argument("--prepare", action="store_true", help="fetch and build what guests are made of, and end")
     parser.add_argument("--missing", action="store_true", help="print the Debian packages to install, and end")
     parser.add_argument("arguments", nargs="*", help="after --: arguments for pytest")
     return parser.parse_args()
