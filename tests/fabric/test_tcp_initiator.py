@@ -220,6 +220,32 @@ def test_turns_are_short_for_a_while_after_somebody_moved_little(monkeypatch: py
     assert not pace.is_short
 
 
+async def test_who_comes_too_late_in_a_turn_is_first_in_the_next_one() -> None:
+    pace, called = Pace(), ""
+
+    def greedy(name: str) -> Callable[[], None]:
+        def go_on() -> None:
+            nonlocal called
+            called += name
+            pace.spend(8 * MIB)
+            pace.came_late(go_on)
+
+        return go_on
+
+    first, second, third = greedy("a"), greedy("b"), greedy("c")
+    for go_on in (first, second, third, first):
+        pace.spend(8 * MIB)
+        assert pace.spent
+        pace.came_late(go_on)
+    pace.forget(third)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    for go_on in (first, second):
+        pace.forget(go_on)
+    assert len(called) > 6
+    assert called == ("ab" * 20)[: len(called)]
+
+
 # A remote side that misbehaves
 
 

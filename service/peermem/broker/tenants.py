@@ -21,45 +21,51 @@ from peermem.telemetry.policy import PolicyMetrics
 
 
 class Share:
-    """One subject's share of a link, by the policy of the moment; what `turns` goes by."""
+    """One subject's share of a link, by the policy of the moment; what `turns` goes by, some times for each slice."""
 
-    __slots__ = ("_tenants", "subject")
+    __slots__ = ("_rules", "_tenant", "_tenants", "subject")
 
     def __init__(self, tenants: Tenants, subject: Subject) -> None:
         self._tenants = tenants
         self.subject = subject
+        self._rules = tenants.rules
+        self._tenant = tenants.of(subject)
 
     @property
     def tenant(self) -> Tenant:
         """Whom it is counted for."""
-        return self._tenants.of(self.subject)
+        if self._rules is not self._tenants.rules:
+            self._rules, self._tenant = self._tenants.rules, self._tenants.of(self.subject)
+        return self._tenant
 
     def wait(self) -> float:
         """Return for how many seconds its bytes have to wait."""
-        return self._tenants.wait(self.subject)
+        return self._tenants.wait(self.subject) if self.tenant.limits.bytes_per_second else 0.0
 
     def spend(self, count: int) -> None:
         """Count bytes that are about to move."""
-        self._tenants.spend(self.subject, count)
+        if self.tenant.limits.bytes_per_second:
+            self._tenants.spend(self.subject, count)
 
 
 class Tenants:
     """The tenants of this node. Used on the event loop only."""
 
     def __init__(self, rules: Rules, metrics: PolicyMetrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rules = rules
+        self.rules = rules
+        """Those of the moment."""
         self._metrics = metrics
         self._clock = clock
         self._quotas = Quotas(rules.tenant)
 
     def go_by(self, rules: Rules) -> None:
         """Count by another policy from now on."""
-        self._rules = rules
+        self.rules = rules
         self._quotas.replace(rules.tenant, self._clock())
 
     def of(self, subject: Subject) -> Tenant:
         """Return whom a subject is counted for."""
-        return self._rules.tenant(subject)
+        return self.rules.tenant(subject)
 
     def highest(self) -> Mapping[Resource, float]:
         """Return the highest use by any one tenant of each limit, as a share of it."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from peermem.broker.tenants import Share
 from peermem.broker.turns import Line, Turns
@@ -48,8 +47,7 @@ class Carrier(Protocol):
         """Post a slice; its end is told by `Traffic.ended`, later."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Passenger:
+class _Passenger(NamedTuple):
     """A worker with the link that it wants a turn on."""
 
     worker: Worker

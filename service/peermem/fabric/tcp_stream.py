@@ -3,8 +3,8 @@
 Rules of this file:
 
 * Nothing blocks, and all streams of a fabric together move at most about so many bytes and frames in one turn
-  of the loop (`Pace`), beyond a few short calls of each: a call of the control plane takes a few turns, however many
-  streams are busy.
+  of the loop (`Pace`), beyond what is little of each: a call of the control plane takes a few turns, however many
+  streams are busy. Who comes too late in a turn is first in the next one.
 * `lost` is called at most once, from the event loop, never from inside `send`; not after `close`.
 * `close` throws away what is still queued here and in the kernel: nothing of it goes out afterwards.
 * At most one payload goes into a system call, so that a fault of memory is known to be that payload's.
@@ -18,6 +18,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from peermem.core.errors import MalformedMessage
@@ -35,9 +36,9 @@ LITTLE = 64 << 10
 _SHORT_FOR = 0.25
 """Seconds for which turns are short after that."""
 _FREE_CALLS = 3
-"""System calls that each stream has in a turn whatever the others moved: the selector may always name those first."""
+"""System calls that each stream has in a turn whatever the others moved, for what is little."""
 _LEAST = 16 << 10
-"""Bytes of one system call, at least, where there are so many."""
+"""Bytes of one system call, at least, where there are so many; so many, at most, are little."""
 _FRAME_BYTES = 16 << 10
 """What the handling of one read item counts towards a turn, so that a turn of tiny frames is as short."""
 _CALL_BYTES = 512 << 10
@@ -71,21 +72,24 @@ class StreamOwner(Protocol):
 
 
 class Pace:
-    """What the streams that share it may still move before the loop turns. Who comes too late has its turn in the
-    next one, since the selector reports it again. Turns are short while somebody moves little: the answer to that takes
-    some turns of the loop, each of which would wait for a large turn of others."""
+    """What the streams that share it may still move before the loop turns. Who comes too late is called first when it
+    has turned: the selector may always name the same ones first. Turns are short while somebody moves little: the
+    answer to that takes some turns of the loop, each of which would wait for a large turn of others."""
 
     def __init__(self) -> None:
         self._short_until = 0.0
-        self._left = _TURN_BYTES
+        self._left = self._turn = _TURN_BYTES
         self._renew_below = _TURN_BYTES // 2
         self._renewing = False
+        self._late: dict[Callable[[], None], None] = {}
+        """Who came too late, in order."""
 
     def request(self, total: int) -> None:
         """Somebody is about to move so many bytes."""
         if total <= LITTLE:
             self._short_until = time.monotonic() + _SHORT_FOR
-            self._left = min(self._left, _SHORT_TURN_BYTES)
+            self._turn = _SHORT_TURN_BYTES
+            self._left = min(self._left, self._turn)
 
     @property
     def is_short(self) -> bool:
@@ -95,7 +99,9 @@ class Pace:
     @property
     def call_bytes(self) -> int:
         """Of one system call, at most."""
-        return min(_CALL_BYTES, max(self._left, _LEAST))
+        if self._left > self._turn // 8:  # a little beyond the turn is better than a short call more
+            return min(_CALL_BYTES, self._turn)
+        return max(self._left, _LEAST)
 
     @property
     def spent(self) -> bool:
@@ -109,10 +115,24 @@ class Pace:
             self._renewing = True
             asyncio.get_running_loop().call_soon(self._renew)
 
+    def came_late(self, go_on: Callable[[], None]) -> None:
+        """Have `go_on` called in the next turn; nothing is left of this one."""
+        self._late[go_on] = None
+
+    def forget(self, go_on: Callable[[], None]) -> None:
+        """Call it no more."""
+        self._late.pop(go_on, None)
+
     def _renew(self) -> None:
-        self._left = _SHORT_TURN_BYTES if self.is_short else _TURN_BYTES
+        self._left = self._turn = _SHORT_TURN_BYTES if self.is_short else _TURN_BYTES
         self._renew_below = self._left // 2
         self._renewing = False
+        for go_on in list(self._late):
+            if self.spent:
+                break
+            if go_on in self._late:  # not forgotten meanwhile
+                del self._late[go_on]
+                go_on()
 
 
 class Stream:
@@ -160,6 +180,8 @@ class Stream:
             return
         self._closed = True
         self._watch()
+        self._pace.forget(self._readable)
+        self._pace.forget(self._flush)
         self._outgoing.clear()
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
         self._sock.close()
@@ -191,9 +213,12 @@ class Stream:
 
     def _read_turn(self) -> None:
         calls, pace = 0, self._pace
-        while (calls < _FREE_CALLS or not pace.spent) and not self._closed and not self._full:
-            calls += 1
+        while not self._closed and not self._full:
             incoming = self._incoming
+            if pace.spent and (calls >= _FREE_CALLS or incoming.left > _LEAST):
+                pace.came_late(self._readable)
+                return
+            calls += 1
             count = self._receive(incoming)
             if count == 0:
                 self._lose(LinkEnd.REMOTE_CLOSED, "the remote side closed the connection")
@@ -222,15 +247,23 @@ class Stream:
 
     def _flush(self) -> None:
         try:
-            calls = 0
-            while self._outgoing and (calls < _FREE_CALLS or not self._pace.spent) and not self._failed:
+            calls, pace = 0, self._pace
+            while self._outgoing and not self._failed:
+                if pace.spent and (calls >= _FREE_CALLS or not self._is_little):
+                    pace.came_late(self._flush)
+                    break
                 calls += 1
-                self._pace.spend(self._send_some())
+                pace.spend(self._send_some())
         except BlockingIOError:
             pass
         except OSError as error:
             self._lose_soon(error)
         self._watch()
+
+    @property
+    def _is_little(self) -> bool:
+        """Whether what waits to be sent is."""
+        return len(self._outgoing) <= _FREE_CALLS and sum(item.left for item in self._outgoing) <= _LEAST
 
     def _send_some(self) -> int:
         buffers: list[memoryview] = []
