@@ -125,7 +125,9 @@ def _range(ratios: Sequence[float]) -> tuple[float, float] | None:
 
 def _latency(series: Series) -> Iterator[Bar]:
     echo, stream = series.median(UNARY, ECHO), series.median(STREAM, ECHO)
-    limit = f"{STREAM}, p50: {format_duration(stream.p50)}" if stream else ""
+    limit = "Python, and waking each process on the way"
+    if stream:
+        limit += f"; {STREAM}, p50: {format_duration(stream.p50)}"
     for fabric in ("tcp", "local"):
         source = ours(fabric, Layout.CONTIGUOUS)
         mine = series.median(source, ONE_4K)
