@@ -138,7 +138,8 @@ class App:
 
     def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
         """Let scrapes ask what there is from now on."""
-        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
+        paths = {name: device.paths for name, device in broker.devices.items()}
+        self.metrics.serve_devices(paths, broker.fabrics.keys())
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
         if trust.credentials is not None:
