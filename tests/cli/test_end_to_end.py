@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import peermem
-from peermem.cli import tool
+from peermem.cli import output, tool
 from tests.client.processes import Cluster, eventually
 from tests.policies import rule
 
@@ -147,6 +147,16 @@ def test_a_region_of_another_node_is_loaded_there(run: Run, files: Path) -> None
     assert facts(run("regions", "load", str(files / "in"), name, "--json"))["bytes_done"] == 3
     assert run("regions", "get", f"{name}:0+3", "-").stdout_bytes == b"far"
     run("regions", "delete", name, target="b")
+
+
+def test_get_tells_how_fast_it_is_from_its_first_piece_on(
+    run: Run, region: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_PLAIN_INTERVAL", 0.0)
+    told, *_ = run("regions", "get", region, str(tmp_path / "got")).stderr.splitlines()
+    assert told.startswith(f"get {region}: 1MiB of 1MiB, ")
+    assert "B/s" in told
+    assert ", 0B/s" not in told
 
 
 def test_a_region_of_another_node_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
