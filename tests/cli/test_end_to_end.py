@@ -175,7 +175,10 @@ def test_a_transfer_and_its_trace(run: Run, region: str) -> None:
     assert (done["state"], done["bytes_done"], done["fabric"], done["error"]) == ("SUCCEEDED", 5, "local", None)
     assert run("regions", "get", f"{region}:8+5", "-").stdout_bytes == b"hello"
     assert done["name"] in [transfer["name"] for transfer in facts(run("transfers", "--json"))["transfers"]]
-    assert done["name"] in run("transfers").stdout
+    heads, *rows = run("transfers").stdout.splitlines()
+    assert heads.split()[-1] == "OWNER"
+    (row,) = [row.split() for row in rows if done["name"] in row]
+    assert row[-1] == done["owner"]
     assert facts(run("transfers", "--running", "--json")) == {"transfers": []}
     assert facts(run("cancel", done["name"].split("/")[-1], "--json"))["state"] == "SUCCEEDED"
     assert run("cancel", "none", code=4).stderr.endswith("(TRANSFER_NOT_FOUND)\n")
