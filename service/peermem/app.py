@@ -125,7 +125,7 @@ class App:
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
         if attach is not None:
             attach.serve()
-        addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
+        addresses = parts.addresses | ({"without_certificate": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
 
