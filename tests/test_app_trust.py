@@ -84,7 +84,7 @@ async def test_health_and_metrics_name_no_region_owner_label_or_tenant(node: Nod
         async with await peermem.aio.connect(node.target) as job, aiohttp.ClientSession() as session:
             made = [await job.create_region(device="bar0", length=1, name="a-region", labels={"a-label": "a-value"})]
             made.append(await job.create_region(device="bar0", length=1, name="another-region"))
-            transfer = await job.transfer(*made)
+            transfer = await (await job.transfer(*made)).wait()
             told = ""
             for path in ("/", "/healthz", "/readyz", "/metrics"):
                 async with session.get(f"http://{address}{path}") as answer:
