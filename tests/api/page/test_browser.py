@@ -162,3 +162,11 @@ async def test_a_daemon_that_is_gone_is_told(tmp_path: File, tab: Tab) -> None:
         await it.server.close()
         await shows(tab, "The daemon does not answer", "#banner")
         assert await tab.run("document.body.className") == "stale"
+
+
+async def test_numbers_are_as_people_write_them(tmp_path: File, tab: Tab) -> None:
+    async with shown("", tmp_path) as it:
+        await tab.open(it.url)
+        await shows(tab, "No region yet.", "#regions")
+        words = "import('/page/words.js').then(({time}) => [0.00009949, 0.0000996, 0.0997, 0.1, 99.7, 100.4].map(time))"
+        assert await tab.run(words) == ["99 µs", "100 µs", "100 ms", "100 ms", "100 s", "100 s"]
