@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path as File
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -170,3 +171,22 @@ async def test_numbers_are_as_people_write_them(tmp_path: File, tab: Tab) -> Non
         await shows(tab, "No region yet.", "#regions")
         words = "import('/page/words.js').then(({time}) => [0.00009949, 0.0000996, 0.0997, 0.1, 99.7, 100.4].map(time))"
         assert await tab.run(words) == ["99 µs", "100 µs", "100 ms", "100 ms", "100 s", "100 s"]
+
+
+async def test_loads_of_parts_of_one_file_have_a_row_each(tmp_path: File, tab: Tab) -> None:
+    async with shown("", tmp_path) as it:
+        part = {"order": "load", "region": "one", "file": "/data/one", "done": 1, "total": 4, "way": "DIRECT"}
+        made = it.page.facts
+        assert made is not None
+
+        async def facts() -> Mapping[str, Any]:
+            return {**await made(), "files": [part | {"owner": f"uid:{number}"} for number in range(3)]}
+
+        it.page.facts = facts
+        await tab.look(1400)
+        await tab.open(it.url)
+        rows = "[...document.querySelectorAll('#transfers tbody tr')].map((row) => row.cells[4].innerText).join()"
+        await tab.until(f"{rows} === 'uid:0,uid:1,uid:2'")
+        first = await tab.run("document.querySelector('.heard').innerText")
+        await tab.until(f"document.querySelector('.heard').innerText !== {first!r}")  # it was shown again
+        assert await tab.run(rows) == "uid:0,uid:1,uid:2"
