@@ -131,7 +131,7 @@ export function showNodes({ node, nodes, links }) {
   at("nodes-count").textContent = `${count(nodes.total, "node")}, ${count(links.total, "link")}`;
   const by = Map.groupBy ? Map.groupBy(links.listed, (link) => link.node) : group(links.listed);
   const strangers = [...by.keys()].filter((name) => !nodes.listed.some((each) => each.name === name));
-  const rows = [...nodes.listed, ...strangers.map((name) => ({ name, address: "" }))].map((each) => ({
+  const rows = [...nodes.listed, ...strangers.map((name) => ({ name, address: by.get(name)[0].address }))].map((each) => ({
     key: each.name,
     class: each.name === node.name ? "self" : null,
     cells: [
