@@ -12,6 +12,7 @@ import peermem
 from peermem.app import App
 from peermem.config import Config, Grpc, Http, ListenAddress, Policy, SocketPath, Tcp, Tls
 from peermem.config_values import FilePath, NodeIds
+from peermem.telemetry import logs
 from tests.certificates import HOUR, NOW, PATTERN, Authority
 from tests.policies import rule, tenant
 from tests.trusting import Node, free_ports
@@ -83,7 +84,7 @@ async def test_health_and_metrics_name_no_region_owner_label_or_tenant(node: Nod
         async with await peermem.aio.connect(node.target) as job, aiohttp.ClientSession() as session:
             made = [await job.create_region(device="bar0", length=1, name="a-region", labels={"a-label": "a-value"})]
             made.append(await job.create_region(device="bar0", length=1, name="another-region"))
-            transfer = await job.transfer(*made)
+            transfer = await (await job.transfer(*made)).wait()
             told = ""
             for path in ("/", "/healthz", "/readyz", "/metrics"):
                 async with session.get(f"http://{address}{path}") as answer:
@@ -106,9 +107,20 @@ async def test_that_anybody_gets_in_is_said_at_each_start(tmp_path: Path, insecu
         p2pmem=False,
     )
     app = App(config)
-    with capture_logs() as logs:
+    with capture_logs() as seen:
         await app.start()
         await app.stop()
-    told = [line for line in logs if line["event"] == "insecure_network"]
+    told = [line for line in seen if line["event"] == "insecure_network"]
     assert bool(told) == insecure
     assert all(line["log_level"] == "error" and "NO AUTHENTICATION" in line["warning"] for line in told)
+
+
+async def test_where_it_listens_is_in_the_log(node: Node) -> None:
+    app = App(node.config({}, token_address=ANY, anonymous=True))
+    with capture_logs() as seen:
+        await app.start()
+        await app.stop()
+    (ready,) = [logs.mask_secrets(None, "info", line) for line in seen if line["event"] == "ready"]
+    assert ready["grpc"] == node.address
+    assert ready["tcp"].startswith("127.0.0.1:")
+    assert ready["without_certificate"].startswith("127.0.0.1:")

@@ -211,13 +211,15 @@ TRANSFERS = [
 PATHS = [
     Panel(
         "Share of bytes by path",
-        "P2PDMA, DMABUF and LEGACY_PEER_MEMORY: the NIC reaches device memory. STAGED: the CPU copies.",
+        "Over verbs P2PDMA, DMABUF and LEGACY_PEER_MEMORY mean that the NIC reaches device memory, and STAGED that the "
+        "CPU copies. Over tcp and local the CPU moves the bytes by whatever path.",
         "percentunit",
         [
             Query(
-                "sum by (path) (rate(peermem_transfer_bytes_total{@}[$__rate_interval]))"
-                " / ignoring (path) group_left () (sum(rate(peermem_transfer_bytes_total{@}[$__rate_interval])) > 0)",
-                "{{path}}",
+                "sum by (fabric, path) (rate(peermem_transfer_bytes_total{@}[$__rate_interval]))"
+                " / ignoring (fabric, path) group_left () "
+                "(sum(rate(peermem_transfer_bytes_total{@}[$__rate_interval])) > 0)",
+                "{{fabric}} {{path}}",
             )
         ],
         Kind.STACK,

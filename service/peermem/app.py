@@ -125,7 +125,7 @@ class App:
         real, tokens = await server.start(config.grpc.socket, config.grpc.address, config.grpc.token_address)
         if attach is not None:
             attach.serve()
-        addresses = parts.addresses | ({"tokens": tokens} if tokens else {})
+        addresses = parts.addresses | ({"without_certificate": tokens} if tokens else {})
         await self._join(broker, directory, server, config.grpc.advertise or real)
         log.info("ready", node=config.node, epoch=broker.epoch, grpc=config.grpc.advertise or real, **addresses)
 
@@ -138,7 +138,8 @@ class App:
 
     def _observe(self, broker: Broker, sessions: SessionTable, parts: Parts, trust: Trust) -> None:
         """Let scrapes ask what there is from now on."""
-        self.metrics.serve_devices({name: device.path for name, device in broker.devices.items()})
+        paths = {name: device.paths for name, device in broker.devices.items()}
+        self.metrics.serve_devices(paths, broker.fabrics.keys())
         self.metrics.observe(lambda: snapshot(broker, sessions, parts))
         self.metrics.condition.observe(lambda: condition(broker, self.config.region.max_regions))
         if trust.credentials is not None:

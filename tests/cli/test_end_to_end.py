@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import peermem
-from peermem.cli import tool
+from peermem.cli import output, tool
 from tests.client.processes import Cluster, eventually
 from tests.policies import rule
 
@@ -149,6 +149,16 @@ def test_a_region_of_another_node_is_loaded_there(run: Run, files: Path) -> None
     run("regions", "delete", name, target="b")
 
 
+def test_get_tells_how_fast_it_is_from_its_first_piece_on(
+    run: Run, region: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_PLAIN_INTERVAL", 0.0)
+    told, *_ = run("regions", "get", region, str(tmp_path / "got")).stderr.splitlines()
+    assert told.startswith(f"get {region}: 1MiB of 1MiB, ")
+    assert "B/s" in told
+    assert ", 0B/s" not in told
+
+
 def test_a_region_of_another_node_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
     run("regions", "create", "--device", "bar0", "--length", "4KiB", "--name", "far", target="b")
     name = "nodes/b/regions/far"
@@ -165,7 +175,10 @@ def test_a_transfer_and_its_trace(run: Run, region: str) -> None:
     assert (done["state"], done["bytes_done"], done["fabric"], done["error"]) == ("SUCCEEDED", 5, "local", None)
     assert run("regions", "get", f"{region}:8+5", "-").stdout_bytes == b"hello"
     assert done["name"] in [transfer["name"] for transfer in facts(run("transfers", "--json"))["transfers"]]
-    assert done["name"] in run("transfers").stdout
+    heads, *rows = run("transfers").stdout.splitlines()
+    assert heads.split()[-1] == "OWNER"
+    (row,) = [row.split() for row in rows if done["name"] in row]
+    assert row[-1] == done["owner"]
     assert facts(run("transfers", "--running", "--json")) == {"transfers": []}
     assert facts(run("cancel", done["name"].split("/")[-1], "--json"))["state"] == "SUCCEEDED"
     assert run("cancel", "none", code=4).stderr.endswith("(TRANSFER_NOT_FOUND)\n")

@@ -94,6 +94,9 @@ def test_a_live_table_is_drawn_in_its_place_on_a_terminal(
         ("", "-"),
         ({}, "-"),
         ({"a": "b"}, "a=b"),
+        ({"größe": "\x1b]0;owned\x07"}, r"größe=\x1b]0;owned\x07"),
+        ("x\nowner: uid:0", r"x\nowner: uid:0"),
+        (("\u202egnp",), r"\u202egnp"),
         (Path.HOST, "HOST"),
         ((1, 2), "1,2"),
         (THING.when, "2026-01-02 03:04:05Z"),
@@ -137,3 +140,12 @@ def test_a_sentence_is_not_cut_where_stdout_is_no_terminal(capsys: pytest.Captur
     sentence = "word " * 99 + "end."
     output.print_sentence(sentence)
     assert capsys.readouterr().out == f"  {sentence}\n"
+
+
+def test_what_others_chose_can_not_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_table(("LABELS",), [({"a": "\x1b[2J\rb"},)])
+    output.print_facts({"labels": {"a": "\x1b[2J\nstate: READY"}})
+    output.print_fault(RegionNotFound("Node a has no region \x1b[2Jx."), as_json=False)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1:] == [r"a=\x1b[2J\rb", r"labels: a=\x1b[2J\nstate: READY"]
+    assert printed.err == "error: Node a has no region \\x1b[2Jx. (REGION_NOT_FOUND)\n"

@@ -7,6 +7,7 @@ operator's own definitions (0.84): whatever else is in them is refused.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -47,7 +48,14 @@ SCHEMAS = {
                 path=TEXT,
                 interval=TIME,
                 scrapeTimeout=TIME,
-                relabelings=some(table(sourceLabels=some(TEXT), targetLabel=TEXT)),
+                relabelings=some(
+                    table(
+                        sourceLabels=some(TEXT),
+                        targetLabel=TEXT,
+                        regex=TEXT,
+                        action={"enum": ["replace", "labeldrop"]},
+                    )
+                ),
             )
         ),
     ),
@@ -109,3 +117,17 @@ def test_the_monitor_finds_the_daemons(objects: list[Manifest]) -> None:
     assert labels[monitor["jobLabel"]] == "peermem"  # the job that rules and dashboard name
     (endpoint,) = monitor["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in container(daemon)["ports"]}
+
+
+def test_a_node_has_the_same_series_after_its_pod_was_replaced(objects: list[Manifest]) -> None:
+    """Rules sum over `instance` alone, and look back a day."""
+    (endpoint,) = find(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    labels = {"__meta_kubernetes_pod_node_name": "worker-7", "job": "peermem", "namespace": "peermem"}
+    labels |= {"pod": "peermemd-x7k2p", "container": "peermemd", "endpoint": "http"}  # the operator's own come first
+    for step in endpoint["relabelings"]:
+        if step.get("action") == "labeldrop":
+            labels = {name: value for name, value in labels.items() if not re.fullmatch(step["regex"], name)}
+        else:
+            labels[step["targetLabel"]] = ";".join(labels[name] for name in step["sourceLabels"])
+    kept = {name: value for name, value in labels.items() if not name.startswith("__")}
+    assert kept == {"job": "peermem", "namespace": "peermem", "instance": "worker-7"}

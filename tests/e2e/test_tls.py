@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from bench.daemons import Daemon, Place, daemons
+from click.testing import CliRunner
 
 import peermem
 from peermem import errors
+from peermem.cli import tool
 from tests.certificates import PATTERN, Authority
 from tests.e2e.conftest import DEVICE, check_log
 from tests.e2e.support import MIB, eventually, noise
@@ -66,6 +68,17 @@ def test_bytes_cross_by_anybodys_order_also_after_a_kill_and_new_certificates(tr
     b.start()
     b.ready()
     cross(trio, 2)
+
+
+def test_the_tool_measures_over_tls(trio: dict[str, Daemon], tmp_path: Path) -> None:
+    shown = AUTHORITY.issue("spiffe://example.org/job/bench").write(tmp_path / "job")
+    named = {"CA": "ca.pem", "CERTIFICATE": "cert.pem", "KEY": "key.pem"}
+    environ = {f"PEERMEM_CLIENT_{name}": str(shown / file) for name, file in named.items()}
+    environ["PEERMEM_CLIENT_SERVER"] = "peermem.test"
+    words = ("bench", "--iterations", "2", "--sizes", "4KiB", "--json", "--target", trio["a"].grpc)
+    done = CliRunner().invoke(tool, words, env=environ)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["round_trip"]["p50"] > 0
 
 
 def test_a_stranger_gets_nothing_and_leaves_no_line_in_the_log(trio: dict[str, Daemon], tmp_path: Path) -> None:

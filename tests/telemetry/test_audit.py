@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,4 +163,25 @@ def test_a_full_disk_is_a_failure() -> None:
     file = AuditFile(Path("/dev/full"), lambda: failures.append(None))
     Audit("all", file).decided(USER, "read", "x", "r", allowed=True)
     file.close()
+    assert len(failures) == 1
+
+
+def test_a_line_that_was_cut_off_spoils_no_other_one(tmp_path: Path) -> None:
+    failures: list[None] = []
+    path = tmp_path / "audit.log"
+    file = AuditFile(path, lambda: failures.append(None))
+    log = Audit("all", file)
+    log.decided(USER, "read", "whole", "r", allowed=True)
+    most, whole = resource.getrlimit(resource.RLIMIT_FSIZE), path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 20, most[1]))  # as a disk that fills up in the midst of a line
+    try:
+        log.decided(USER, "read", "cut", "r", allowed=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert (path.stat().st_size, len(failures)) == (whole + 20, 1)
+    for name in ("first", "second"):
+        log.decided(USER, "read", name, "r", allowed=True)
+    file.close()
+    before, _, *after = path.read_text().splitlines()
+    assert [line["resource"] for line in lines("\n".join((before, *after)))] == ["whole", "first", "second"]
     assert len(failures) == 1

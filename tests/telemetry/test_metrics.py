@@ -93,12 +93,37 @@ def test_what_is_bound_to_happen_starts_at_zero(metrics: Metrics, read: Read) ->
             labels = {"outcome": outcome, "direction": direction, "fabric": fabric, "path": "HOST"}
             assert read("peermem_transfers_total", **labels) == 0
         assert read("peermem_transfers_total", outcome=outcome, direction="relayed", fabric="none", path="none") == 0
-    metrics.serve_devices({"bar0": Path.HOST})
-    assert read("peermem_transfer_bytes_total", path="HOST", device="bar0", **PUSH) == 0
+    for order, way in itertools.product(("load", "store"), ("DIRECT", "STAGED", "BUFFERED", "none")):
+        assert read("peermem_storage_operations_total", operation=order, outcome="failed", way=way) == 0
+    metrics.serve_grpc([GrpcMethod("peermem.v1.NodeService", "GetNode", "unary")])
+    for method in (("unary", "peermem.v1.NodeService", "GetNode"), ("unknown", "unknown", "unknown")):
+        labels = dict(zip(("grpc_type", "grpc_service", "grpc_method"), method, strict=True))
+        for code in ("INTERNAL", "UNKNOWN", "UNAUTHENTICATED"):  # which alerts look for
+            assert read("grpc_server_handled_total", grpc_code=code, **labels) == 0
     for reason, fault in PeermemError.by_reason.items():
         assert read("peermem_transfer_failures_total", reason=reason, code=fault.code.name) == 0
     assert read("peermem_lease_expirations_total", reason="client_exit") == 0
     assert read("peermem_idempotent_replays_total", resource="transfer") == 0
+
+
+def test_what_devices_and_fabrics_are_bound_to_move_starts_at_zero(metrics: Metrics, read: Read) -> None:
+    metrics.serve_devices({"bar0": (Path.P2PDMA, Path.STAGED), "memfd0": (Path.HOST,)}, list(FabricKind))
+    ways = (("local", "local"), ("push", "tcp"), ("pull", "tcp"), ("push", "verbs"), ("pull", "verbs"))
+    for (direction, fabric), path in itertools.product(ways, ("HOST", "P2PDMA", "STAGED")):
+        way = {"direction": direction, "fabric": fabric}
+        device = "memfd0" if path == "HOST" else "bar0"
+        assert read("peermem_transfer_bytes_total", path=path, device=device, **way) == 0
+        for outcome in ("succeeded", "failed", "cancelled"):
+            assert read("peermem_transfers_total", outcome=outcome, path=path, **way) == 0
+        assert read("peermem_transfer_duration_seconds_count", outcome="succeeded", **way) == 0
+        assert read("peermem_transfer_size_bytes_count", **way) == 0
+    assert read("peermem_transfer_bytes_total", path="STAGED", device="memfd0", **PUSH) == 0  # its other end is
+    assert read("peermem_transfer_bytes_total", path="P2PDMA", device="memfd0", **PUSH) is None
+
+
+def test_a_fabric_that_is_not_there_has_no_series(metrics: Metrics) -> None:
+    metrics.serve_devices({"memfd0": (Path.HOST,)}, (FabricKind.TCP, FabricKind.LOCAL))
+    assert not any('fabric="verbs"' in line for line in lines(metrics) if line.startswith("peermem_transfer"))
 
 
 def test_loads_and_stores(metrics: Metrics, read: Read) -> None:

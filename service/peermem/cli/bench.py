@@ -23,6 +23,8 @@ from peermem.cli import output, parsing
 from peermem.cli.options import pass_settings
 from peermem.cli.settings import Settings
 from peermem.cli.transfers import FABRIC
+from peermem.client import targets
+from peermem.client.tls import Access
 from peermem.core.errors import DeviceNotFound, InvalidField
 from peermem.core.units import format_duration, format_size
 
@@ -171,7 +173,11 @@ def _serves(wanted: str, device: peermem.Device) -> bool:
 
 def _echo(target: str, stack: ExitStack) -> Callable[[], object]:
     """Return a bare unary call to the daemon's health service."""
-    channel = stack.enter_context(grpc.insecure_channel(target))
+    access = Access(target, targets.proof(None, target), None)
+    shown = access.credentials()
+    channel = stack.enter_context(
+        grpc.insecure_channel(target) if shown is None else grpc.secure_channel(target, shown, options=access.options)
+    )
     check = channel.unary_unary(_HEALTH, request_serializer=bytes, response_deserializer=bytes)
     return lambda: check(b"", timeout=10)
 

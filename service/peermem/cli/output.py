@@ -5,6 +5,7 @@ Rules of this file:
 * JSON keys are the client's attribute names; sizes are integers of bytes, durations are seconds as
   numbers, times are ISO 8601 in UTC, enums are their values.
 * Tables are cut to no width where stdout is not a terminal.
+* What others chose, such as a label, can't move the cursor or forge a line: what is not printable is escaped.
 * Progress is drawn on a terminal; elsewhere it is a plain line every few seconds, and with --json nothing.
 """
 
@@ -71,7 +72,8 @@ def print_json(value: object, *, on_a_line: bool = False) -> None:
 
 def print_fault(fault: PeermemError, as_json: bool) -> None:
     """Print a fault to stderr."""
-    click.echo(json.dumps({"error": plain(fault)}) if as_json else f"error: {fault.message} ({fault.reason})", err=True)
+    line = json.dumps({"error": plain(fault)}) if as_json else f"error: {_printable(fault.message)} ({fault.reason})"
+    click.echo(line, err=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -112,10 +114,14 @@ def cell(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}Z"
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "-"
+        return ",".join(_printable(f"{key}={item}") for key, item in value.items()) or "-"
     if isinstance(value, (list, tuple)):
         return ",".join(map(cell, value)) or "-"
-    return str(value)
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def rate(value: float | None) -> str | None:

@@ -169,8 +169,9 @@ def get(settings: Settings, region: Operand, file: str) -> None:
     began = monotonic()
     with output.Meter(f"get {whole.name}", settings.json) as meter, click.open_file(file, "wb") as sink:
         for done in range(0, length, _PIECE):
-            sink.write(whole.read(offset + done, min(_PIECE, length - done)))
-            meter.show(min(done + _PIECE, length), length, done / (monotonic() - began))
+            piece = whole.read(offset + done, min(_PIECE, length - done))
+            sink.write(piece)
+            meter.show(done + len(piece), length, (done + len(piece)) / (monotonic() - began))
     if file != "-":
         _print_copied(settings, whole.name, length, monotonic() - began)
 

@@ -75,11 +75,12 @@ def transfers(settings: Settings, running: bool) -> None:
             format_duration(info.duration) if info.duration is not None else None,
             output.rate(info.bandwidth),
             info.error.reason if info.error else None,
+            info.owner,
         )
         for info in found
     ]
     output.print_table(
-        ("NAME", "STATE", "DONE", "TOTAL", "FABRIC", "DIRECTION", "DURATION", "BANDWIDTH", "REASON"), rows
+        ("NAME", "STATE", "DONE", "TOTAL", "FABRIC", "DIRECTION", "DURATION", "BANDWIDTH", "REASON", "OWNER"), rows
     )
 
 

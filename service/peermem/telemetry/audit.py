@@ -80,17 +80,18 @@ class AuditFile:
         self._path = path
         self._failed = failed
         self._works = True
+        self._is_cut = False
+        """Whether the last line in the file has no end."""
         self._fd = self._open()
 
     def info(self, line: str) -> None:
         """Add a line. What can't be written is counted and told in the log, and keeps nobody from work."""
-        data = f"{line}\n".encode()
         try:
             if not self._is_there():
                 before, self._fd = self._fd, self._open()
                 os.close(before)
-            if os.write(self._fd, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._is_cut = False
+            self._write(f"{line}\n".encode())
         except OSError as error:
             self._failed()
             if self._works:
@@ -98,6 +99,16 @@ class AuditFile:
             self._works = False
         else:
             self._works = True
+
+    def _write(self, data: bytes) -> None:
+        """Add data, below the rest of a line that the disk had no room for. Raises OSError."""
+        if self._is_cut:
+            data = b"\n" + data
+        written = os.write(self._fd, data)
+        if written < len(data):
+            self._is_cut = data[:written][-1:] != b"\n"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._is_cut = False
 
     def close(self) -> None:
         """Write to it no more."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import product
@@ -224,10 +224,14 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, help_text, labels, buckets=buckets, registry=self._registry)
 
-    def serve_devices(self, devices: Mapping[str, Path]) -> None:
-        """These devices are there, with the path by which tcp and local transfers reach them."""
-        for (device, path), (direction, fabric) in product(devices.items(), _BY_CPU):
-            self._bytes.labels(direction.value, fabric.value, path.value, device)
+    def serve_devices(self, devices: Mapping[str, Collection[Path]], fabrics: Collection[FabricKind]) -> None:
+        """These devices are there, with the paths by which they may be reached, and these fabrics."""
+        ways = [way for way in _WAYS if way[1] in fabrics]
+        for (direction, fabric), (device, paths) in product(ways, devices.items()):
+            for path in {*paths, Path.STAGED}:  # which it is also where the other end is
+                self._bytes.labels(direction.value, fabric.value, path.value, device)
+        for (direction, fabric), path in product(ways, {Path.STAGED}.union(*devices.values())):
+            self._start_transfers_at_zero(direction, fabric, path)
 
     def transfer_bytes(self, direction: Direction, fabric: FabricKind, path: Path, device: str, count: int) -> None:
         """Some bytes of a running transfer are in place; `device` is that of the region here, the source's where both
@@ -276,11 +280,15 @@ class Metrics:
 
     def serve_grpc(self, methods: Iterable[GrpcMethod]) -> None:
         """These methods are served; calls of any others are counted as `unknown`."""
+        self._start_calls_at_zero(_UNKNOWN_METHOD, _ALARMING)
         for method in methods:
             self._grpc_methods[method.service, method.method] = method
-            labels = method.type, method.service, method.method
-            self._grpc_count.labels(*labels, "OK")
-            self._grpc_duration.labels(*labels)
+            self._start_calls_at_zero(method, ("OK", *_ALARMING))
+            self._grpc_duration.labels(method.type, method.service, method.method)
+
+    def _start_calls_at_zero(self, method: GrpcMethod, codes: Iterable[str]) -> None:
+        for code in codes:
+            self._grpc_count.labels(method.type, method.service, method.method, code)
 
     def grpc_handled(self, service: str, method: str, code: str, seconds: float) -> None:
         """A call ended with the canonical code of this name."""
@@ -363,11 +371,12 @@ def _device_gauges(devices: tuple[DeviceUse, ...]) -> Iterator[Metric]:
         yield gauge(name, help_text, labels, zip(keys, values, strict=True))
 
 
-_BY_CPU = (
+_WAYS = (
     (Direction.LOCAL, FabricKind.LOCAL),
-    (Direction.PUSH, FabricKind.TCP),
-    (Direction.PULL, FabricKind.TCP),
+    *product((Direction.PUSH, Direction.PULL), (FabricKind.TCP, FabricKind.VERBS)),
 )
+_ALARMING = (Code.INTERNAL.name, Code.UNKNOWN.name, Code.UNAUTHENTICATED.name)
+"""Codes of calls that alerts look for: the first one of a method is to be seen, too."""
 _UNKNOWN_METHOD = GrpcMethod("unknown", "unknown", "unknown")
 
 

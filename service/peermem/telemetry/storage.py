@@ -41,6 +41,8 @@ class StorageMetrics:
         for order, way in product(Order, Way):
             self._runs.labels(order.value, _word(State.SUCCEEDED), way.value)
             self._bytes.labels(order.value, way.value)
+        for order, word in product(Order, (*(way.value for way in Way), "none")):
+            self._runs.labels(order.value, _word(State.FAILED), word)
 
     def moved(self, order: Order, way: Way, count: int) -> None:
         """Some bytes of a running load or store are in place. May be called in any thread."""

@@ -15,6 +15,7 @@ from pathlib import Path as File
 from peermem.api.http import Health, HttpServer
 from peermem.api.page.document import Document
 from peermem.api.page.door import Page
+from peermem.broker.broker import Broker
 from peermem.broker.preflight import Preflight
 from peermem.core.errors import PortDown, ProbeFailed
 from peermem.core.preflight import Capability, HostFacts
@@ -107,15 +108,18 @@ class Shown:
 
 
 @asynccontextmanager
-async def shown(machine: str, folder: File, functions: Sequence[str] = GPUS) -> AsyncIterator[Shown]:
-    """Serve the page of a machine with GPUs on these PCI functions; an empty name is of one without NICs."""
+async def shown(
+    machine: str, folder: File, functions: Sequence[str] = GPUS, brokers: dict[str, Broker] | None = None
+) -> AsyncIterator[Shown]:
+    """Serve the page of a machine with GPUs on these PCI functions; an empty name is of one without NICs. `brokers` are
+    those of its cluster, which it joins."""
     topology = machines.build(machine, folder).read() if machine else Topology(Machine(), {}, {})
     nics = PlacedNics(topology) if machine else None
     gpus = [PlacedDevice(f"gpu{at}", 64 * MIB, address, "cuda", Path.DMABUF) for at, address in enumerate(functions)]
     nvme = PlacedDevice("p2pmem-0000-4a-00-0", 64 * MIB, NVME, "p2pmem", Path.P2PDMA)
     devices = {device.name: device for device in [*gpus, nvme]} if machine == "gpu_server" else {}
     plain = {"fpga0": StagedDevice("fpga0", 64 * MIB)} if machine == "gpu_server" else {}
-    host = Host("gpu-01", {}, {}, nics, {**devices, **plain})
+    host = Host("gpu-01", brokers if brokers is not None else {}, {}, nics, {**devices, **plain})
     async with AsyncExitStack() as stack:
         await host.open(stack)
         made = Shown(host, topology, nics, [Health(ready=True)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path as File
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -11,9 +13,13 @@ from bench.daemons import Daemon, daemons
 
 import peermem
 from peermem.api.http import Health
+from peermem.api.page import document as documents
+from peermem.broker.broker import Broker
+from peermem.directory.base import NodeEntry
 from tests.api.page.doubled import shown
-from tests.broker.support import region
+from tests.broker.support import outcome, region, start, whole
 from tests.chromium import BINARY, Tab, browser
+from tests.doubles import Host
 from tests.policies import rule, tenant
 
 pytestmark = [
@@ -162,3 +168,47 @@ async def test_a_daemon_that_is_gone_is_told(tmp_path: File, tab: Tab) -> None:
         await it.server.close()
         await shows(tab, "The daemon does not answer", "#banner")
         assert await tab.run("document.body.className") == "stale"
+
+
+async def test_numbers_are_as_people_write_them(tmp_path: File, tab: Tab) -> None:
+    async with shown("", tmp_path) as it:
+        await tab.open(it.url)
+        await shows(tab, "No region yet.", "#regions")
+        words = "import('/page/words.js').then(({time}) => [0.00009949, 0.0000996, 0.0997, 0.1, 99.7, 100.4].map(time))"
+        assert await tab.run(words) == ["99 µs", "100 µs", "100 ms", "100 ms", "100 s", "100 s"]
+
+
+async def test_of_many_nodes_the_one_of_a_link_is_not_told_to_be_unknown(
+    tmp_path: File, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "NODES", 1)
+    brokers: dict[str, Broker] = {}
+    async with shown("", tmp_path, brokers=brokers) as it, AsyncExitStack() as stack:
+        other = Host("z", brokers, {})
+        await other.open(stack)
+        await it.host.directory.join(NodeEntry("z", "z.test:1"))
+        await outcome(await start(it.host, whole(await region(it.host, 4096), await region(other, 4096))))
+        await tab.look(1400)
+        await tab.open(it.url)
+        await shows(tab, "opened tcp", "#nodes")
+        await shows(tab, "z.test:1", "#nodes")
+        assert "not in the directory" not in await tab.run("document.querySelector('#nodes').innerText")
+
+
+async def test_loads_of_parts_of_one_file_have_a_row_each(tmp_path: File, tab: Tab) -> None:
+    async with shown("", tmp_path) as it:
+        part = {"order": "load", "region": "one", "file": "/data/one", "done": 1, "total": 4, "way": "DIRECT"}
+        made = it.page.facts
+        assert made is not None
+
+        async def facts() -> Mapping[str, Any]:
+            return {**await made(), "files": [part | {"owner": f"uid:{number}"} for number in range(3)]}
+
+        it.page.facts = facts
+        await tab.look(1400)
+        await tab.open(it.url)
+        rows = "[...document.querySelectorAll('#transfers tbody tr')].map((row) => row.cells[4].innerText).join()"
+        await tab.until(f"{rows} === 'uid:0,uid:1,uid:2'")
+        first = await tab.run("document.querySelector('.heard').innerText")
+        await tab.until(f"document.querySelector('.heard').innerText !== {first!r}")  # it was shown again
+        assert await tab.run(rows) == "uid:0,uid:1,uid:2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path as File
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 
 from peermem.api.http import Health
 from peermem.api.page import document as documents
+from peermem.broker.broker import Broker
 from peermem.core.identity import ANONYMOUS
 from peermem.core.region import Lease, RegionRequest
 from peermem.core.types import LeaseKind
+from peermem.directory.base import NodeEntry
 from tests.api.page.doubled import Shown, shown
-from tests.broker.support import outcome, region, start, whole
+from tests.broker.support import eventually, outcome, region, start, whole
+from tests.doubles import Host
 
 HOSTILE = "<script>alert(1)</script>\u202e&quot;"
 
@@ -152,3 +156,29 @@ async def test_the_last_minutes(tmp_path: File) -> None:
         assert (history["at"], history["bandwidth"]) == ([1002.0], {"local": [65536.0]})
         assert history["ended"] == {"succeeded": [1.0]}
         assert history["p50"][0] > 0
+
+
+async def test_of_many_nodes_and_links_those_in_use_are_told(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "NODES", 3)
+    monkeypatch.setattr(documents, "LINKS", 2)
+    brokers: dict[str, Broker] = {}
+    async with shown("", tmp_path, brokers=brokers) as it, AsyncExitStack() as stack:
+        other = Host("b", brokers, {})
+        await other.open(stack)
+        for name in ("a0", "a1", "a2", "b"):
+            await it.host.directory.join(NodeEntry(name, f"{name}.test:1"))
+        one, two = await region(it.host, 65536, "one"), await region(it.host, 65536, "two")
+        await outcome(await start(it.host, whole(one, await region(other, 65536))))  # whose link stays, idle
+        nodes = (await document(it))["nodes"]
+        assert nodes["total"] == 5
+        assert [each["name"] for each in nodes["listed"]] == ["a0", "b", "gpu-01"]
+        it.host.local.hold = True
+        running = await start(it.host, whole(two, one))
+        await eventually(lambda: it.host.local.held > 0)
+        links = (await document(it))["links"]
+        assert links["total"] == 3
+        assert [(each["node"], each["address"], each["grants"]) for each in links["listed"]] == [
+            ("gpu-01", "gpu-01.test:1", 1)
+        ] * 2
+        it.host.local.let_go()
+        await outcome(running)

@@ -24,6 +24,7 @@ from peermem.broker.storage import StorageRun
 from peermem.core.errors import PeermemError
 from peermem.core.topology import Topology
 from peermem.core.transfer import TransferFacts
+from peermem.core.types import FabricKind
 from peermem.core.version import VERSION
 from peermem.offload import in_thread
 from peermem.telemetry.history import STEP, History
@@ -116,32 +117,31 @@ class Document:
 
     def _nodes(self) -> Json:
         nodes = self._broker.directory.nodes()
-        listed = [{"name": name, "address": nodes[name].address} for name in sorted(nodes)[:NODES]]
-        return _bounded(listed, len(nodes))
+        linked = (each["node"] for each in self._every_link())
+        in_use = (name for name in (self._broker.node, *linked) if name in nodes)
+        chosen = sorted(islice(dict.fromkeys([*in_use, *sorted(nodes)]), NODES))
+        return _bounded([{"name": name, "address": nodes[name].address} for name in chosen], len(nodes))
 
     def _links(self) -> Json:
-        opened = [
-            {
-                "node": link.node,
-                "fabric": link.fabric.kind.value,
-                "side": "opened",
-                "grants": link.grant_count,
-                "rails_down": link.rails_down,
-            }
+        every, nodes = self._every_link(), self._broker.directory.nodes()
+        chosen = sorted(every[:LINKS], key=lambda link: (link["node"], link["fabric"]))
+        addresses = {name: entry.address for name, entry in nodes.items()}
+        return _bounded([link | {"address": addresses.get(link["node"], "")} for link in chosen], len(every))
+
+    def _every_link(self) -> list[Json]:
+        """Return all links, those with grants first."""
+        links = [
+            _link(link.node, link.fabric.kind, "opened", link.grant_count, link.rails_down)
             for link in self._broker.links
         ]
-        accepted = [
-            {
-                "node": link.node,
-                "fabric": link.fabric.kind.value,
-                "side": "accepted",
-                "grants": len(link.grants),
-                "rails_down": 0,
-            }
-            for link in self._broker.serving.links()
+        links += [
+            _link(link.node, link.fabric.kind, "accepted", len(link.grants), 0) for link in self._broker.serving.links()
         ]
-        every = sorted(opened + accepted, key=lambda link: (str(link["node"]), str(link["fabric"])))
-        return _bounded(every[:LINKS], len(every))
+        return sorted(links, key=lambda link: (not link["grants"], link["node"], link["fabric"]))
+
+
+def _link(node: str, fabric: FabricKind, side: str, grants: int, rails_down: int) -> Json:
+    return {"node": node, "fabric": fabric.value, "side": side, "grants": grants, "rails_down": rails_down}
 
 
 def error_of(error: PeermemError | None) -> Json | None:

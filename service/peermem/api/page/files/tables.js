@@ -82,8 +82,8 @@ export function showTransfers({ at: now, node, transfers, files }, before) {
       [bdi(each.owner), sub(age(now - each.created_at))],
     ],
   }));
-  const moves = files.map((each) => ({
-    key: `${each.order} ${each.region} ${each.file}`,
+  const moves = files.map((each, index) => ({
+    key: `file ${index}`, // parts of one file may move at the same time
     cells: [[bdi(`${each.order} ${each.region}`, { class: "strong" }), sub(bdi(each.file))], [progress(each), sub(`${size(each.done)} of ${size(each.total)}`)], "–", each.way ?? "–", bdi(each.owner)],
   }));
   const heads = [["From and to"], ["Progress", "bar"], ["Rate", "number"], ["Way"], ["Owner and age"]];
@@ -131,7 +131,7 @@ export function showNodes({ node, nodes, links }) {
   at("nodes-count").textContent = `${count(nodes.total, "node")}, ${count(links.total, "link")}`;
   const by = Map.groupBy ? Map.groupBy(links.listed, (link) => link.node) : group(links.listed);
   const strangers = [...by.keys()].filter((name) => !nodes.listed.some((each) => each.name === name));
-  const rows = [...nodes.listed, ...strangers.map((name) => ({ name, address: "" }))].map((each) => ({
+  const rows = [...nodes.listed, ...strangers.map((name) => ({ name, address: by.get(name)[0].address }))].map((each) => ({
     key: each.name,
     class: each.name === node.name ? "self" : null,
     cells: [

@@ -26,7 +26,7 @@ export function time(seconds) {
   return seconds < 120 ? `${short(seconds)} s` : age(seconds);
 }
 
-const short = (number) => (number >= 100 ? number.toFixed(0) : number.toPrecision(2).replace(/\.0$/, ""));
+const short = (number) => (number >= 99.5 ? number.toFixed(0) : number.toPrecision(2).replace(/\.0$/, ""));
 
 /** Seconds that have passed, to the two largest units. */
 export function age(seconds) {
