@@ -165,6 +165,10 @@ TRANSFERS = [
                 "{{reason}}",
             ),
             Query(
+                "topk(10, sum by (reason) (rate(peermem_transfer_refusals_total{@}[$__rate_interval])) > 0)",
+                "not begun: {{reason}}",
+            ),
+            Query(
                 "topk(10, sum by (reason) (rate(peermem_storage_failures_total{@}[$__rate_interval])) > 0)",
                 "storage: {{reason}}",
             ),

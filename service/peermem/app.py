@@ -259,6 +259,7 @@ class App:
                 identity,
                 Once(keep, self._replayed(Replayed.TRANSFER)),
                 config.transfer.max_segments,
+                self.metrics.transfer_refused,
             ),
             link=links,
         )

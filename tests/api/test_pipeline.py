@@ -18,12 +18,17 @@ Command = transfer_pb2.PipelineTransfersRequest
 
 
 @pytest.fixture
-async def transfers(tmp_path: Path) -> AsyncIterator[transfer_pb2_grpc.TransferServiceAsyncStub]:
+async def app(tmp_path: Path) -> AsyncIterator[App]:
     app = App(config(tmp_path))
     await app.start()
+    yield app
+    await app.stop()
+
+
+@pytest.fixture
+async def transfers(app: App, tmp_path: Path) -> AsyncIterator[transfer_pb2_grpc.TransferServiceAsyncStub]:
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/peermem.sock") as channel:
         yield transfer_pb2_grpc.TransferServiceStub(channel)
-    await app.stop()
 
 
 @pytest.mark.parametrize("answers", [1, 8])
@@ -37,3 +42,37 @@ async def test_a_mistake_is_told_also_while_an_answer_is_being_written(
             async for _ in transfers.PipelineTransfers(iter([*refused, Command()]), timeout=10):
                 pass
         assert isinstance(from_call(caught.value, "the daemon"), errors.InvalidField)
+
+
+async def test_transfers_that_are_not_begun_are_counted_by_reason(
+    transfers: transfer_pb2_grpc.TransferServiceAsyncStub, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = transfer_pb2.CreateTransferRequest()
+    ranges = transfer_pb2.Ranges(source_offsets=[0], destination_offsets=[0], lengths=[1])
+    segment = transfer_pb2.SegmentList(source="nodes/a/regions/x", destination="nodes/a/regions/y", ranges=ranges)
+    good = transfer_pb2.CreateTransferRequest(segments=[segment])
+
+    def defect(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    async def asked(request: transfer_pb2.CreateTransferRequest) -> str:
+        answers = [
+            answer async for answer in transfers.PipelineTransfers(iter([Command(tag=1, create=request)]), timeout=10)
+        ]
+        return answers[-1].error.reason
+
+    def counted(reason: str) -> float:
+        body, _ = app.metrics.render("")
+        start = "peermem_transfer_refusals_total{"
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in body.decode().splitlines()
+            if line.startswith(start) and f'reason="{reason}"' in line
+        )
+
+    assert await asked(bad) == "INVALID_FIELD"
+    assert await asked(good) == "REGION_NOT_FOUND"
+    monkeypatch.setattr("peermem.broker.broker.Broker.start_transfer", defect)
+    assert await asked(good) == "INTERNAL"
+    reasons = "INVALID_FIELD", "REGION_NOT_FOUND", "INTERNAL", "ACCESS_DENIED"
+    assert [counted(reason) for reason in reasons] == [1, 1, 1, 0]

@@ -11,7 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import structlog
@@ -43,8 +43,16 @@ _PIPELINE = 1024
 class TransferService(transfer_pb2_grpc.TransferServiceServicer):
     """See protos/peermem/v1/transfer.proto."""
 
-    def __init__(self, broker: Broker, identity: Identity, created: Once[Transfer], max_segments: int) -> None:
-        """`created` remembers the transfers of repeated requests."""
+    def __init__(
+        self,
+        broker: Broker,
+        identity: Identity,
+        created: Once[Transfer],
+        max_segments: int,
+        refused: Callable[[PeermemError], None],
+    ) -> None:
+        """`created` remembers the transfers of repeated requests; `refused` is told why a pipeline's did not begin."""
+        self.refused = refused
         self._broker = broker
         self._identity = identity
         self._created = created
@@ -220,6 +228,7 @@ class Pipeline:
 
     async def _refuse(self, tag: int, error: PeermemError) -> None:
         del self._starting[tag]
+        self._service.refused(error)
         await self._send(transfer_pb2.PipelineTransfersResponse(tag=tag, error=error_to_proto(error)))
 
     async def _report(self, tag: int, facts: TransferFacts) -> None:

@@ -160,6 +160,12 @@ class Metrics:
         self._failures = self._counter(
             "peermem_transfer_failures", "Transfers that failed, by reason.", "reason", "code"
         )
+        self._refusals = self._counter(
+            "peermem_transfer_refusals",
+            "Transfers that were asked for on a pipeline and refused before they began, by reason.",
+            "reason",
+            "code",
+        )
         self._bytes = self._counter(
             "peermem_transfer_bytes",
             "Bytes that transfers of this node moved.",
@@ -186,6 +192,7 @@ class Metrics:
         )
         for fault in PeermemError.by_reason.values():
             self._failures.labels(fault.reason, fault.code.name)
+            self._refusals.labels(fault.reason, fault.code.name)
         self._start_transfers_at_zero(Direction.LOCAL, FabricKind.LOCAL, Path.HOST)
         self._start_transfers_at_zero(Direction.PUSH, FabricKind.TCP, Path.HOST)
         self._start_transfers_at_zero(Direction.PULL, FabricKind.TCP, Path.HOST)
@@ -265,6 +272,10 @@ class Metrics:
         if outcome is State.FAILED:
             fault = PeermemError.by_reason.get(reason or "", Internal)
             self._failures.labels(fault.reason, fault.code.name).inc()
+
+    def transfer_refused(self, fault: PeermemError) -> None:
+        """A transfer of a pipeline was not begun. Single calls are counted by their codes."""
+        self._refusals.labels(fault.reason, fault.code.name).inc()
 
     def lease_ended(self, end: LeaseEnd) -> None:
         """A region was deleted because its lease ended."""
