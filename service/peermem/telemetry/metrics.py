@@ -262,8 +262,8 @@ class Metrics:
     ) -> None:
         """A transfer of `size` bytes ended. `reason` is that of its error, `trace_id` of the trace that has it.
 
-        `fabric` and `path` are those of the first leg; None for a relayed transfer and for one that ended before
-        they were chosen.
+        `fabric` and `path` are those of the first leg, or that it was to be tried over first where it ended before;
+        None for a relayed transfer.
         """
         word, way = OUTCOMES[outcome], (direction.value, _label(fabric))
         self._transfers.labels(word, *way, _label(path)).inc()
