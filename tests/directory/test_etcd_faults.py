@@ -203,6 +203,27 @@ async def has_keys(etcd: EtcdServer, cluster: str, count: int, part: str = "") -
             await asyncio.sleep(0.02)
 
 
+async def test_what_a_write_without_an_answer_has_written_is_deleted_unless_it_is_wanted(
+    etcd: EtcdServer, cluster: str, wires: Network
+) -> None:
+    wire = wires.wire(etcd.endpoint)
+    async with opened(settings(wire.address, cluster, lease=600), A) as a:
+        wire.set(Mode.MUTE)
+        a.publish(region("gone", step="1"))
+        a.publish(region("anew", step="1"))
+        await has_keys(etcd, cluster, 2, "labels/")
+        wire.set(Mode.CUT)
+        await until(a, lambda: a.status().away_for is not None)
+        a.withdraw(region("gone").name)
+        a.withdraw(region("anew").name)
+        a.publish(region("anew", step="2"))
+        wire.set(Mode.OPEN)
+        await until(a, lambda: a.status().away_for is None)
+        await written(a)
+        assert [each.name.id for each in (await a.find({}, None, 10))[0]] == ["anew"]
+        assert etcd.keys(f"/peermem/v1/{cluster}/labels/") == [f"/peermem/v1/{cluster}/labels/step=2/a/anew"]
+
+
 async def test_nodes_whose_leases_ended_while_nobody_reached_etcd_stay_known(
     etcd: EtcdServer, cluster: str, wires: Network
 ) -> None:
