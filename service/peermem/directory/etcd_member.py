@@ -270,10 +270,10 @@ class Member:
     async def _renew_in_time(self, connection: Connection, lease: int, on_settled: Callable[[], None]) -> None:
         loop, period = asyncio.get_running_loop(), self._ttl / 3
         while self._record is not None and self._lost_at <= self._claimed_at:
+            self._wake.clear()  # not behind the renewal, during which the name may be lost
             due = loop.time() + period
             await self._renew(connection, lease, min(DEADLINE, period))
             on_settled()
-            self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await self._wake.wait()
