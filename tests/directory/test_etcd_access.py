@@ -68,14 +68,18 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     """An etcd with users, whose tokens end after a second without use; user peermem may use the cluster `mine`."""
     folder = tmp_path_factory.mktemp("guarded")
     with etcd_server(folder / "etcd", ["--auth-token-ttl=1", "--bcrypt-cost=4"]) as server:
-        for name in ("root", "peermem"):
-            server.ask("auth/user/add", name=name, password=PASSWORD)
-            server.ask("auth/role/add", name=name)
-            server.ask("auth/user/grant", user=name, role=name)
-        span = {"key": "L3BlZXJtZW0vdjEvbWluZS8=", "range_end": "L3BlZXJtZW0vdjEvbWluZTA=", "permType": "READWRITE"}
-        server.ask("auth/role/grant", name="peermem", perm=span)
-        server.ask("auth/enable")
+        with_users(server)
         yield server
+
+
+def with_users(server: EtcdServer) -> None:
+    for name in ("root", "peermem"):
+        server.ask("auth/user/add", name=name, password=PASSWORD)
+        server.ask("auth/role/add", name=name)
+        server.ask("auth/user/grant", user=name, role=name)
+    span = {"key": "L3BlZXJtZW0vdjEvbWluZS8=", "range_end": "L3BlZXJtZW0vdjEvbWluZTA=", "permType": "READWRITE"}
+    server.ask("auth/role/grant", name="peermem", perm=span)
+    server.ask("auth/enable")
 
 
 def as_user(folder: Path, password: str = PASSWORD) -> Proof:
@@ -106,6 +110,26 @@ async def test_a_token_that_has_ended_is_replaced(guarded: EtcdServer, tmp_path:
             guarded.ask("kv/range", token=alike, key=b"/peermem/v1/mine/x")
         assert await a.find({}, None, 10) == ([], None)
         assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
+
+
+async def test_a_password_that_was_changed_is_read_again(guarded: EtcdServer, tmp_path: Path) -> None:
+    proof = as_user(tmp_path)
+    async with opened(settings(guarded.endpoint, "mine", lease=600, proof=proof), A) as a:
+        change_password(guarded, "peermem", "battery staple")
+        try:
+            as_user(tmp_path, "battery staple")
+            a.publish(region("x"))
+            await written(a)
+            assert len((await a.find({}, None, 10))[0]) == 1
+            assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
+        finally:
+            change_password(guarded, "peermem", PASSWORD)
+            as_user(tmp_path)
+
+
+def change_password(server: EtcdServer, name: str, password: str) -> None:
+    root = server.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
+    server.ask("auth/user/changepw", token=root, name=name, password=password)
 
 
 async def test_wrong_credentials_are_told_and_tried_again(

@@ -4,8 +4,8 @@ Rules of this file:
 
 * Whatever goes wrong is a Fault, with a cause for people; passwords and tokens are in none.
 * Every call has a deadline. A member that does not answer, or that has lost its cluster's leader, ends what runs on it.
-* Certificates and the password are read when a connection is made, so that a new one has what was renewed. A token that
-  etcd has forgotten is replaced by a new one, once for each call.
+* Certificates are read when a connection is made, and the password whenever a token is asked for, so that what was
+  renewed is used. A token that etcd has forgotten is replaced by a new one, once for each call.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Proof:
 class Connection:
     """A channel and its stubs; made by `connect`, closed by `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, user: str, password: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, user: str, password_file: Path | None) -> None:
         self._channel = channel
         self._user = user
-        self._password = password
+        self._password_file = password_file
         self._token: tuple[tuple[str, str], ...] = ()
         self._kv = rpc_pb2_grpc.KVStub(channel)
         self._watch = rpc_pb2_grpc.WatchStub(channel)
@@ -94,7 +94,9 @@ class Connection:
     async def authenticate(self) -> None:
         """Get a token where there is a user. Raises Fault."""
         if self._user:
-            request = rpc_pb2.AuthenticateRequest(name=self._user, password=self._password)
+            (password,) = await _read(self._password_file)
+            text = (password or b"").decode("utf-8", "replace").strip()
+            request = rpc_pb2.AuthenticateRequest(name=self._user, password=text)
             with _faults():
                 answer = await self._auth.Authenticate(request, timeout=DEADLINE)
             self._token = (("token", answer.token),)
@@ -184,16 +186,13 @@ class Connection:
 
 async def connect(endpoint: str, proof: Proof) -> Connection:
     """Return a connection to host:port on which calls may be made. Raises Fault."""
-    try:
-        ca, certificate, key, password = await in_thread(lambda: _read(proof))
-    except OSError as error:
-        raise Fault(f"{error.filename}: {error.strerror}", refused=True) from None
+    ca, certificate, key = await _read(proof.ca, proof.certificate, proof.key)
     if ca is None:
         channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
     else:
         shown = grpc.ssl_channel_credentials(ca, key, certificate)
         channel = grpc.aio.secure_channel(endpoint, shown, options=_OPTIONS)
-    connection = Connection(channel, proof.user, (password or b"").decode("utf-8", "replace").strip())
+    connection = Connection(channel, proof.user, proof.password_file)
     try:
         await connection.authenticate()
     except BaseException:
@@ -216,9 +215,11 @@ async def first_of(*works: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _read(proof: Proof) -> list[bytes | None]:
-    files = (proof.ca, proof.certificate, proof.key, proof.password_file)
-    return [read_small(path) if path is not None else None for path in files]
+async def _read(*files: Path | None) -> list[bytes | None]:
+    try:
+        return await in_thread(lambda: [read_small(path) if path is not None else None for path in files])
+    except OSError as error:
+        raise Fault(f"{error.filename}: {error.strerror}", refused=True) from None
 
 
 class _TokenForgotten(Fault):
@@ -246,9 +247,8 @@ def _fault(code: grpc.StatusCode, details: str) -> Exception:
     if "requested lease not found" in details:
         return LeaseLost()
     cause = f"{code.name}: {details}"
-    if code is grpc.StatusCode.UNAUTHENTICATED and "invalid auth token" in details:
-        return _TokenForgotten(cause)
-    return Fault(cause, refused=code in _REFUSED or "certificate" in details.lower())
+    refused = code in _REFUSED or "certificate" in details.lower()
+    return (_TokenForgotten if "invalid auth token" in details else Fault)(cause, refused=refused)
 
 
 _HAS_LEADER = ("hasleader", "true")
