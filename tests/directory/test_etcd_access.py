@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from peermem.core.errors import DirectoryUnreachable
 from peermem.directory.base import Status
@@ -130,6 +132,26 @@ async def test_a_password_that_was_changed_is_read_again(guarded: EtcdServer, tm
 def change_password(server: EtcdServer, name: str, password: str) -> None:
     root = server.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
     server.ask("auth/user/changepw", token=root, name=name, password=password)
+
+
+async def test_a_signed_token_is_replaced_when_rights_change(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    )
+    (tmp_path / "public.pem").write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    token = f"jwt,pub-key={tmp_path}/public.pem,priv-key={tmp_path}/key.pem,sign-method=RS256,ttl=1h"
+    with etcd_server(tmp_path / "etcd", [f"--auth-token={token}", "--bcrypt-cost=4"]) as server:
+        with_users(server)
+        async with opened(settings(server.endpoint, "mine", lease=600, proof=as_user(tmp_path)), A) as a:
+            root = server.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
+            server.ask("auth/user/add", token=root, name="another", password=PASSWORD)
+            a.publish(region("x"))
+            await written(a)
+            assert len((await a.find({}, None, 10))[0]) == 1
+            assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
 
 
 async def test_wrong_credentials_are_told_and_tried_again(

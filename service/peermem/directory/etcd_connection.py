@@ -5,7 +5,7 @@ Rules of this file:
 * Whatever goes wrong is a Fault, with a cause for people; passwords and tokens are in none.
 * Every call has a deadline. A member that does not answer, or that has lost its cluster's leader, ends what runs on it.
 * Certificates are read when a connection is made, and the password whenever a token is asked for, so that what was
-  renewed is used. A token that etcd has forgotten is replaced by a new one, once for each call.
+  renewed is used. A token that etcd does not take any more is replaced by a new one, once for each call.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _REFUSED = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
+_OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
+"""What etcd says of a token that it does not take any more; the latter where tokens are signed, as JWT."""
 
 
 class Fault(Exception):
@@ -223,7 +225,7 @@ async def _read(*files: Path | None) -> list[bytes | None]:
 
 
 class _TokenForgotten(Fault):
-    """etcd does not know the token (any more)."""
+    """etcd does not know the token (any more), or its users and rights are others since."""
 
 
 @contextmanager
@@ -248,7 +250,7 @@ def _fault(code: grpc.StatusCode, details: str) -> Exception:
         return LeaseLost()
     cause = f"{code.name}: {details}"
     refused = code in _REFUSED or "certificate" in details.lower()
-    return (_TokenForgotten if "invalid auth token" in details else Fault)(cause, refused=refused)
+    return (_TokenForgotten if any(each in details for each in _OLD_TOKEN) else Fault)(cause, refused=refused)
 
 
 _HAS_LEADER = ("hasleader", "true")
