@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from peermem.core.errors import DirectoryUnreachable
 from peermem.directory.base import Status
-from peermem.directory.etcd_connection import Proof
+from peermem.directory.etcd_connection import Fault, Proof, connect
+from peermem.directory.records import Keys
 from tests.certificates import Authority
 from tests.directory.conformance import A, B, written
 from tests.directory.etcd_server import EtcdServer, etcd_server, needs_etcd
@@ -193,3 +194,10 @@ async def test_who_may_not_write_regions_stays_known(guarded: EtcdServer, tmp_pa
             before = a.status().counts.renewals
             await until(a, lambda before=before: a.status().counts.renewals > before)  # type: ignore[misc]
         assert (a.status().unwritten, a.status().away_for, a.status().counts.resumes) == (1, None, 0)
+
+
+async def test_a_call_on_a_connection_that_was_closed_is_a_fault(etcd: EtcdServer, cluster: str) -> None:
+    connection = await connect(etcd.endpoint, Proof())
+    await connection.close()
+    with pytest.raises(Fault):
+        await connection.range(Keys("/peermem/v1", cluster).regions)

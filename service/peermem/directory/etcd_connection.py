@@ -243,6 +243,8 @@ def _faults() -> Iterator[None]:
         raise Fault("the connection was given up") from None  # not this task but its call was cancelled
     except asyncio.InvalidStateError as error:  # a write on a stream that has ended
         raise Fault(f"the stream ended: {error}") from None
+    except grpc.aio.UsageError:  # a call on a channel that was closed
+        raise Fault("the connection was given up") from None
 
 
 def _fault(code: grpc.StatusCode, details: str) -> Exception:
