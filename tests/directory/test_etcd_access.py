@@ -196,6 +196,13 @@ async def test_who_may_not_write_regions_stays_known(guarded: EtcdServer, tmp_pa
         assert (a.status().unwritten, a.status().away_for, a.status().counts.resumes) == (1, None, 0)
 
 
+async def test_a_file_that_is_too_large_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(Fault, match=f"{file} has more than"):
+        await connect("127.0.0.1:1", Proof(user="peermem", password_file=file))
+
+
 async def test_a_call_on_a_connection_that_was_closed_is_a_fault(etcd: EtcdServer, cluster: str) -> None:
     connection = await connect(etcd.endpoint, Proof())
     await connection.close()

@@ -221,7 +221,8 @@ async def _read(*files: Path | None) -> list[bytes | None]:
     try:
         return await in_thread(lambda: [read_small(path) if path is not None else None for path in files])
     except OSError as error:
-        raise Fault(f"{error.filename}: {error.strerror}", refused=True) from None
+        cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise Fault(cause, refused=True) from None
 
 
 class _TokenForgotten(Fault):
