@@ -116,6 +116,12 @@ class Connection:
         answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
         return answer.count
 
+    async def header(self, span: Span) -> rpc_pb2.ResponseHeader:
+        """Return which cluster this is, and its revision, as of now."""
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
+        answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
+        return answer.header
+
     async def pages(self, span: Span) -> AsyncGenerator[rpc_pb2.RangeResponse]:
         """Yield everything in a span, in parts, as of the revision in the header of the first. Raises Fault."""
         request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, limit=_PAGE)

@@ -97,13 +97,18 @@ class Nodes:
         """Keep the table, which has been read, up to date; `on_known` is called when it is. Ends with a Fault only."""
         while True:
             async for answer in connection.watch(self._keys.nodes, self._revision + 1):
-                if answer.compact_revision or (answer.created and self._is_another(answer.header)):
+                if answer.compact_revision:
                     break
                 if answer.canceled:  # one that may not watch is told so in what tells of the watch's making
                     raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 if answer.created:
+                    header = answer.header
+                    if not header.cluster_id:  # etcd's proxy, which tells nothing of the cluster here
+                        header = await connection.header(self._keys.nodes)
+                    if self._is_another(header):
+                        break
                     self._counts.resumes += not self._is_fresh
-                    self._missed = 0 if self._is_fresh else answer.header.revision
+                    self._missed = 0 if self._is_fresh else header.revision
                     self._is_fresh = False
                     on_known()
                 self._take(answer)
