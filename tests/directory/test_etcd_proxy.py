@@ -52,3 +52,12 @@ async def test_nodes_are_read_once_and_followed(tmp_path: Path) -> None:
                 await until(each, lambda each=each: "c" in each.nodes())  # type: ignore[misc]
                 counts = each.status().counts
                 assert (counts.listings, counts.resumes, each.status().away_for) == (1, 0, None)
+
+
+async def test_a_lease_is_renewed_in_time_again_and_again(tmp_path: Path) -> None:
+    with etcd_server(tmp_path / "etcd") as etcd, proxied(etcd.endpoint, tmp_path / "log") as proxy:
+        async with opened(settings(proxy, "x", lease=3), A) as a:
+            for _ in range(12):  # longer than the proxy and the node take to be out of step
+                before = a.status().counts.renewals
+                await until(a, lambda before=before: a.status().counts.renewals > before)  # type: ignore[misc]
+            assert (a.status().counts.failed_renewals, a.status().away_for) == (0, None)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -25,7 +25,6 @@ from peermem.etcd import rpc_pb2, rpc_pb2_grpc
 from peermem.offload import in_thread
 
 T = TypeVar("T")
-_Renewing: TypeAlias = "grpc.aio.StreamStreamCall[rpc_pb2.LeaseKeepAliveRequest, rpc_pb2.LeaseKeepAliveResponse]"
 
 DEADLINE = 5.0
 """Seconds for a call."""
@@ -91,7 +90,6 @@ class Connection:
         self._watch = rpc_pb2_grpc.WatchStub(channel)
         self._lease = rpc_pb2_grpc.LeaseStub(channel)
         self._auth = rpc_pb2_grpc.AuthStub(channel)
-        self._renewing: _Renewing | None = None
 
     async def authenticate(self) -> None:
         """Get a token where there is a user. Raises Fault."""
@@ -149,12 +147,18 @@ class Connection:
 
     async def renew(self, lease: int, deadline: float) -> None:
         """Have a lease last its whole time from now. Raises Fault, LeaseLost."""
-        if self._renewing is None:
-            self._renewing = self._lease.LeaseKeepAlive(metadata=(*self._token, _HAS_LEADER))
+        # a stream each time: in one that goes on, etcd's proxy answers when it renews by itself, as seldom as this
         with _faults():
-            async with asyncio.timeout(deadline):
-                await self._renewing.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
-                answer = await self._renewing.read()
+            call = self._lease.LeaseKeepAlive(metadata=(*self._token, _HAS_LEADER))
+            try:
+                async with asyncio.timeout(deadline):
+                    await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
+                    answer = await call.read()
+                    with suppress(grpc.aio.AioRpcError):  # awaiting its end, or etcd counts it as one that failed
+                        await call.done_writing()
+                        await call.read()
+            finally:
+                call.cancel()
         if not isinstance(answer, rpc_pb2.LeaseKeepAliveResponse):
             raise Fault("it ended the renewals")
         if answer.TTL <= 0:
