@@ -11,9 +11,9 @@ from socket import create_connection
 
 from bench.daemons import free_ports
 
-from tests.directory.conformance import A, B
+from tests.directory.conformance import A, B, written
 from tests.directory.etcd_server import PATIENCE, etcd_server, needs_etcd
-from tests.directory.support import opened, settings, until
+from tests.directory.support import opened, region, settings, until
 
 pytestmark = needs_etcd
 C = b'{"v": 1, "address": "10.0.0.3:1"}'
@@ -61,3 +61,18 @@ async def test_a_lease_is_renewed_in_time_again_and_again(tmp_path: Path) -> Non
                 before = a.status().counts.renewals
                 await until(a, lambda before=before: a.status().counts.renewals > before)  # type: ignore[misc]
             assert (a.status().counts.failed_renewals, a.status().away_for) == (0, None)
+
+
+async def test_regions_that_others_publish_past_the_proxy_are_found(tmp_path: Path) -> None:
+    with etcd_server(tmp_path / "etcd") as etcd, proxied(etcd.endpoint, tmp_path / "log") as proxy:
+        near, far = (settings(endpoint, "x", lease=600) for endpoint in (proxy, etcd.endpoint))
+        async with opened(near, A) as a, opened(far, B) as b:
+            for labels in ({}, {"step": "1"}):
+                assert await a.find(labels, None, 10) == ([], None)
+            b.publish(region("y", "b", step="1"))
+            await written(b)
+            for labels in ({}, {"step": "1"}):
+                assert [each.name.id for each in (await a.find(labels, None, 10))[0]] == ["y"]
+            b.withdraw(region("y", "b").name)
+            await written(b)
+            assert await a.find({}, None, 10) == ([], None)

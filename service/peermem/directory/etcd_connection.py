@@ -3,6 +3,7 @@
 Rules of this file:
 
 * Whatever goes wrong is a Fault, with a cause for people; passwords and tokens are in none.
+* What is read holds now, for the whole of etcd: a member that is late, or a proxy that keeps answers, may not say more.
 * Every call has a deadline. A member that does not answer, or that has lost its cluster's leader, ends what runs on it.
 * Certificates are read when a connection is made, and the password whenever a token is asked for, so that what was
   renewed is used. A token that etcd does not take any more is replaced by a new one, once for each call.
@@ -102,15 +103,13 @@ class Connection:
             self._token = (("token", answer.token),)
 
     async def range(self, span: Span, *, start: bytes = b"", limit: int = _PAGE, at: int = 0) -> rpc_pb2.RangeResponse:
-        """Return keys and values of a span, from `start` on, at a revision (0: as this member knows now)."""
-        request = rpc_pb2.RangeRequest(
-            key=start or span.start, range_end=span.end, limit=limit, revision=at, serializable=not at
-        )
+        """Return keys and values of a span, from `start` on, at a revision (0: now)."""
+        request = rpc_pb2.RangeRequest(key=start or span.start, range_end=span.end, limit=limit, revision=at)
         return await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
 
     async def count(self, span: Span) -> int:
         """Return how many keys a span has."""
-        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True, serializable=True)
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
         answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
         return answer.count
 
