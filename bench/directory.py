@@ -119,7 +119,7 @@ def _rows(
     yield "etcd's memory", format_size(own_memory(etcd.pid))
     yield from _found(real, regions * nodes)
     yield from _idle(etcd, alone, real, nodes)
-    leaving = nodes // 10 // arguments.processes
+    leaving = max(1, nodes // 10 // arguments.processes)  # of each process
     began = time.monotonic()
     cluster.all("leave", leaving)
     left = nodes + 1 - leaving * arguments.processes

@@ -47,11 +47,12 @@ async def test_a_published_region_is_found_until_it_ends(pair: list[Host]) -> No
 
 async def test_a_region_whose_device_is_lost_is_withdrawn(pair: list[Host]) -> None:
     a, _ = pair
-    await a.broker.create_region(ANN, None, request("x"))
+    made = await a.broker.create_region(ANN, None, request("x"))
     a.device.gone = True
     a.broker.let_go_of_lost_devices()
     await eventually(lambda: not a.broker.directory.status().published)
     assert await found(a) == []
+    assert not made.facts.published
 
 
 async def test_a_region_that_can_not_be_published_is_not_made(pair: list[Host]) -> None:

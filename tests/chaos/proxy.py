@@ -3,9 +3,10 @@
 Rules of this file:
 
 * A wire that is open passes bytes on and ends. One that is stalled accepts and passes nothing on, as a network that
-  drops packets. One that is late takes what comes and passes it on when it opens again, also what its sender has given
-  up meanwhile, as a network with long queues. One that is late for bulk, or for that of every other connection, does so
-  from the first large piece on. One that is cut ends what is on it, and whatever comes, with a reset.
+  drops packets. One that is mute passes nothing back. One that is late takes what comes and passes it on when it opens
+  again, also what its sender has given up meanwhile, as a network with long queues. One that is late for bulk, or for
+  that of every other connection, does so from the first large piece on. One that is cut ends what is on it, and
+  whatever comes, with a reset.
 * All wires run on one event loop in a thread of their own; anybody may change a wire at any time.
 * Nobody is refused by a wire: a refusal says that a daemon is dead, which only its own host can know.
 """
@@ -34,12 +35,13 @@ class Mode(Enum):
     OPEN = "open"
     STALLED = "stalled"
     LATE = "late"
+    MUTE = "mute"
     BULK_LATE = "late for bulk"
     HALF_LATE = "late for bulk of every other connection"
     CUT = "cut"
 
 
-_HOLDING = (Mode.STALLED, Mode.LATE, Mode.BULK_LATE, Mode.HALF_LATE)
+_HOLDING = (Mode.STALLED, Mode.LATE, Mode.MUTE, Mode.BULK_LATE, Mode.HALF_LATE)
 
 
 class Wire:
@@ -98,7 +100,8 @@ class Wire:
             self._ends.add(far_writer)
             try:
                 await asyncio.gather(
-                    self._pass(reader, far_writer, is_odd=is_odd), self._pass(far_reader, writer, is_odd=is_odd)
+                    self._pass(reader, far_writer, is_odd=is_odd),
+                    self._pass(far_reader, writer, is_odd=is_odd, is_back=True),
                 )
             finally:
                 self._ends.discard(far_writer)
@@ -109,9 +112,9 @@ class Wire:
             self._ends.discard(writer)
             _abort(writer)
 
-    async def _flows(self) -> None:
-        """Wait until small pieces may pass."""
-        if self._mode in (Mode.STALLED, Mode.LATE):
+    async def _flows(self, *, is_back: bool = False) -> None:
+        """Wait until small pieces may pass; `is_back` where they come from the far end."""
+        if self._mode in (Mode.STALLED, Mode.LATE) or (is_back and self._mode is Mode.MUTE):
             await self._flowing.wait()
 
     def _is_late(self, data: bytes, *, is_odd: bool) -> bool:
@@ -120,7 +123,9 @@ class Wire:
             return True
         return self._mode in (Mode.BULK_LATE, Mode.HALF_LATE)[: 1 + is_odd] and len(data) >= _BULK
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_odd: bool) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_odd: bool, is_back: bool = False
+    ) -> None:
         """Pass on what comes, and then its end. That `writer`'s side has ended, the other direction finds out."""
         writer.transport.set_write_buffer_limits(0)
         is_over, was_late = False, False
@@ -130,7 +135,7 @@ class Wire:
                 rest, is_over = await self._queue(reader)
                 data, was_late = data + rest, True
                 await self._flowing.wait()
-            await self._flows()
+            await self._flows(is_back=is_back)
             with suppress(OSError):
                 writer.write(data)
                 await writer.drain()

@@ -95,6 +95,22 @@ def test_a_stalled_wire_passes_nothing_on_until_it_is_open_again(wire: Wire) -> 
             assert late.recv(5, socket.MSG_WAITALL) == b"three"
 
 
+def test_a_mute_wire_passes_nothing_back(wire: Wire, echo: Echo) -> None:
+    with dial(wire) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(3, socket.MSG_WAITALL) == b"one"
+        assert echo.heard.get(timeout=10) == b"one"
+        wire.set(Mode.MUTE)
+        sock.sendall(b"two")
+        assert echo.heard.get(timeout=10) == b"two"
+        sock.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(10)
+        wire.set(Mode.OPEN)
+        assert sock.recv(3, socket.MSG_WAITALL) == b"two"
+
+
 def test_a_late_wire_passes_on_what_its_sender_has_given_up(wire: Wire, echo: Echo) -> None:
     with dial(wire) as sock:
         sock.sendall(b"one")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import pytest
 
 from peermem.core.errors import LimitReached, NodeNameTaken
 from peermem.core.types import FabricKind
+from peermem.directory import etcd as etcd_directory
 from peermem.directory.base import Directory, NodeEntry
 from tests.directory.conformance import A, B, DirectoryConformance, names, written
 from tests.directory.etcd_server import PATIENCE, EtcdServer, needs_etcd
@@ -205,6 +208,27 @@ async def test_regions_that_make_no_sense_are_left_out(etcd: EtcdServer, cluster
     async with opened(settings(etcd.endpoint, cluster)) as directory:
         assert await names(directory) == ["right"]
         assert directory.status().counts.garbage >= 5
+
+
+async def test_more_that_makes_no_sense_than_one_answer_looks_through_hides_nothing(
+    etcd: EtcdServer, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_directory, "_PAGES", 1)
+    for first in range(0, 1100, 100):
+        puts = [put(f"/peermem/v1/{cluster}/regions/a/r-{first + number:04}", b"no") for number in range(100)]
+        etcd.ask("kv/txn", success=puts)
+    async with opened(settings(etcd.endpoint, cluster), A) as a:
+        a.publish(region("first"))
+        a.publish(region("s-last"))
+        await written(a)
+        async with asyncio.timeout(PATIENCE):
+            assert await names(a) == ["first", "s-last"]
+
+
+def put(key: str, value: bytes) -> dict[str, dict[str, str]]:
+    """An operation of a transaction, for etcd's JSON gateway."""
+    fields = {"key": key.encode(), "value": value}
+    return {"requestPut": {name: b64encode(field).decode() for name, field in fields.items()}}
 
 
 async def test_no_key_and_no_secret_is_written(etcd: EtcdServer, cluster: str) -> None:

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from peermem.core.errors import DirectoryUnreachable
 from peermem.directory.base import Status
-from peermem.directory.etcd_connection import Proof
+from peermem.directory.etcd_connection import Fault, Proof, connect
+from peermem.directory.records import Keys
 from tests.certificates import Authority
 from tests.directory.conformance import A, B, written
 from tests.directory.etcd_server import EtcdServer, etcd_server, needs_etcd
@@ -68,14 +71,18 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     """An etcd with users, whose tokens end after a second without use; user peermem may use the cluster `mine`."""
     folder = tmp_path_factory.mktemp("guarded")
     with etcd_server(folder / "etcd", ["--auth-token-ttl=1", "--bcrypt-cost=4"]) as server:
-        for name in ("root", "peermem"):
-            server.ask("auth/user/add", name=name, password=PASSWORD)
-            server.ask("auth/role/add", name=name)
-            server.ask("auth/user/grant", user=name, role=name)
-        span = {"key": "L3BlZXJtZW0vdjEvbWluZS8=", "range_end": "L3BlZXJtZW0vdjEvbWluZTA=", "permType": "READWRITE"}
-        server.ask("auth/role/grant", name="peermem", perm=span)
-        server.ask("auth/enable")
+        with_users(server)
         yield server
+
+
+def with_users(server: EtcdServer) -> None:
+    for name in ("root", "peermem"):
+        server.ask("auth/user/add", name=name, password=PASSWORD)
+        server.ask("auth/role/add", name=name)
+        server.ask("auth/user/grant", user=name, role=name)
+    span = {"key": "L3BlZXJtZW0vdjEvbWluZS8=", "range_end": "L3BlZXJtZW0vdjEvbWluZTA=", "permType": "READWRITE"}
+    server.ask("auth/role/grant", name="peermem", perm=span)
+    server.ask("auth/enable")
 
 
 def as_user(folder: Path, password: str = PASSWORD) -> Proof:
@@ -106,6 +113,46 @@ async def test_a_token_that_has_ended_is_replaced(guarded: EtcdServer, tmp_path:
             guarded.ask("kv/range", token=alike, key=b"/peermem/v1/mine/x")
         assert await a.find({}, None, 10) == ([], None)
         assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
+
+
+async def test_a_password_that_was_changed_is_read_again(guarded: EtcdServer, tmp_path: Path) -> None:
+    proof = as_user(tmp_path)
+    async with opened(settings(guarded.endpoint, "mine", lease=600, proof=proof), A) as a:
+        change_password(guarded, "peermem", "battery staple")
+        try:
+            as_user(tmp_path, "battery staple")
+            a.publish(region("x"))
+            await written(a)
+            assert len((await a.find({}, None, 10))[0]) == 1
+            assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
+        finally:
+            change_password(guarded, "peermem", PASSWORD)
+            as_user(tmp_path)
+
+
+def change_password(server: EtcdServer, name: str, password: str) -> None:
+    root = server.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
+    server.ask("auth/user/changepw", token=root, name=name, password=password)
+
+
+async def test_a_signed_token_is_replaced_when_rights_change(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    )
+    (tmp_path / "public.pem").write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    token = f"jwt,pub-key={tmp_path}/public.pem,priv-key={tmp_path}/key.pem,sign-method=RS256,ttl=1h"
+    with etcd_server(tmp_path / "etcd", [f"--auth-token={token}", "--bcrypt-cost=4"]) as server:
+        with_users(server)
+        async with opened(settings(server.endpoint, "mine", lease=600, proof=as_user(tmp_path)), A) as a:
+            root = server.ask("auth/authenticate", name="root", password=PASSWORD)["token"]
+            server.ask("auth/user/add", token=root, name="another", password=PASSWORD)
+            a.publish(region("x"))
+            await written(a)
+            assert len((await a.find({}, None, 10))[0]) == 1
+            assert (a.status().counts.resumes, a.status().away_for) == (0, None), "nothing was interrupted"
 
 
 async def test_wrong_credentials_are_told_and_tried_again(
@@ -147,3 +194,17 @@ async def test_who_may_not_write_regions_stays_known(guarded: EtcdServer, tmp_pa
             before = a.status().counts.renewals
             await until(a, lambda before=before: a.status().counts.renewals > before)  # type: ignore[misc]
         assert (a.status().unwritten, a.status().away_for, a.status().counts.resumes) == (1, None, 0)
+
+
+async def test_a_file_that_is_too_large_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(Fault, match=f"{file} has more than"):
+        await connect("127.0.0.1:1", Proof(user="peermem", password_file=file))
+
+
+async def test_a_call_on_a_connection_that_was_closed_is_a_fault(etcd: EtcdServer, cluster: str) -> None:
+    connection = await connect(etcd.endpoint, Proof())
+    await connection.close()
+    with pytest.raises(Fault):
+        await connection.range(Keys("/peermem/v1", cluster).regions)

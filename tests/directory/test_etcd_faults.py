@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from structlog.testing import capture_logs
 from peermem.core.errors import DirectoryUnreachable
 from tests.chaos.proxy import Mode, Network, network
 from tests.directory.conformance import A, B, written
-from tests.directory.etcd_server import EtcdServer, etcd_server, needs_etcd
+from tests.directory.etcd_server import PATIENCE, EtcdServer, etcd_server, needs_etcd
 from tests.directory.support import opened, region, settings, until
 
 pytestmark = needs_etcd
@@ -193,3 +194,54 @@ async def test_a_node_that_is_back_after_its_lease_ended_joins_once(
             renewals = cut_off.status().counts.renewals
             await until(cut_off, lambda: cut_off.status().counts.renewals >= renewals + 2)
         assert [line["event"] for line in told].count("directory_joined") == 1, "its own end, seen late, ends nothing"
+
+
+async def has_keys(etcd: EtcdServer, cluster: str, count: int, part: str = "") -> None:
+    """Wait until etcd has so many keys of a cluster."""
+    async with asyncio.timeout(PATIENCE):
+        while len(etcd.keys(f"/peermem/v1/{cluster}/{part}")) != count:  # noqa: ASYNC110 - etcd tells nobody
+            await asyncio.sleep(0.02)
+
+
+async def test_what_a_write_without_an_answer_has_written_is_deleted_unless_it_is_wanted(
+    etcd: EtcdServer, cluster: str, wires: Network
+) -> None:
+    wire = wires.wire(etcd.endpoint)
+    async with opened(settings(wire.address, cluster, lease=600), A) as a:
+        wire.set(Mode.MUTE)
+        a.publish(region("gone", step="1"))
+        a.publish(region("anew", step="1"))
+        await has_keys(etcd, cluster, 2, "labels/")
+        wire.set(Mode.CUT)
+        await until(a, lambda: a.status().away_for is not None)
+        a.withdraw(region("gone").name)
+        a.withdraw(region("anew").name)
+        a.publish(region("anew", step="2"))
+        wire.set(Mode.OPEN)
+        await until(a, lambda: a.status().away_for is None)
+        await written(a)
+        assert [each.name.id for each in (await a.find({}, None, 10))[0]] == ["anew"]
+        assert etcd.keys(f"/peermem/v1/{cluster}/labels/") == [f"/peermem/v1/{cluster}/labels/step=2/a/anew"]
+
+
+async def test_nodes_whose_leases_ended_while_nobody_reached_etcd_stay_known(
+    etcd: EtcdServer, cluster: str, wires: Network
+) -> None:
+    first, second = (wires.wire(etcd.endpoint) for _ in range(2))
+    chosen = settings(etcd.endpoint, cluster, lease=4)
+    of_a, of_b = (replace(chosen, endpoints=[wire.address]) for wire in (first, second))
+    async with opened(of_a, A) as a, opened(of_b, B) as b:
+        await until(a, lambda: "b" in a.nodes())
+        for wire in (first, second):
+            wire.set(Mode.CUT)
+        await has_keys(etcd, cluster, 0)
+        first.set(Mode.OPEN)
+        await until(a, lambda: a.status().away_for is None)
+        etcd.put(f"/peermem/v1/{cluster}/nodes/c", b'{"v": 1, "address": "10.0.0.3:1"}')
+        await until(a, lambda: "c" in a.nodes())  # and with it all that came before
+        assert a.nodes()["b"] == B, "it may be on its way back"
+        await until(a, lambda: "b" not in a.nodes())
+        assert a.gone()["b"].entry == B
+        second.set(Mode.OPEN)
+        await until(a, lambda: "b" in a.nodes())
+        assert b.status().counts.lost_leases == 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import socket
+import weakref
 
 import pytest
 
@@ -15,7 +18,7 @@ from peermem.core.segments import columns
 from peermem.core.transfer import TransferRequest
 from peermem.core.types import FabricKind, LinkAttributes, Rights
 from peermem.remote.client import GrpcRemotes
-from tests.remote.conftest import Other
+from tests.remote.conftest import HERE, Other
 
 NOWHERE = ChildName("b", "regions", "nowhere")
 
@@ -86,6 +89,36 @@ async def test_a_node_that_is_down_is_unreachable_at_once_and_reachable_when_it_
 async def test_a_node_that_the_directory_does_not_know(remotes: GrpcRemotes) -> None:
     with pytest.raises(errors.NodeNotFound):
         remotes.get("nowhere")
+
+
+async def test_nothing_is_kept_of_where_a_node_was_or_of_nodes_that_are_gone(other: Other) -> None:
+    await other.start()
+    ports = itertools.count(1)
+    addresses = {"b": other.address}
+    remotes = GrpcRemotes(HERE, "epoch", lambda node: known(addresses, node))
+    held = remotes.get("b")
+    opened = await held.open_link(OFFER)
+    seen: list[weakref.ref[object]] = []
+    for number in range(200):
+        node = "b" if number < 100 else f"n{number}"
+        addresses[node] = f"127.0.0.1:{next(ports)}"
+        seen.append(weakref.ref(remotes.get(node)))
+        with pytest.raises(errors.NodeUnreachable):
+            await remotes.get(node).node_facts()
+        if node != "b":
+            del addresses[node]
+    gc.collect()
+    assert sum(each() is not None for each in seen) < 100
+    await held.release_grants(opened.attributes.link_id, [1])
+    await held.close_link(opened.attributes.link_id)
+    assert (await held.node_facts()).link_count == 0
+    await remotes.close()
+
+
+def known(addresses: dict[str, str], node: str) -> str:
+    if node not in addresses:
+        raise errors.NodeNotFound(f"nodes/{node} is unknown.", node=node)
+    return addresses[node]
 
 
 async def test_a_port_that_talks_nonsense_is_unreachable(other: Other, remotes: GrpcRemotes) -> None:

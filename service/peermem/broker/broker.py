@@ -213,6 +213,7 @@ class Broker:
 
     async def _let_go(self, region: Region) -> None:
         self.directory.withdraw(region.name)
+        region.published = False
         await self.serving.revoke_region(region)
         await self.registry.unregister(region.memory, region.reach)
 

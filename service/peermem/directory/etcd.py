@@ -42,7 +42,8 @@ _PARTS = 2
 _PATIENCE = 3.0
 """Seconds that a start waits for the nodes, and an end for etcd."""
 _PAGES = 10
-"""Pages of 1000 regions that one call of `find` looks through."""
+"""Pages of 1000 regions that one call of `find` looks through; more where none of them makes sense, of which none could
+name where to go on."""
 _FINDING = 8
 """Calls of `find` that ask etcd at the same time; others wait."""
 
@@ -167,8 +168,11 @@ class EtcdDirectory:
         span = await self._span(connection, labels)
         start = self._keys.behind(span, after) if after is not None else b""
         found: list[PublishedRegion] = []
-        for _ in range(_PAGES):
+        last: ChildName | None = None
+        pages = 0
+        while True:
             page = await connection.range(span, start=start)
+            pages += 1
             for kv in page.kvs:
                 region = self._read(span, kv)
                 if region is None:
@@ -177,11 +181,12 @@ class EtcdDirectory:
                     if len(found) == limit:
                         return found, found[-1].name
                     found.append(region)
-                after = region.name
+                last = region.name
             if not page.more:
                 return found, None
+            if pages >= _PAGES and last is not None:
+                return found, last
             start = page.kvs[-1].key + b"\0"
-        return found, after
 
     def _read(self, span: Span, kv: rpc_pb2.KeyValue) -> PublishedRegion | None:
         try:

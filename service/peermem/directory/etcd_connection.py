@@ -3,19 +3,20 @@
 Rules of this file:
 
 * Whatever goes wrong is a Fault, with a cause for people; passwords and tokens are in none.
+* What is read holds now, for the whole of etcd: a member that is late, or a proxy that keeps answers, may not say more.
 * Every call has a deadline. A member that does not answer, or that has lost its cluster's leader, ends what runs on it.
-* Certificates and the password are read when a connection is made, so that a new one has what was renewed. A token that
-  etcd has forgotten is replaced by a new one, once for each call.
+* Certificates are read when a connection is made, and the password whenever a token is asked for, so that what was
+  renewed is used. A token that etcd does not take any more is replaced by a new one, once for each call.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -25,7 +26,6 @@ from peermem.etcd import rpc_pb2, rpc_pb2_grpc
 from peermem.offload import in_thread
 
 T = TypeVar("T")
-_Renewing: TypeAlias = "grpc.aio.StreamStreamCall[rpc_pb2.LeaseKeepAliveRequest, rpc_pb2.LeaseKeepAliveResponse]"
 
 DEADLINE = 5.0
 """Seconds for a call."""
@@ -49,6 +49,8 @@ _REFUSED = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
+_OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
+"""What etcd says of a token that it does not take any more; the latter where tokens are signed, as JWT."""
 
 
 class Fault(Exception):
@@ -80,37 +82,42 @@ class Proof:
 class Connection:
     """A channel and its stubs; made by `connect`, closed by `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, user: str, password: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, user: str, password_file: Path | None) -> None:
         self._channel = channel
         self._user = user
-        self._password = password
+        self._password_file = password_file
         self._token: tuple[tuple[str, str], ...] = ()
         self._kv = rpc_pb2_grpc.KVStub(channel)
         self._watch = rpc_pb2_grpc.WatchStub(channel)
         self._lease = rpc_pb2_grpc.LeaseStub(channel)
         self._auth = rpc_pb2_grpc.AuthStub(channel)
-        self._renewing: _Renewing | None = None
 
     async def authenticate(self) -> None:
         """Get a token where there is a user. Raises Fault."""
         if self._user:
-            request = rpc_pb2.AuthenticateRequest(name=self._user, password=self._password)
+            (password,) = await _read(self._password_file)
+            text = (password or b"").decode("utf-8", "replace").strip()
+            request = rpc_pb2.AuthenticateRequest(name=self._user, password=text)
             with _faults():
                 answer = await self._auth.Authenticate(request, timeout=DEADLINE)
             self._token = (("token", answer.token),)
 
     async def range(self, span: Span, *, start: bytes = b"", limit: int = _PAGE, at: int = 0) -> rpc_pb2.RangeResponse:
-        """Return keys and values of a span, from `start` on, at a revision (0: as this member knows now)."""
-        request = rpc_pb2.RangeRequest(
-            key=start or span.start, range_end=span.end, limit=limit, revision=at, serializable=not at
-        )
+        """Return keys and values of a span, from `start` on, at a revision (0: now)."""
+        request = rpc_pb2.RangeRequest(key=start or span.start, range_end=span.end, limit=limit, revision=at)
         return await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
 
     async def count(self, span: Span) -> int:
         """Return how many keys a span has."""
-        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True, serializable=True)
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
         answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
         return answer.count
+
+    async def header(self, span: Span) -> rpc_pb2.ResponseHeader:
+        """Return which cluster this is, and its revision, as of now."""
+        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
+        answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
+        return answer.header
 
     async def pages(self, span: Span) -> AsyncGenerator[rpc_pb2.RangeResponse]:
         """Yield everything in a span, in parts, as of the revision in the header of the first. Raises Fault."""
@@ -139,12 +146,18 @@ class Connection:
 
     async def renew(self, lease: int, deadline: float) -> None:
         """Have a lease last its whole time from now. Raises Fault, LeaseLost."""
-        if self._renewing is None:
-            self._renewing = self._lease.LeaseKeepAlive(metadata=(*self._token, _HAS_LEADER))
+        # a stream each time: in one that goes on, etcd's proxy answers when it renews by itself, as seldom as this
         with _faults():
-            async with asyncio.timeout(deadline):
-                await self._renewing.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
-                answer = await self._renewing.read()
+            call = self._lease.LeaseKeepAlive(metadata=(*self._token, _HAS_LEADER))
+            try:
+                async with asyncio.timeout(deadline):
+                    await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
+                    answer = await call.read()
+                    with suppress(grpc.aio.AioRpcError):  # awaiting its end, or etcd counts it as one that failed
+                        await call.done_writing()
+                        await call.read()
+            finally:
+                call.cancel()
         if not isinstance(answer, rpc_pb2.LeaseKeepAliveResponse):
             raise Fault("it ended the renewals")
         if answer.TTL <= 0:
@@ -184,16 +197,13 @@ class Connection:
 
 async def connect(endpoint: str, proof: Proof) -> Connection:
     """Return a connection to host:port on which calls may be made. Raises Fault."""
-    try:
-        ca, certificate, key, password = await in_thread(lambda: _read(proof))
-    except OSError as error:
-        raise Fault(f"{error.filename}: {error.strerror}", refused=True) from None
+    ca, certificate, key = await _read(proof.ca, proof.certificate, proof.key)
     if ca is None:
         channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
     else:
         shown = grpc.ssl_channel_credentials(ca, key, certificate)
         channel = grpc.aio.secure_channel(endpoint, shown, options=_OPTIONS)
-    connection = Connection(channel, proof.user, (password or b"").decode("utf-8", "replace").strip())
+    connection = Connection(channel, proof.user, proof.password_file)
     try:
         await connection.authenticate()
     except BaseException:
@@ -216,13 +226,16 @@ async def first_of(*works: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _read(proof: Proof) -> list[bytes | None]:
-    files = (proof.ca, proof.certificate, proof.key, proof.password_file)
-    return [read_small(path) if path is not None else None for path in files]
+async def _read(*files: Path | None) -> list[bytes | None]:
+    try:
+        return await in_thread(lambda: [read_small(path) if path is not None else None for path in files])
+    except OSError as error:
+        cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise Fault(cause, refused=True) from None
 
 
 class _TokenForgotten(Fault):
-    """etcd does not know the token (any more)."""
+    """etcd does not know the token (any more), or its users and rights are others since."""
 
 
 @contextmanager
@@ -240,15 +253,16 @@ def _faults() -> Iterator[None]:
         raise Fault("the connection was given up") from None  # not this task but its call was cancelled
     except asyncio.InvalidStateError as error:  # a write on a stream that has ended
         raise Fault(f"the stream ended: {error}") from None
+    except grpc.aio.UsageError:  # a call on a channel that was closed
+        raise Fault("the connection was given up") from None
 
 
 def _fault(code: grpc.StatusCode, details: str) -> Exception:
     if "requested lease not found" in details:
         return LeaseLost()
     cause = f"{code.name}: {details}"
-    if code is grpc.StatusCode.UNAUTHENTICATED and "invalid auth token" in details:
-        return _TokenForgotten(cause)
-    return Fault(cause, refused=code in _REFUSED or "certificate" in details.lower())
+    refused = code in _REFUSED or "certificate" in details.lower()
+    return (_TokenForgotten if any(each in details for each in _OLD_TOKEN) else Fault)(cause, refused=refused)
 
 
 _HAS_LEADER = ("hasleader", "true")

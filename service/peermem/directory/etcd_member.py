@@ -10,13 +10,14 @@ Rules of this file:
   clock, from before the call that renewed it.
 * Regions are written in batches with pauses between, smaller and longer the busier etcd is, and never keep the lease
   from being renewed; one that came and went meanwhile is never written. Where etcd takes none, nothing else ends.
+* A write that was given up may have been made all the same: what it would have written is deleted unless it is wanted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -66,11 +67,9 @@ class Member:
         self.refusal: NodeNameTaken | None = None
         self.lease: Lease | None = None
         self._keys = keys
-        self._ttl = ttl
-        self._machine = machine
+        self._ttl, self._machine = ttl, machine
         self._max_published = max_published
-        self._changes = changes
-        self._counts = counts
+        self._changes, self._counts = changes, counts
         self._record: NodeRecord | None = None
         self._was_in = False
         """Whether this run of the daemon has had its name."""
@@ -92,6 +91,8 @@ class Member:
         self._dirty: dict[ChildName, None] = {}
         """Regions whose keys are not as they should be, in order."""
         self._written: dict[ChildName, PublishedRegion] = {}
+        self._doubtful: dict[ChildName, set[bytes]] = {}
+        """Keys that etcd may have: nobody knows whether they were written."""
 
     @property
     def published(self) -> int:
@@ -141,7 +142,7 @@ class Member:
             self._touch(name)
 
     def _touch(self, name: ChildName) -> None:
-        if self._regions.get(name) is self._written.get(name):
+        if name not in self._doubtful and self._regions.get(name) is self._written.get(name):
             self._dirty.pop(name, None)
         else:
             self._dirty[name] = None
@@ -263,14 +264,16 @@ class Member:
                 log.warning("directory_lease_lost", ttl=self._ttl)
         if self._record is not None:
             await self._drop(connection, lease)
+        else:
+            self._forget_written()
 
     async def _renew_in_time(self, connection: Connection, lease: int, on_settled: Callable[[], None]) -> None:
         loop, period = asyncio.get_running_loop(), self._ttl / 3
         while self._record is not None and self._lost_at <= self._claimed_at:
+            self._wake.clear()  # not behind the renewal, during which the name may be lost
             due = loop.time() + period
             await self._renew(connection, lease, min(DEADLINE, period))
             on_settled()
-            self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await self._wake.wait()
@@ -303,6 +306,7 @@ class Member:
 
     def _forget_written(self) -> None:
         self._written.clear()
+        self._doubtful.clear()
         self._dirty = dict.fromkeys(self._regions)
 
     async def _renew(self, connection: Connection, lease: int, deadline: float) -> None:
@@ -331,7 +335,12 @@ class Member:
             return
         key = self._keys.node(self._record.entry.node)
         mine = rpc_pb2.Compare(target=rpc_pb2.Compare.LEASE, key=key, lease=lease)
-        answer = await connection.transact(rpc_pb2.TxnRequest(compare=[mine], success=operations))
+        try:
+            answer = await connection.transact(rpc_pb2.TxnRequest(compare=[mine], success=operations))
+        except (Fault, asyncio.CancelledError) as error:
+            if not (isinstance(error, Fault) and error.refused):
+                self._doubt(batch)
+            raise
         if not answer.succeeded:
             self.evicted(answer.header.revision)
             return
@@ -340,8 +349,15 @@ class Member:
                 self._written.pop(name, None)
             else:
                 self._written[name] = region
+            self._doubtful.pop(name, None)
             self._touch(name)
         self._changes.tell()
+
+    def _doubt(self, batch: Mapping[ChildName, PublishedRegion | None]) -> None:
+        for name, region in batch.items():
+            if region is not None:
+                self._doubtful.setdefault(name, set()).update(self._keys.of_region(region))
+            self._touch(name)
 
     def _operations(self, name: ChildName, lease: int) -> Sequence[rpc_pb2.RequestOp]:
         """Return what makes the keys of a region what they should be."""
@@ -350,8 +366,8 @@ class Member:
         if wanted is not None:
             value = write_region(wanted)
             puts = {key: _put(key, value, lease) for key in self._keys.of_region(wanted)}
-        old = self._keys.of_region(written) if written is not None else []
-        return [*puts.values(), *(_delete(key) for key in old if key not in puts)]
+        old = {*self._doubtful.get(name, ()), *(self._keys.of_region(written) if written is not None else ())}
+        return [*puts.values(), *(_delete(key) for key in sorted(old - puts.keys()))]
 
 
 def _put(key: bytes, value: bytes, lease: int) -> rpc_pb2.RequestOp:

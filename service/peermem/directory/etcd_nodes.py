@@ -6,7 +6,8 @@ Rules of this file:
   header names etcd's newest one also while older events are on their way. Only where that is not to be had any more
   (compacted, or another etcd answers) everything is read again.
 * A node goes when etcd says so. One that is missing in a new reading, which may be of an etcd that lost its data, stays
-  for the time of a lease: if it lives, it is back by then.
+  for the time of a lease, and so does one that went while the watch was broken off, whose lease may have ended because
+  nobody reached etcd: if it lives, it is back by then.
 * An entry that makes no sense is left out, counted, and told in the log once for each revision of it.
 * What this node says of itself goes before what etcd says of it.
 """
@@ -63,6 +64,8 @@ class Nodes:
         self._cluster = 0
         self._is_fresh = False
         """Whether it was read since the watch began last."""
+        self._missed = 0
+        """etcd's revision when the watch was resumed last: what happened until then was missed."""
         self._timers: set[asyncio.TimerHandle] = set()
 
     @property
@@ -94,12 +97,18 @@ class Nodes:
         """Keep the table, which has been read, up to date; `on_known` is called when it is. Ends with a Fault only."""
         while True:
             async for answer in connection.watch(self._keys.nodes, self._revision + 1):
-                if answer.compact_revision or (answer.created and self._is_another(answer.header)):
+                if answer.compact_revision:
                     break
                 if answer.canceled:  # one that may not watch is told so in what tells of the watch's making
                     raise Fault(f"it ended the watch: {answer.cancel_reason}")
                 if answer.created:
+                    header = answer.header
+                    if not header.cluster_id:  # etcd's proxy, which tells nothing of the cluster here
+                        header = await connection.header(self._keys.nodes)
+                    if self._is_another(header):
+                        break
                     self._counts.resumes += not self._is_fresh
+                    self._missed = 0 if self._is_fresh else header.revision
                     self._is_fresh = False
                     on_known()
                 self._take(answer)
@@ -182,7 +191,10 @@ class Nodes:
         if self._own is not None and node == self._own.node:
             self._on_own(kv.mod_revision)
         elif node in self._entries:
-            self._remove(node)
+            if kv.mod_revision <= self._missed:
+                self._later({node: self._entries[node]})
+            else:
+                self._remove(node)
 
     def _add(self, entry: NodeEntry) -> None:
         if self._entries.get(entry.node) != entry:

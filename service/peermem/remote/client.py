@@ -6,6 +6,7 @@ Rules of this file:
   NodeUnreachable.
 * Every call has a deadline; a daemon that does not answer is unreachable.
 * A call that found no connection is made again, once, on a new one.
+* What leads to where no node is any more is closed when the last call and link there has ended.
 * Grants are asked for on their link's rails where these carry it, which takes a fraction of the time; where they
   don't, or not in time, by a call. What is a fence is a call.
 """
@@ -22,7 +23,15 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from peermem.core.errors import DOMAIN, InvalidField, LimitReached, NodeUnreachable, PeermemError, Unauthenticated
+from peermem.core.errors import (
+    DOMAIN,
+    InvalidField,
+    LimitReached,
+    NodeNotFound,
+    NodeUnreachable,
+    PeermemError,
+    Unauthenticated,
+)
 from peermem.core.grant import Wanted
 from peermem.core.identity import Subject
 from peermem.core.names import ChildName
@@ -43,6 +52,8 @@ _DEADLINE = 5.0
 """Seconds for a call that the other daemon answers at once."""
 _RAILS_DEADLINE = 3.0
 """Seconds for an answer on rails, until it is asked for by a call."""
+_FEW = 64
+"""Nodes of which none is let go because the directory does not know it."""
 _RIGHTS = {Rights.READ: link_pb2.RIGHT_READ, Rights.WRITE: link_pb2.RIGHT_WRITE}
 _SLOW_DEADLINE = 120.0
 """Seconds for a call that moves or checks bytes before it answers."""
@@ -61,20 +72,36 @@ class GrpcRemotes:
         self._address_of = address_of
         self._credentials = credentials
         self._nodes: dict[str, GrpcRemoteNode] = {}
+        self._enough = _FEW
+        """Nodes from which on those are let go that the directory does not know any more."""
         self._moved: list[GrpcRemoteNode] = []
-        """Daemons that have another address now; calls to the old one may be under way."""
+        """Daemons that are not there any more, as far as is known; calls to them may be under way."""
 
     def get(self, node: str) -> RemoteNode:
         """See Remotes."""
         address = self._address_of(node)
         known = self._nodes.get(node)
-        if known is not None and known.address != address:
+        if known is not None and known.address == address:
+            return known
+        if known is not None:
             self._moved.append(self._nodes.pop(node))
-            known = None
-        if known is None:
-            door = Door(node, address, self._credentials)
-            known = self._nodes[node] = GrpcRemoteNode(door, node, self._here, self._epoch)
-        return known
+        elif len(self._nodes) >= self._enough:
+            self._let_go_of_gone()
+        self._moved = [each for each in self._moved if not each.rest()]
+        door = Door(node, address, self._credentials)
+        made = self._nodes[node] = GrpcRemoteNode(door, node, self._here, self._epoch)
+        return made
+
+    def _let_go_of_gone(self) -> None:
+        gone = [node for node, there in self._nodes.items() if not (there.links or self._is_at(node, there.address))]
+        self._moved += map(self._nodes.pop, gone)
+        self._enough = max(_FEW, 2 * len(self._nodes))
+
+    def _is_at(self, node: str, address: str) -> bool:
+        try:
+            return self._address_of(node) == address
+        except NodeNotFound:
+            return False
 
     async def close(self) -> None:
         """See Remotes."""
@@ -89,12 +116,12 @@ class GrpcRemoteNode:
 
     def __init__(self, door: Door, node: str, here: str, epoch: str) -> None:
         self.address = door.address
+        self.links: set[bytes] = set()
+        """Open ones; the exchange of grants ends with the last."""
         self._door = door
         self._node = node
         self._here = here
         self._epoch = epoch
-        self._links: set[bytes] = set()
-        """Open ones; the exchange of grants ends with the last."""
         self._rails: dict[bytes, GrantRails] = {}
         """Of links whose rails carry questions."""
         self._grants: GrantCall | None = None
@@ -114,7 +141,7 @@ class GrpcRemoteNode:
         answer = await self._call(lambda to: to.links.OpenLink(request, timeout=_DEADLINE))
         with self._faults():
             opened = OpenedLink(opened_from_proto(offer.fabric, answer), answer.epoch)
-        self._links.add(opened.attributes.link_id)
+        self.links.add(opened.attributes.link_id)
         return opened
 
     def use_rails(self, link_id: bytes, carry: Callable[[bytes], bool]) -> Ear:
@@ -130,8 +157,8 @@ class GrpcRemoteNode:
         try:
             await self._call(lambda to: to.links.CloseLink(request, timeout=_DEADLINE))
         finally:
-            self._links.discard(link_id)
-            if not self._links:
+            self.links.discard(link_id)
+            if not self.links:
                 self._end_call()
 
     def _end_call(self) -> None:
@@ -263,6 +290,10 @@ class GrpcRemoteNode:
         message = await self._call(lambda to: to.nodes.GetNode(node_pb2.GetNodeRequest(), timeout=_DEADLINE))
         with self._faults():
             return node_from_proto(message)
+
+    def rest(self) -> bool:
+        """Keep nothing open but for calls and links; return whether nothing is."""
+        return self._door.rest() and not (self.links or self._closing)
 
     async def close(self) -> None:
         """See RemoteNode."""

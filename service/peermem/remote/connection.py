@@ -148,12 +148,18 @@ class Door:
             opening.exception()  # for those who waited, if they still do
 
     def _replace(self, connection: Connection) -> Connection:
-        before, self._current = self._current, connection
+        self.rest()
+        self._current = connection
+        return connection
+
+    def rest(self) -> bool:
+        """Keep no connection but for calls that run; the next one makes another. Return whether none is open now."""
+        before, self._current = self._current, None
         self._old = {old for old in self._old if old.closing is None or not old.closing.done()}
         if before is not None:
             self._old.add(before)
             before.retire()
-        return connection
+        return self._opening is None and not self._old
 
     async def close(self) -> None:
         """Break what runs on its connections."""
