@@ -69,6 +69,13 @@ def test_units_and_configuration_agree() -> None:
     assert service["LimitMEMLOCK"] == "infinity"
 
 
+def test_a_daemon_that_can_t_start_yet_is_tried_again_without_end() -> None:
+    """systemd gives up what starts more than so often in a while, and the socket with it."""
+    limits, service = unit("peermemd.service")["Unit"], unit("peermemd.service")["Service"]
+    pauses = int(limits["StartLimitBurst"]) * seconds(service["RestartSec"])
+    assert pauses > seconds(limits["StartLimitIntervalSec"])
+
+
 def test_each_way_to_open_a_vfio_function_is_allowed() -> None:
     """The daemon takes iommufd wherever the kernel has it; names of groups are those of /proc/devices."""
     text = (UNITS / "peermemd.service").read_text()
