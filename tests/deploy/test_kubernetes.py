@@ -134,9 +134,7 @@ def test_each_node_has_one_daemon_on_its_network(overlay: str) -> None:
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 1, "maxSurge": 0},
     }
-    assert ("feature.node.kubernetes.io/rdma.available" in spec["nodeSelector"]) is (
-        overlay in ("device-plugin", "bare-metal")
-    )
+    assert ("feature.node.kubernetes.io/rdma.available" in spec["nodeSelector"]) is (overlay != "lab")
 
 
 @overlays
