@@ -76,6 +76,11 @@ def test_a_daemon_that_can_t_start_yet_is_tried_again_without_end() -> None:
     assert pauses > seconds(limits["StartLimitIntervalSec"])
 
 
+def test_loads_and_stores_have_the_system_call_that_keeps_them_in_their_folders() -> None:
+    """RestrictSUIDSGID= answers openat2 with ENOSYS, because its filter can't see the mode of a new file."""
+    assert "RestrictSUIDSGID" not in unit("peermemd.service")["Service"]
+
+
 def test_each_way_to_open_a_vfio_function_is_allowed() -> None:
     """The daemon takes iommufd wherever the kernel has it; names of groups are those of /proc/devices."""
     text = (UNITS / "peermemd.service").read_text()
