@@ -21,6 +21,7 @@ from bench.daemons import daemons
 import peermem
 from peermem import errors
 from peermem.app import App
+from peermem.broker.ending import MARGIN
 from peermem.config import Kubernetes, ListenAddress, Policy, load
 from peermem.config_values import FilePath, HttpsUrl
 from tests.api_server import FakeApiServer, token
@@ -149,7 +150,8 @@ def test_manifest_and_configuration_agree(overlay: str, tmp_path: Path) -> None:
     assert {name: address.port for name, address in served.items()} == {name: ports[name] for name in served}
     assert {address.host for address in served.values()} == {"10.1.0.9" if overlay == "dra" else "10.0.0.7"}
     assert config.node == "worker-7"
-    assert pod(workload)["terminationGracePeriodSeconds"] >= config.shutdown.grace + 10
+    slowest = config.shutdown.grace + config.transfer.grant_ttl + 4 * MARGIN
+    assert pod(workload)["terminationGracePeriodSeconds"] >= slowest
     memory = container(workload)["resources"]
     assert memory["limits"]["memory"] == memory["requests"]["memory"] == "2Gi"
     assert sum(device.size for device in config.devices if device.kind == "memfd") <= 1 << 30

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from peermem.broker.ending import MARGIN
 from peermem.config import Config
 
 UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
@@ -64,7 +65,7 @@ def test_units_and_configuration_agree() -> None:
     config, service = Config(), unit("peermemd.service")["Service"]
     assert unit("peermemd.socket")["Socket"]["ListenSequentialPacket"] == config.attach.socket
     assert config.attach.socket.startswith(f"/run/{service['RuntimeDirectory']}/")
-    assert seconds(service["TimeoutStopSec"]) > config.shutdown.grace
+    assert seconds(service["TimeoutStopSec"]) >= config.shutdown.grace + config.transfer.grant_ttl + 4 * MARGIN
     assert service["Type"] == "notify"
     assert service["LimitMEMLOCK"] == "infinity"
 
