@@ -186,3 +186,20 @@ def test_another_socket_than_the_configured_one_is_refused(tmp_path: Path) -> No
         assert daemon.returncode == 1
         assert f"hands over {tmp_path}/other.sock" in log.decode()
         assert "ListenSequentialPacket= of the socket unit" in log.decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes takes root")
+def test_a_signal_to_the_first_process_of_a_container_counts_before_the_daemon_runs(tmp_path: Path) -> None:
+    """The kernel drops one that such a process has no handler for; it would be killed when its grace time is over."""
+    fifo = tmp_path / "peermem.toml"
+    os.mkfifo(fifo)
+    unshared = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "peermem", "--config", str(fifo)]
+    container = subprocess.Popen(unshared, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "service")})
+    try:
+        with fifo.open("w"):  # now it waits for its configuration
+            (first,) = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGTERM)
+            assert container.wait(PATIENCE) == 0
+    finally:
+        container.kill()
+        container.wait()

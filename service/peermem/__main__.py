@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the daemon; return its exit code."""
+    # in a container this is the first process, for which the kernel drops a signal that has no handler
+    signal.signal(signal.SIGTERM, _ended_early)
     parser = argparse.ArgumentParser(prog="peermemd", description="Serve this node's device memory to the cluster.")
     parser.add_argument("--config", type=Path, help=f"TOML file (default: {DEFAULT_PATH}, if it is there)")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
@@ -74,6 +76,11 @@ async def run(config: Config) -> int:
     await stop.wait()
     await app.stop()
     return 0
+
+
+def _ended_early(*_: object) -> None:
+    """End before the loop runs, while there is nothing to close yet."""
+    os._exit(0)
 
 
 def _signalled(stop: asyncio.Event) -> None:

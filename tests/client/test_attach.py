@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+import peermem
 from peermem.client.attach import Attachment
 from peermem.core.errors import (
     AccessDenied,
@@ -138,6 +141,25 @@ def test_a_silent_daemon_costs_the_session(tmp_path: Path) -> None:
             with pytest.raises(NodeUnreachable):  # a late answer would be taken for this request's
                 attachment.map(REGION)
         accepting.join(10)
+
+
+def connect_aio(target: str, timeout: float) -> None:
+    async def connect() -> None:
+        async with await peermem.aio.connect(target, timeout=timeout):
+            raise AssertionError("nobody answers")
+
+    asyncio.run(connect())
+
+
+@pytest.mark.parametrize("connect", [peermem.connect, connect_aio])
+def test_a_silent_daemon_has_the_time_that_each_call_has(tmp_path: Path, connect: Callable[..., object]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "attach.sock"))
+        listener.listen()
+        began = time.monotonic()
+        with pytest.raises(Timeout, match=r"attach\.sock in time"):
+            connect(f"unix://{tmp_path}/peermem.sock", timeout=0.05)
+        assert time.monotonic() - began < 5
 
 
 def greet_only(listener: socket.socket) -> None:

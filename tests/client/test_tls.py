@@ -115,6 +115,33 @@ async def test_who_proves_nothing_or_is_proved_nothing_to_is_told_so(
             await owner(target, tls)
 
 
+KEY = "-----BEGIN KEY-----\nc2VjcmV0\n-----END KEY-----\n"
+NO_TOKENS = {"empty": "", "blank": "\n", "a key": KEY, "two": "a b", "binary": "c2VjcmV0\0", "too long": "x" * 12_001}
+
+
+@pytest.mark.parametrize("owner", [owner_sync, owner_aio])
+@pytest.mark.parametrize("held", NO_TOKENS.values(), ids=NO_TOKENS)
+async def test_a_file_that_holds_no_token_is_refused_and_told_to_nobody(
+    tmp_path: Path, owner: Owner, held: str
+) -> None:
+    (tmp_path / "token").write_text(held)
+    with pytest.raises(errors.InvalidField, match=r"tls\.token_file names holds no token") as caught:
+        await owner(f"unix://{tmp_path}/none.sock", peermem.Tls(token_file=tmp_path / "token"))
+    assert "c2VjcmV0" not in str(caught.value)
+
+
+async def test_a_token_that_is_just_being_written_leaves_the_one_before(
+    daemon: tuple[Node, str], api_server: FakeApiServer, tmp_path: Path
+) -> None:
+    own = tmp_path / "token"
+    own.write_text(api_server.knows(token()))
+    async with await peermem.aio.connect(daemon[0].target, attach=False, tls=peermem.Tls(token_file=own)) as node:
+        own.write_text("")
+        assert await owner_at(node) == "kubernetes:training/loader"
+        own.write_text(api_server.knows(token(jti="2"), user="system:serviceaccount:training:next"))
+        assert await owner_at(node) == "kubernetes:training/next"
+
+
 async def test_files_that_are_renewed_are_read_again(
     daemon: tuple[Node, str], api_server: FakeApiServer, tmp_path: Path
 ) -> None:

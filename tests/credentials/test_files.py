@@ -16,6 +16,7 @@ from peermem.credentials.base import Credentials
 from peermem.credentials.denied import follow_denied, read_denied
 from peermem.credentials.files import CredentialFiles
 from peermem.credentials.trial import BadPair
+from peermem.credentials.watched import Watched
 from tests.certificates import PATTERN, Authority, Certificate
 from tests.descriptors import until
 
@@ -84,6 +85,17 @@ async def test_bad_ones_are_refused_and_told(source: CredentialFiles, denied: Pa
         newer = AUTHORITY.node("a")
         newer.write(source.certificate.parent)
         await until(lambda: credentials.now.pair == newer.pair)
+
+
+def test_a_file_that_may_be_read_now_is_another_than_before(tmp_path: Path) -> None:
+    """Whoever was told that it can't be read mends that without writing it again."""
+    key = tmp_path / "key.pem"
+    key.touch(0o000)
+    watched = Watched(key)
+    assert not watched.changed()
+    key.chmod(0o400)
+    assert watched.changed()
+    assert not watched.changed()
 
 
 async def test_the_first_ones_must_pass(source: CredentialFiles) -> None:

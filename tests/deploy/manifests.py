@@ -13,7 +13,12 @@ import yaml
 
 K8S = Path(__file__).resolve().parents[2] / "deploy" / "k8s"
 KUBECTL = Path(sys.executable).with_name("kubectl")
-FIELDS = {"status.hostIP": "10.0.0.7", "spec.nodeName": "worker-7", "metadata.name": "pod-0"}
+FIELDS = {
+    "status.hostIP": "10.0.0.7",
+    "status.podIP": "10.1.0.9",
+    "spec.nodeName": "worker-7",
+    "metadata.name": "pod-0",
+}
 """What the kubelet would put into a pod."""
 
 Manifest = dict[str, Any]

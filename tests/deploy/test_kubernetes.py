@@ -21,6 +21,7 @@ from bench.daemons import daemons
 import peermem
 from peermem import errors
 from peermem.app import App
+from peermem.broker.ending import MARGIN
 from peermem.config import Kubernetes, ListenAddress, Policy, load
 from peermem.config_values import FilePath, HttpsUrl
 from tests.api_server import FakeApiServer, token
@@ -123,16 +124,18 @@ def test_what_it_mounts_of_the_host_is_little(overlay: str) -> None:
 @overlays
 def test_each_node_has_one_daemon_on_its_network(overlay: str) -> None:
     workload, spec = daemon_set(overlay), pod(daemon_set(overlay))
-    assert (spec["hostNetwork"], spec["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    on_host = overlay != "dra"
+    assert spec["hostNetwork"] is on_host
+    assert spec["dnsPolicy"] == ("ClusterFirstWithHostNet" if on_host else "ClusterFirst")
+    for port in container(workload)["ports"]:
+        assert port.get("hostPort") == (port["containerPort"] if on_host else None)
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["priorityClassName"] == "system-node-critical"
     assert workload["spec"]["updateStrategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 1, "maxSurge": 0},
     }
-    assert ("feature.node.kubernetes.io/rdma.available" in spec["nodeSelector"]) is (
-        overlay in ("device-plugin", "bare-metal")
-    )
+    assert ("feature.node.kubernetes.io/rdma.available" in spec["nodeSelector"]) is (overlay != "lab")
 
 
 @overlays
@@ -140,14 +143,15 @@ def test_manifest_and_configuration_agree(overlay: str, tmp_path: Path) -> None:
     assert checked(tmp_path, overlay).returncode == 0
     workload = daemon_set(overlay)
     config = load(tmp_path / "peermem.toml", environment(workload))
-    ports = {port["name"]: port["hostPort"] for port in container(workload)["ports"]}
+    ports = {port["name"]: port["containerPort"] for port in container(workload)["ports"]}
     assert config.grpc.address
     assert config.http.address
     served = {"grpc": config.grpc.address, "tcp": config.tcp.address, "http": config.http.address}
     assert {name: address.port for name, address in served.items()} == {name: ports[name] for name in served}
-    assert {address.host for address in served.values()} == {"10.0.0.7"}
+    assert {address.host for address in served.values()} == {"10.1.0.9" if overlay == "dra" else "10.0.0.7"}
     assert config.node == "worker-7"
-    assert pod(workload)["terminationGracePeriodSeconds"] >= config.shutdown.grace + 10
+    slowest = config.shutdown.grace + config.transfer.grant_ttl + 4 * MARGIN
+    assert pod(workload)["terminationGracePeriodSeconds"] >= slowest
     memory = container(workload)["resources"]
     assert memory["limits"]["memory"] == memory["requests"]["memory"] == "2Gi"
     assert sum(device.size for device in config.devices if device.kind == "memfd") <= 1 << 30
@@ -171,6 +175,13 @@ def test_health_is_asked_over_http(overlay: str) -> None:
     only = container(daemon_set(overlay))
     paths = {name: only[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
     assert paths == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+
+
+@overlays
+def test_no_pod_that_claims_nics_is_on_the_hosts_network(overlay: str) -> None:
+    """DRANET lets none of them start: it would move the host's NICs away from the host, to the host."""
+    if pod(daemon_set(overlay)).get("resourceClaims"):
+        assert not pod(daemon_set(overlay))["hostNetwork"]
 
 
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from peermem.broker.ending import MARGIN
 from peermem.config import Config
 
 UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
@@ -64,9 +65,21 @@ def test_units_and_configuration_agree() -> None:
     config, service = Config(), unit("peermemd.service")["Service"]
     assert unit("peermemd.socket")["Socket"]["ListenSequentialPacket"] == config.attach.socket
     assert config.attach.socket.startswith(f"/run/{service['RuntimeDirectory']}/")
-    assert seconds(service["TimeoutStopSec"]) > config.shutdown.grace
+    assert seconds(service["TimeoutStopSec"]) >= config.shutdown.grace + config.transfer.grant_ttl + 4 * MARGIN
     assert service["Type"] == "notify"
     assert service["LimitMEMLOCK"] == "infinity"
+
+
+def test_a_daemon_that_can_t_start_yet_is_tried_again_without_end() -> None:
+    """systemd gives up what starts more than so often in a while, and the socket with it."""
+    limits, service = unit("peermemd.service")["Unit"], unit("peermemd.service")["Service"]
+    pauses = int(limits["StartLimitBurst"]) * seconds(service["RestartSec"])
+    assert pauses > seconds(limits["StartLimitIntervalSec"])
+
+
+def test_loads_and_stores_have_the_system_call_that_keeps_them_in_their_folders() -> None:
+    """RestrictSUIDSGID= answers openat2 with ENOSYS, because its filter can't see the mode of a new file."""
+    assert "RestrictSUIDSGID" not in unit("peermemd.service")["Service"]
 
 
 def test_each_way_to_open_a_vfio_function_is_allowed() -> None:

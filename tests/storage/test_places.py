@@ -198,3 +198,8 @@ def test_errors_of_the_kernel_have_reasons(number: int | None, kind: type[Peerme
     found = refused("/data/x", error)
     assert type(found) is kind
     assert "/data/x" in found.message
+
+
+def test_a_file_system_that_the_unit_has_read_only_is_told_as_that() -> None:
+    found = refused("/data/x", OSError(errno.EROFS, ""))
+    assert "ReadWritePaths=" in found.message

@@ -37,12 +37,15 @@ SLOWEST = 8 << 20
 """Bytes per second that reading or writing a region is allowed to sink to before its call times out."""
 
 
-def open_attachment(target: str, attach: str | Literal[False] | None, tls: Tls | None) -> Attachment | None:
-    """Open the attach socket at `attach`; at None the one beside a local target, when it is there."""
+def open_attachment(
+    target: str, attach: str | Literal[False] | None, timeout: float, tls: Tls | None
+) -> Attachment | None:
+    """Open the attach socket at `attach`; at None the one beside a local target, when it is there. Each request on it
+    may take `timeout` seconds."""
     if attach is None:
         beside = targets.attach_path(target)
         attach = beside if beside and os.path.exists(beside) else False
-    return Attachment.open(attach, token=read_token(tls)) if attach else None
+    return Attachment.open(attach, timeout, read_token(tls)) if attach else None
 
 
 def need_attachment(attachment: Attachment | None, target: str, verb: str) -> Attachment:

@@ -51,7 +51,7 @@ def connect(
     """
     chosen, limit = targets.resolve(target), requests.seconds(timeout) or calls.TIMEOUT
     proof = targets.proof(tls, chosen)
-    attachment = calls.open_attachment(chosen, attach, proof)
+    attachment = calls.open_attachment(chosen, attach, limit, proof)
     node = Node(chosen, attachment, limit, proof)
     try:
         node.name = node.info().name

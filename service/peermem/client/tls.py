@@ -3,15 +3,18 @@
 Rules of this file:
 
 * Files are read again when they have changed, because others renew them: a token for the next call, certificates for a
-  new channel. One that can't be read then leaves what was read before.
+  new channel. One that can't be read then, or holds no token, leaves what was read before.
 * A token is never sent where others could read it: over TLS or a unix socket only.
+* What is no token is not given to gRPC, which calls it a fault of the daemon, or raises an error of its own.
 * Keys and tokens are in no repr and no error.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -94,15 +97,18 @@ class Access:
 class _Files:
     """The contents of some files."""
 
-    def __init__(self, paths: list[File], field: str) -> None:
-        """Raises InvalidField."""
+    def __init__(self, paths: list[File], field: str, check: Callable[[bytes], None] = lambda _: None) -> None:
+        """`check` raises ValueError for contents that are none. Raises InvalidField."""
         self._paths = paths
+        self._check = check
         self._state = self._look()
         try:
             self.contents = self._read()
         except OSError as error:
             # without its name: who takes the token itself for the file's name must not find it in an error
             raise InvalidField(f"A file that {field} names can't be read: {error.strerror}.", field=field) from None
+        except ValueError as error:
+            raise InvalidField(f"The file that {field} names {error}", field=field) from None
 
     def refresh(self) -> bool:
         """Read them again if one has changed; return whether there is something new."""
@@ -111,7 +117,7 @@ class _Files:
             return False
         try:
             contents = self._read()
-        except OSError:
+        except (OSError, ValueError):
             return False  # about to be replaced; looked at again by the next call
         before, self._state, self.contents = self.contents, state, contents
         return contents != before
@@ -125,6 +131,7 @@ class _Files:
         for path in self._paths:
             with open(path, "rb") as file:
                 contents.append(file.read(_LARGEST))
+            self._check(contents[-1])
         return contents
 
     def _look(self) -> list[tuple[int, int, int] | None]:
@@ -132,7 +139,14 @@ class _Files:
 
 
 def _token_of(tls: Tls | None) -> _Files:
-    return _Files([tls.token_file] if tls and tls.token_file else [], "tls.token_file")
+    return _Files([tls.token_file] if tls and tls.token_file else [], "tls.token_file", _check_token)
+
+
+def _check_token(data: bytes) -> None:
+    if not re.fullmatch(rb"[!-~]+", token := data.strip()) or len(token) > _LONGEST_TOKEN:
+        raise ValueError(
+            "holds no token, which is one line of visible ASCII characters. Name the one that Kubernetes projects."
+        )
 
 
 def read_token(tls: Tls | None) -> str:
@@ -150,3 +164,5 @@ def _state_of(path: File) -> tuple[int, int, int] | None:
 
 _LARGEST = 1 << 20
 """Bytes of one file."""
+_LONGEST_TOKEN = 12_000
+"""Bytes: daemons take none that is longer."""

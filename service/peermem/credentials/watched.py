@@ -50,4 +50,5 @@ def _state_of(path: Path) -> tuple[int, ...]:
         facts = os.stat(path)
     except OSError as error:
         return (error.errno or 0,)
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    # st_ctime and the mode, because one that could not be read may be mended by chmod and chown alone
+    return (facts.st_dev, facts.st_ino, facts.st_mode, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)

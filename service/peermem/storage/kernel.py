@@ -32,7 +32,10 @@ def open_beneath(folder: int, path: str, flags: int) -> int:
     made = _libc.syscall(_OPENAT2, folder, os.fsencode(path), how, len(how))
     number = ctypes.get_errno()
     if made < 0 and number == errno.ENOSYS:
-        raise KernelTooOld("The kernel has no openat2, which keeps files in their folders. Run Linux 5.6 or newer.")
+        raise KernelTooOld(
+            "The kernel has no openat2, which keeps files in their folders, or a filter of system calls hides it. Run "
+            "Linux 5.6 or newer; as a service of systemd, without RestrictSUIDSGID=."
+        )
     if made < 0:
         raise OSError(number, os.strerror(number), path)
     return int(made)

@@ -136,9 +136,10 @@ def refused(path: str, error: OSError) -> PeermemError:
             path=path,
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StorageForbidden(
-            f"The daemon may not open {path} ({cause}). Give its user the permission, or mount it for that.", path=path
-        )
+        fix = "Give its user the permission, or mount it for that"
+        if number == errno.EROFS:
+            fix = "Mount it for writing, or name its folder in ReadWritePaths= of the daemon's systemd unit"
+        return StorageForbidden(f"The daemon may not open {path} ({cause}). {fix}.", path=path)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFull(
             f"{path} can't take the bytes ({cause}). Free space, or raise the quota or the limit of a file's size.",

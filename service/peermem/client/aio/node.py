@@ -53,7 +53,7 @@ async def connect(
     """
     chosen, limit = targets.resolve(target), requests.seconds(timeout) or calls.TIMEOUT
     proof = targets.proof(tls, chosen)
-    attachment = await asyncio.to_thread(calls.open_attachment, chosen, attach, proof)
+    attachment = await asyncio.to_thread(calls.open_attachment, chosen, attach, limit, proof)
     node = Node(chosen, attachment, limit, proof)
     try:
         node.name = (await node.info()).name
