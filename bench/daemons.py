@@ -5,7 +5,9 @@ Each has its sockets and its log in a folder of its own; all end with `Daemons.c
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 _OPENER = build_opener(ProxyHandler({}))
+_FIRST_PORT = 10_000
 _SOURCE = Path(__file__).parents[1] / "service"
 
 
@@ -154,8 +157,16 @@ def daemons(
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of this host that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Return ports of this host that nobody listens on now, and that the kernel gives to no connection by itself."""
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(_FIRST_PORT, given) or (0,)
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        try:
+            sockets.append(socket.create_server(("127.0.0.1", random.choice(candidates))))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import grpc
 import msgspec
+from bench.daemons import free_ports as free_ports
 
 from peermem.app import App
 from peermem.client.errors import from_call
@@ -34,14 +34,6 @@ from peermem.config_values import FilePath, NodeIds
 from peermem.core.errors import PeermemError
 from peermem.credentials.trial import Pair
 from tests.certificates import PATTERN, Authority, Certificate
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Node:
