@@ -136,9 +136,12 @@ def test_what_fails_says_why(traced: Traced) -> None:
     with peermem.connect(traced.nodes["a"].target) as a:
         source = a.create_region(device="bar0", length=MIB, name="alone")
         assert traced.job("c", source.name, "nodes/b/regions/none") == "REGION_NOT_FOUND"
-        spans = traced.trace("nodes/b/regions/none")
-        failed = {(span.node, span.name, span.attributes.get("error.type")) for span in spans if span.failed}
-        assert {("a", "transfer", "REGION_NOT_FOUND"), ("", "peermem.transfer", "REGION_NOT_FOUND")} <= failed
+        wanted = {("a", "transfer", "REGION_NOT_FOUND"), ("", "peermem.transfer", "REGION_NOT_FOUND")}
+
+        def failed(spans: list[Seen]) -> set[tuple[str, str, object]]:
+            return {(span.node, span.name, span.attributes.get("error.type")) for span in spans if span.failed}
+
+        traced.collector.until(lambda _: wanted <= failed(traced.trace("nodes/b/regions/none")))
 
 
 def test_any_caller_may_say_what_it_is_at_in_the_metadata_of_a_call(traced: Traced) -> None:
