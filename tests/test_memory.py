@@ -126,7 +126,7 @@ def test_host_memory_that_can_not_be_had_leaves_nothing_open() -> None:
     before = open_files()
     with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(OSError, match="File too large"):
         memory.HostMemory(4097)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize(("length", "pages"), [(0, 0), (1, 1), (4096, 1), (4097, 2)])

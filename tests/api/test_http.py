@@ -262,7 +262,7 @@ async def test_closing_ends_connections_and_leaves_nothing_open() -> None:
     await end(writer)
     with pytest.raises(ConnectionRefusedError):
         await connect(server)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 async def test_a_port_in_use_is_an_error(server: HttpServer) -> None:

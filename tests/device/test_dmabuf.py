@@ -24,7 +24,7 @@ has_driver = pytest.mark.skipif(not UDMABUF.exists(), reason=f"this kernel has n
 def nothing_stays_open() -> Iterator[None]:
     before = open_files()
     yield
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @has_driver

@@ -27,7 +27,7 @@ SHRINK, GROW, SEAL, WRITE = fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL
 def nothing_stays_open() -> Iterator[None]:
     before = open_files()
     yield
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def seals(fd: int) -> int:
@@ -121,7 +121,7 @@ class TestAllocation:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        await until(lambda: device.available == device.size and open_files() == before)
+        await until(lambda: device.available == device.size and open_files() <= before)
 
     async def test_it_adopts_nothing(self) -> None:
         with pytest.raises(NotSupported):
