@@ -7,7 +7,6 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,20 +26,8 @@ from peermem.core.errors import (
     RegionNotFound,
 )
 from peermem.v1 import attach_pb2
-from tests.api.attaching import HAND_IN, HELLO, LENGTH, MAP, ME, REGION, Node, Raw, quiet_node, serving
+from tests.api.attaching import HAND_IN, HELLO, LENGTH, MAP, ME, REGION, Node, Raw, serving
 from tests.descriptors import limited, lingering_socket, memory_file, open_files, until
-
-
-@pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    async with quiet_node(tmp_path) as node:
-        yield node
-
-
-@pytest.fixture
-async def served(node: Node) -> AsyncIterator[Node]:
-    async with serving(node.server()):
-        yield node
 
 
 class TestMap:

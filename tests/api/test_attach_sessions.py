@@ -6,32 +6,18 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 from peermem.broker.sessions import SessionTable
 from peermem.core.errors import LimitReached, NodeUnreachable, Unauthenticated
 from peermem.core.identity import Subject
-from tests.api.attaching import ME, REGION, Node, quiet_node, serving
+from tests.api.attaching import ME, REGION, Node, serving
 from tests.descriptors import open_files, until
 
 LONG_TOKEN = "x" * 12_000
 """As long as any that is reviewed."""
-
-
-@pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    async with quiet_node(tmp_path) as node:
-        yield node
-
-
-@pytest.fixture
-async def served(node: Node) -> AsyncIterator[Node]:
-    async with serving(node.server()):
-        yield node
 
 
 async def test_it_is_of_the_user_that_the_kernel_names_and_lasts_as_long_as_the_connection(served: Node) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,14 +14,8 @@ import pytest
 from peermem.core.errors import SessionNotFound
 from peermem.core.identity import Subject
 from peermem.core.origin import Origin, parse_origin
-from tests.api.attaching import Node, quiet_node, serving
+from tests.api.attaching import Node
 from tests.descriptors import open_files, until
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Node]:
-    async with quiet_node(tmp_path) as node, serving(node.server()):
-        yield node
 
 
 async def test_it_says_where_its_process_comes_from(served: Node) -> None:

@@ -71,6 +71,14 @@ def receive(sock: socket.socket, count: int) -> bytes:
     return data
 
 
+def check_silent(sock: socket.socket) -> None:
+    """Assert that nothing comes."""
+    sock.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        sock.recv(1)
+    sock.settimeout(10)
+
+
 def test_an_open_wire_passes_bytes_on(wire: Wire) -> None:
     with dial(wire) as sock:
         sock.sendall(b"hello")
@@ -86,10 +94,7 @@ def test_a_stalled_wire_passes_nothing_on_until_it_is_open_again(wire: Wire) -> 
         with dial(wire) as late:
             late.sendall(b"three")
             for each in (sock, late):
-                each.settimeout(0.05)
-                with pytest.raises(TimeoutError):
-                    each.recv(1)
-                each.settimeout(10)
+                check_silent(each)
             wire.set(Mode.OPEN)
             assert sock.recv(3, socket.MSG_WAITALL) == b"two"
             assert late.recv(5, socket.MSG_WAITALL) == b"three"
@@ -103,10 +108,7 @@ def test_a_mute_wire_passes_nothing_back(wire: Wire, echo: Echo) -> None:
         wire.set(Mode.MUTE)
         sock.sendall(b"two")
         assert echo.heard.get(timeout=10) == b"two"
-        sock.settimeout(0.05)
-        with pytest.raises(TimeoutError):
-            sock.recv(1)
-        sock.settimeout(10)
+        check_silent(sock)
         wire.set(Mode.OPEN)
         assert sock.recv(3, socket.MSG_WAITALL) == b"two"
 

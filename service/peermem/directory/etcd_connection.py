@@ -108,16 +108,16 @@ class Connection:
         return await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
 
     async def count(self, span: Span) -> int:
-        """Return how many keys a span has."""
-        request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
-        answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
-        return answer.count
+        """Return how many keys a span has. Raises Fault."""
+        return (await self._counted(span)).count
 
     async def header(self, span: Span) -> rpc_pb2.ResponseHeader:
-        """Return which cluster this is, and its revision, as of now."""
+        """Return which cluster this is, and its revision, as of now; `span` is one that may be read. Raises Fault."""
+        return (await self._counted(span)).header
+
+    async def _counted(self, span: Span) -> rpc_pb2.RangeResponse:
         request = rpc_pb2.RangeRequest(key=span.start, range_end=span.end, count_only=True)
-        answer = await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
-        return answer.header
+        return await self._call(lambda: self._kv.Range(request, timeout=DEADLINE, metadata=self._token))
 
     async def pages(self, span: Span) -> AsyncGenerator[rpc_pb2.RangeResponse]:
         """Yield everything in a span, in parts, as of the revision in the header of the first. Raises Fault."""
