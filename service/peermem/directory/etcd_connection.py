@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 DEADLINE = 5.0
 """Seconds for a call."""
+_GOODBYE = 1.0
+"""Seconds for the end of a renewal's stream, once it is answered."""
 _SLOW_DEADLINE = 30.0
 """Seconds for a write: one that is given up may be made all the same, and making it again is no help to a busy etcd."""
 MAX_OPERATIONS = 128
@@ -153,7 +155,9 @@ class Connection:
                 async with asyncio.timeout(deadline):
                     await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease))
                     answer = await call.read()
-                    with suppress(grpc.aio.AioRpcError):  # awaiting its end, or etcd counts it as one that failed
+                # awaiting its end, or etcd counts it as one that failed; that it is late changes nothing
+                with suppress(grpc.aio.AioRpcError, TimeoutError):
+                    async with asyncio.timeout(_GOODBYE):
                         await call.done_writing()
                         await call.read()
             finally:
